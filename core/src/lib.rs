@@ -1,0 +1,17 @@
+//! Landfall's decisions, and nothing else: no tokio, no client, no clock.
+//!
+//! ```text
+//!   model   what the sources say (Service, EndpointSlice, Node, pool, advertisement), projected
+//!     │
+//!     ├──> ipam       which Service holds which address          (controller; speaker --manifests)
+//!     └──> groups     which addresses move together, and where they may be announced   (speaker)
+//!             └──> election   which node announces each group                          (speaker)
+//! ```
+//!
+//! Time and randomness are arguments, decisions are return values, and iteration order never
+//! depends on a hasher's seed: two nodes with equal inputs decide alike.
+#![forbid(unsafe_code)]
+
+pub mod ip;
+pub mod model;
+pub mod selector;

@@ -1,0 +1,2 @@
+//! The shared map types of the eBPF programs.
+#![no_std]

@@ -1,0 +1,4 @@
+//! What Landfall's daemons share.
+#![forbid(unsafe_code)]
+
+pub mod source;

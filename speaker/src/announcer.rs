@@ -1,0 +1,110 @@
+//! The seam between what should be announced and the frames that announce it.
+//!
+//! The loop says which addresses this node answers for and on which interface; the announcer does the
+//! answering, the gratuitous announcements, the probing and the watching of links, and reports facts.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl std::fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// An Ethernet interface of this node, as netlink tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its address.
+    pub mac: MacAddr,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up, with carrier.
+    pub up: bool,
+    /// Enslaved to a bond or bridge: the master is the uplink, not this one.
+    pub enslaved: bool,
+    /// Its addresses with their prefixes, global scope only.
+    pub addresses: Vec<IpNet>,
+    /// It carries a default route of the main table, by family (IPv4, IPv6).
+    pub default_route: (bool, bool),
+}
+
+/// What a probe before a VIP's first announcement found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    /// Nobody answered; the address is being announced.
+    Free,
+    /// Somebody holds the address; it is not announced, and probing is repeated every 30 s.
+    Taken {
+        /// Who answered.
+        by: MacAddr,
+    },
+}
+
+/// A fact the announcer reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AnnouncerEvent {
+    /// All Ethernet interfaces, after any change of one of them.
+    Interfaces(Arc<[Interface]>),
+    /// A probe ended.
+    Probed {
+        /// The address probed.
+        vip: IpAddr,
+        /// What it found.
+        outcome: ProbeOutcome,
+    },
+    /// Another station claims an address that this node announces; reported at most once in 10 s an address.
+    Conflict {
+        /// The address.
+        vip: IpAddr,
+        /// Who claims it.
+        by: MacAddr,
+        /// Where it was seen.
+        interface: Arc<str>,
+    },
+    /// A hello frame arrived. Its payload is not yet authenticated.
+    Hello {
+        /// Where it arrived.
+        interface: u32,
+        /// Who sent the frame.
+        from: MacAddr,
+        /// What it carries.
+        payload: Vec<u8>,
+    },
+}
+
+/// An address this node is to answer for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Announcement {
+    /// The address.
+    pub vip: IpAddr,
+    /// The index of the interface to answer on.
+    pub interface: u32,
+    /// Probe before announcing, since the address was never announced since it was allocated.
+    pub probe: bool,
+}
+
+/// Answers for addresses on the LAN. Every call returns at once; the work is done behind it.
+pub trait Announcer: Send + Sync {
+    /// Begins to answer for an address, or moves it to another interface. Idempotent.
+    fn announce(&self, announcement: Announcement);
+    /// Falls silent on an address, on ARP and ND. Idempotent.
+    fn withdraw(&self, vip: IpAddr);
+    /// Announces once more, now: the last word after a contested claim, ahead of any repeat.
+    fn reannounce(&self, vip: IpAddr);
+    /// The addresses whose hellos and conflicts this node should hear: opens or closes the listening sockets.
+    fn listen(&self, interfaces: &[u32]);
+    /// Sends a hello frame out of an interface.
+    fn hello(&self, interface: u32, payload: &[u8]);
+}
