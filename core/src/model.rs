@@ -351,6 +351,10 @@ pub struct VirtualIp {
     pub group: Arc<str>,
     /// The Services that hold it.
     pub services: Vec<ObjectKey>,
+    /// `status.leader`, as a speaker reported it.
+    pub leader: Option<NodeName>,
+    /// `status.conditions`, as a speaker reported them.
+    pub conditions: Vec<Condition>,
 }
 
 /// One object, as a source delivers it.
