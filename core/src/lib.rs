@@ -13,5 +13,6 @@
 #![forbid(unsafe_code)]
 
 pub mod ip;
+pub mod ipam;
 pub mod model;
 pub mod selector;

@@ -349,8 +349,10 @@ pub struct VirtualIp {
     pub pool: Arc<str>,
     /// The group it moves with: all addresses of one holder carry the same group.
     pub group: Arc<str>,
-    /// The Services that hold it.
+    /// The Services that hold it; nobody while a freed address rests. Only an address with holders is announced.
     pub services: Vec<ObjectKey>,
+    /// `spec.former`: who held it and has it back at once, while it rests.
+    pub former: Vec<ObjectKey>,
     /// `status.leader`, as a speaker reported it.
     pub leader: Option<NodeName>,
     /// `status.conditions`, as a speaker reported them.

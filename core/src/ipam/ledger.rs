@@ -1,0 +1,433 @@
+//! Who holds which address: the one place where addresses change hands.
+//!
+//! Every change keeps the pools' free sets, the counts, the groups and the sharing keys in step, and notes
+//! which records and pools it touched.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::pool::PoolState;
+use super::pools::Pools;
+use super::quarantine::{Quarantine, Rest};
+use super::sharing::Sharer;
+use super::status::{Counts, Record};
+use crate::ip::{Family, from_bits, virtual_ip_name};
+use crate::model::{NodeName, ObjectKey, Pool};
+
+/// How long an address rests whose pool is not known (any more).
+pub(super) const DEFAULT_QUARANTINE: Duration = Duration::from_secs(60);
+
+/// An address in use.
+#[derive(Clone, Debug)]
+pub(super) struct Holding {
+    /// The pool it counts for.
+    pub(super) pool: Arc<str>,
+    /// Whether that pool, when last seen, wanted addresses kept that it no longer contains.
+    pub(super) retain: bool,
+    pub(super) group: Arc<str>,
+    pub(super) holders: BTreeMap<ObjectKey, Sharer>,
+}
+
+/// The addresses and what is known of them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ledger {
+    pub(super) pools: Pools,
+    holdings: BTreeMap<IpAddr, Holding>,
+    quarantine: Quarantine,
+    node_addresses: BTreeMap<IpAddr, BTreeSet<NodeName>>,
+    groups: BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
+    by_key: BTreeMap<(String, Family), BTreeSet<IpAddr>>,
+    assigned: BTreeMap<(Arc<str>, Family), u128>,
+    quarantined: BTreeMap<(Arc<str>, Family), u128>,
+    /// Addresses whose record may have to change.
+    pub(super) touched_records: BTreeSet<IpAddr>,
+    /// Pools whose counts may have changed.
+    pub(super) touched_pools: BTreeSet<Arc<str>>,
+    /// Some address may have become available since this was last cleared.
+    pub(super) freed: bool,
+}
+
+fn bump(
+    counts: &mut BTreeMap<(Arc<str>, Family), u128>,
+    pool: &Arc<str>,
+    family: Family,
+    up: bool,
+) {
+    let count = counts.entry((pool.clone(), family)).or_default();
+    *count = if up {
+        *count + 1
+    } else {
+        count.saturating_sub(1)
+    };
+}
+
+impl Ledger {
+    pub(super) fn holding(&self, address: IpAddr) -> Option<&Holding> {
+        self.holdings.get(&address)
+    }
+
+    pub(super) fn holdings(&self) -> impl Iterator<Item = (IpAddr, &Holding)> {
+        self.holdings
+            .iter()
+            .map(|(&address, holding)| (address, holding))
+    }
+
+    pub(super) fn quarantine(&self) -> &Quarantine {
+        &self.quarantine
+    }
+
+    /// A node that owns `address` itself.
+    pub(super) fn node_of(&self, address: IpAddr) -> Option<&NodeName> {
+        self.node_addresses.get(&address)?.first()
+    }
+
+    pub(super) fn node_addresses(&self) -> impl Iterator<Item = (IpAddr, &NodeName)> {
+        self.node_addresses
+            .iter()
+            .flat_map(|(&address, nodes)| nodes.iter().map(move |node| (address, node)))
+    }
+
+    /// The addresses held under a sharing key.
+    pub(super) fn of_key<'a>(
+        &'a self,
+        key: &str,
+        family: Family,
+    ) -> impl Iterator<Item = IpAddr> + use<'a> {
+        self.by_key
+            .get(&(key.to_owned(), family))
+            .into_iter()
+            .flatten()
+            .copied()
+    }
+
+    fn is_blocked(&self, address: IpAddr) -> bool {
+        self.holdings.contains_key(&address)
+            || self.quarantine.get(address).is_some()
+            || self.node_addresses.contains_key(&address)
+    }
+
+    fn refresh(&mut self, address: IpAddr) {
+        let blocked = self.is_blocked(address);
+        self.freed |= !blocked;
+        self.pools.set_blocked(address, blocked);
+        self.touched_pools
+            .extend(self.pools.spanning(address).iter().cloned());
+        self.touched_records.insert(address);
+    }
+
+    /// Puts `pool` in place of what had its name.
+    pub(super) fn put_pool(&mut self, spec: Pool) {
+        let name = spec.name.clone();
+        for holding in self.holdings.values_mut().filter(|h| h.pool == name) {
+            holding.retain = spec.retain_assigned;
+        }
+        let mut state = PoolState::new(spec);
+        for address in self.blocked_within(&state) {
+            state.set_blocked(address, true);
+        }
+        self.pools.insert(state);
+        self.touched_pools
+            .extend(self.pools.order().iter().cloned());
+        self.freed = true;
+    }
+
+    pub(super) fn remove_pool(&mut self, name: &str) {
+        self.pools.remove(name);
+        self.touched_pools
+            .extend(self.pools.order().iter().cloned());
+        self.freed = true;
+    }
+
+    fn blocked_within(&self, state: &PoolState) -> BTreeSet<IpAddr> {
+        let mut blocked = BTreeSet::new();
+        for family in [Family::V4, Family::V6] {
+            for &(first, last) in state.ranges(family) {
+                let (first, last) = (from_bits(family, first), from_bits(family, last));
+                blocked.extend(
+                    self.holdings
+                        .range(first..=last)
+                        .map(|(&address, _)| address),
+                );
+                blocked.extend(self.quarantine.within(first, last));
+                blocked.extend(
+                    self.node_addresses
+                        .range(first..=last)
+                        .map(|(&address, _)| address),
+                );
+            }
+        }
+        blocked
+    }
+
+    /// Notes a node's own addresses, which are never handed out.
+    pub(super) fn set_node(&mut self, node: &NodeName, before: &[IpAddr], after: &[IpAddr]) {
+        for &address in before {
+            if let Some(nodes) = self.node_addresses.get_mut(&address) {
+                nodes.remove(node);
+                if nodes.is_empty() {
+                    self.node_addresses.remove(&address);
+                }
+            }
+            self.refresh(address);
+        }
+        for &address in after {
+            self.node_addresses
+                .entry(address)
+                .or_default()
+                .insert(node.clone());
+            self.refresh(address);
+        }
+    }
+
+    /// Gives `address` to `owner`, who holds `siblings` besides. The caller has checked that it may.
+    ///
+    /// All addresses of one owner and of those it shares with carry one group. `group` is the one on record.
+    pub(super) fn hold(
+        &mut self,
+        address: IpAddr,
+        pool: &Arc<str>,
+        owner: &ObjectKey,
+        sharer: Sharer,
+        siblings: &[IpAddr],
+        group: Option<Arc<str>>,
+    ) {
+        let family = Family::of(address);
+        let rest = self.quarantine.remove(address);
+        if let Some(rest) = &rest {
+            bump(&mut self.quarantined, &rest.pool, family, false);
+            self.touched_pools.insert(rest.pool.clone());
+        }
+        if let Some(key) = sharer.key() {
+            self.by_key
+                .entry((key.to_owned(), family))
+                .or_default()
+                .insert(address);
+        }
+        let sibling_group = siblings
+            .iter()
+            .find_map(|sibling| Some(self.holdings.get(sibling)?.group.clone()));
+        if let Some(holding) = self.holdings.get_mut(&address) {
+            holding.holders.insert(owner.clone(), sharer);
+            let group = holding.group.clone();
+            if let Some(other) = sibling_group.filter(|other| *other != group) {
+                self.merge_group(&other, &group);
+            }
+        } else {
+            let group = sibling_group
+                .or(group)
+                .or(rest
+                    .map(|rest| rest.group)
+                    .filter(|group| !self.groups.contains_key(group)))
+                .unwrap_or_else(|| self.fresh_group(address));
+            self.groups
+                .entry(group.clone())
+                .or_default()
+                .insert(address);
+            bump(&mut self.assigned, pool, family, true);
+            let retain = self
+                .pools
+                .get(pool)
+                .is_some_and(|state| state.spec.retain_assigned);
+            self.holdings.insert(
+                address,
+                Holding {
+                    pool: pool.clone(),
+                    retain,
+                    group,
+                    holders: BTreeMap::from([(owner.clone(), sharer)]),
+                },
+            );
+        }
+        self.touched_pools.insert(pool.clone());
+        self.refresh(address);
+    }
+
+    fn fresh_group(&self, address: IpAddr) -> Arc<str> {
+        let name = virtual_ip_name(address);
+        // The plain name is taken when the address left a group that still lives.
+        let taken = |candidate: &str| self.groups.contains_key(candidate);
+        if !taken(&name) {
+            return name.into();
+        }
+        (2u32..)
+            .map(|number| format!("{name}-{number}"))
+            .find(|candidate| !taken(candidate))
+            .expect("some number below 2^32 is not taken by one of fewer groups")
+            .into()
+    }
+
+    fn merge_group(&mut self, from: &Arc<str>, into: &Arc<str>) {
+        let moved = self.groups.remove(from).unwrap_or_default();
+        for address in &moved {
+            if let Some(holding) = self.holdings.get_mut(address) {
+                holding.group = into.clone();
+            }
+        }
+        self.touched_records.extend(moved.iter().copied());
+        self.groups.entry(into.clone()).or_default().extend(moved);
+    }
+
+    /// Takes `address` from `owner`; when nobody else holds it, it rests.
+    pub(super) fn release(&mut self, address: IpAddr, owner: &ObjectKey, now: Duration) {
+        let family = Family::of(address);
+        let Some(holding) = self.holdings.get_mut(&address) else {
+            return;
+        };
+        let Some(sharer) = holding.holders.remove(owner) else {
+            return;
+        };
+        if holding.holders.is_empty()
+            && let Some(holding) = self.holdings.remove(&address)
+        {
+            if let Some(key) = sharer.key() {
+                self.forget_key(key, address);
+            }
+            if let Some(members) = self.groups.get_mut(&holding.group) {
+                members.remove(&address);
+                if members.is_empty() {
+                    self.groups.remove(&holding.group);
+                }
+            }
+            bump(&mut self.assigned, &holding.pool, family, false);
+            self.touched_pools.insert(holding.pool.clone());
+            let former = BTreeSet::from([owner.clone()]);
+            self.rest(address, &holding.pool, former, holding.group, now);
+        }
+        self.refresh(address);
+        // A port of a shared address is something others may wait for.
+        self.freed = true;
+    }
+
+    fn forget_key(&mut self, key: &str, address: IpAddr) {
+        let entry = (key.to_owned(), Family::of(address));
+        if let Some(addresses) = self.by_key.get_mut(&entry) {
+            addresses.remove(&address);
+            if addresses.is_empty() {
+                self.by_key.remove(&entry);
+            }
+        }
+    }
+
+    /// Lets a free `address` rest for `former`.
+    pub(super) fn rest(
+        &mut self,
+        address: IpAddr,
+        pool: &Arc<str>,
+        former: BTreeSet<ObjectKey>,
+        group: Arc<str>,
+        now: Duration,
+    ) {
+        let length = self
+            .pools
+            .get(pool)
+            .map_or(DEFAULT_QUARANTINE, |state| state.spec.quarantine);
+        bump(&mut self.quarantined, pool, Family::of(address), true);
+        self.touched_pools.insert(pool.clone());
+        let until = now + length;
+        self.quarantine.insert(
+            address,
+            Rest {
+                until,
+                former,
+                pool: pool.clone(),
+                group,
+            },
+        );
+        self.refresh(address);
+    }
+
+    /// Ends every rest that is over and that `in_the_way` does not object to.
+    pub(super) fn end_rests(&mut self, now: Duration, in_the_way: impl Fn(IpAddr) -> bool) {
+        for address in self.quarantine.expire(now) {
+            self.touched_records.insert(address);
+            if in_the_way(address) {
+                continue;
+            }
+            if let Some(rest) = self.quarantine.remove(address) {
+                bump(
+                    &mut self.quarantined,
+                    &rest.pool,
+                    Family::of(address),
+                    false,
+                );
+                self.touched_pools.insert(rest.pool);
+                self.refresh(address);
+            }
+        }
+    }
+
+    /// Notes that a holder's ports, key or backend changed.
+    pub(super) fn set_sharer(&mut self, address: IpAddr, owner: &ObjectKey, sharer: Sharer) {
+        let Some(holding) = self.holdings.get_mut(&address) else {
+            return;
+        };
+        let Some(before) = holding.holders.insert(owner.clone(), sharer.clone()) else {
+            holding.holders.remove(owner);
+            return;
+        };
+        if before == sharer {
+            return;
+        }
+        self.freed = true;
+        if before.key() != sharer.key() {
+            if let Some(key) = before.key() {
+                self.forget_key(key, address);
+            }
+            if let Some(key) = sharer.key() {
+                let entry = (key.to_owned(), Family::of(address));
+                self.by_key.entry(entry).or_default().insert(address);
+            }
+        }
+    }
+
+    /// Counts `address` for another pool from now on.
+    pub(super) fn rehome(&mut self, address: IpAddr, pool: &Arc<str>) {
+        let family = Family::of(address);
+        let retain = self
+            .pools
+            .get(pool)
+            .is_some_and(|state| state.spec.retain_assigned);
+        let Some(holding) = self.holdings.get_mut(&address) else {
+            return;
+        };
+        let before = std::mem::replace(&mut holding.pool, pool.clone());
+        holding.retain = retain;
+        bump(&mut self.assigned, &before, family, false);
+        bump(&mut self.assigned, pool, family, true);
+        self.touched_pools.extend([before, pool.clone()]);
+        self.touched_records.insert(address);
+    }
+
+    /// The record that should exist of `address`, held or resting.
+    pub(super) fn record(&self, address: IpAddr) -> Option<Record> {
+        if let Some(holding) = self.holdings.get(&address) {
+            return Some(Record {
+                address,
+                pool: holding.pool.clone(),
+                group: holding.group.clone(),
+                services: holding.holders.keys().cloned().collect(),
+                former: Vec::new(),
+            });
+        }
+        let rest = self.quarantine.get(address)?;
+        Some(Record {
+            address,
+            pool: rest.pool.clone(),
+            group: rest.group.clone(),
+            services: Vec::new(),
+            former: rest.former.iter().cloned().collect(),
+        })
+    }
+
+    /// How many addresses of `family` the pool has, in which state.
+    pub(super) fn counts(&self, state: &PoolState, family: Family) -> Counts {
+        let entry = (state.spec.name.clone(), family);
+        Counts {
+            assigned: self.assigned.get(&entry).copied().unwrap_or_default(),
+            quarantined: self.quarantined.get(&entry).copied().unwrap_or_default(),
+            ..state.counts(family)
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! What was assigned before this process began, taken back before anything new is given.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Ipam;
+use super::request::Want;
+use super::sharing::{Sharer, first_conflict};
+use crate::ip::Family;
+use crate::model::ObjectKey;
+
+impl Ipam {
+    /// Gives every Service what records, and then what statuses, say it holds.
+    ///
+    /// Records go first since they are written first; among equals the older Service wins, then the name:
+    /// the same objects give the same assignment in whatever order they came.
+    pub(super) fn replay(&mut self, now: Duration) {
+        let mut recorded: Vec<(i64, ObjectKey, IpAddr)> = Vec::new();
+        for vip in self.virtual_ips.values() {
+            for key in &vip.services {
+                if let Some(state) = self.services.get(key) {
+                    recorded.push((state.service.created, key.clone(), vip.address));
+                }
+            }
+        }
+        let mut shown: Vec<(i64, ObjectKey, IpAddr)> = Vec::new();
+        for (key, state) in &self.services {
+            for address in state
+                .service
+                .ingress
+                .iter()
+                .filter_map(|entry| entry.address)
+            {
+                shown.push((state.service.created, key.clone(), address));
+            }
+        }
+        recorded.sort_unstable();
+        shown.sort_unstable();
+        for (_, key, address) in recorded.into_iter().chain(shown) {
+            self.claim(&key, address);
+        }
+        let addresses: Vec<IpAddr> = self.virtual_ips.keys().copied().collect();
+        for address in addresses {
+            self.ledger.touched_records.insert(address);
+            self.adopt_orphan(address, now);
+        }
+    }
+
+    /// Lets a Service keep `address`, if it may. What it may not keep it is given no reason for here: the
+    /// decision that follows finds that it lacks an address and says so.
+    fn claim(&mut self, key: &ObjectKey, address: IpAddr) {
+        let Some(state) = self.services.get(key) else {
+            return;
+        };
+        let service = state.service.clone();
+        if state.held.contains(&address) || !self.is_ours(&service) {
+            return;
+        }
+        let family = Family::of(address);
+        let taken = state.held.iter().any(|&held| Family::of(held) == family);
+        if taken || !Want::of(&service).families.contains(&family) {
+            return;
+        }
+        let record = self
+            .virtual_ips
+            .get(&address)
+            .filter(|vip| vip.services.contains(key));
+        let recorded_pool = record.map(|vip| vip.pool.clone());
+        let group = record.map(|vip| vip.group.clone());
+        let Some(pool) = self.home_of(&service, address, recorded_pool.as_ref()) else {
+            return;
+        };
+        let sharer = Sharer::of(&service);
+        if let Some(holding) = self.ledger.holding(address)
+            && first_conflict(&holding.holders, key, &sharer).is_some()
+        {
+            return;
+        }
+        self.take(key, address, &pool, group);
+    }
+
+    /// The pool that `address` may be kept from: the one on record if it still contains it and admits the
+    /// Service, else another that does, else the one on record if that retains what it no longer contains.
+    pub(super) fn home_of(
+        &self,
+        service: &crate::model::Service,
+        address: IpAddr,
+        recorded: Option<&Arc<str>>,
+    ) -> Option<Arc<str>> {
+        let namespace = self.namespace_labels(service);
+        let pools = &self.ledger.pools;
+        let fits = |name: &Arc<str>| {
+            pools
+                .get(name)
+                .is_some_and(|state| state.contains(address) && state.admits(service, namespace))
+        };
+        if let Some(name) = recorded
+            && fits(name)
+        {
+            return Some(name.clone());
+        }
+        if let Some(state) = pools
+            .containing(address)
+            .find(|state| state.admits(service, namespace))
+        {
+            return Some(state.spec.name.clone());
+        }
+        if pools.containing(address).next().is_some() {
+            return None;
+        }
+        let name = recorded?;
+        let retains = match pools.get(name) {
+            Some(state) => state.spec.retain_assigned && state.admits(service, namespace),
+            None => self
+                .ledger
+                .holding(address)
+                .is_some_and(|holding| holding.pool == *name && holding.retain),
+        };
+        retains.then(|| name.clone())
+    }
+}
