@@ -27,6 +27,8 @@ mod free;
 mod ledger;
 mod pool;
 mod pools;
+#[cfg(test)]
+mod properties;
 mod quarantine;
 mod refusal;
 mod replay;
@@ -386,7 +388,7 @@ impl Ipam {
             self.hide(address, key);
         }
         for address in state.held {
-            self.ledger.release(address, key, now);
+            self.let_go(key, address, now);
         }
     }
 

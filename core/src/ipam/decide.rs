@@ -172,7 +172,20 @@ impl Ipam {
             return;
         };
         for address in std::mem::take(&mut state.held) {
-            self.ledger.release(address, key, now);
+            self.let_go(key, address, now);
+        }
+    }
+
+    /// Releases `address`, and looks again at those who go on holding it where it may count for another pool now.
+    pub(super) fn let_go(&mut self, key: &ObjectKey, address: IpAddr, now: Duration) {
+        self.ledger.release(address, key, now);
+        if self.ledger.pools.spanning(address).len() > 1
+            && let Some(holding) = self.ledger.holding(address)
+        {
+            let ranks = holding.holders.keys().filter_map(|holder| {
+                Some((self.services.get(holder)?.service.created, holder.clone()))
+            });
+            self.dirty.extend(ranks);
         }
     }
 
@@ -180,7 +193,7 @@ impl Ipam {
         if let Some(state) = self.services.get_mut(key) {
             state.held.retain(|held| *held != address);
         }
-        self.ledger.release(address, key, now);
+        self.let_go(key, address, now);
     }
 
     pub(super) fn take(
@@ -237,11 +250,10 @@ impl Ipam {
             let loss = match self.may_keep(service, sharer, address) {
                 Ok(pool) => {
                     self.ledger.set_sharer(address, key, sharer.clone());
-                    if self
-                        .ledger
-                        .holding(address)
-                        .is_some_and(|holding| holding.pool != pool)
-                    {
+                    if self.ledger.holding(address).is_some_and(|holding| {
+                        holding.pool != pool
+                            && !self.serves(&holding.pool, address, holding.holders.keys())
+                    }) {
                         self.ledger.rehome(address, &pool);
                     }
                     None
@@ -290,6 +302,23 @@ impl Ipam {
                     LossReason::NoPool
                 }
             })
+    }
+
+    /// Whether `pool` contains `address` and admits any of `holders`: then the address goes on counting for it.
+    pub(super) fn serves<'a>(
+        &self,
+        pool: &str,
+        address: IpAddr,
+        mut holders: impl Iterator<Item = &'a ObjectKey>,
+    ) -> bool {
+        self.ledger.pools.get(pool).is_some_and(|state| {
+            state.contains(address)
+                && holders.any(|holder| {
+                    self.services.get(holder).is_some_and(|holder| {
+                        state.admits(&holder.service, self.namespace_labels(&holder.service))
+                    })
+                })
+        })
     }
 
     /// Whether the request names another address or pool than the one held.

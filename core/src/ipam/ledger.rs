@@ -200,6 +200,8 @@ impl Ledger {
             self.touched_pools.insert(rest.pool.clone());
         }
         if let Some(key) = sharer.key() {
+            // Somebody may wait for an address to share.
+            self.freed = true;
             self.by_key
                 .entry((key.to_owned(), family))
                 .or_default()

@@ -68,9 +68,13 @@ impl Ipam {
             .filter(|vip| vip.services.contains(key));
         let recorded_pool = record.map(|vip| vip.pool.clone());
         let group = record.map(|vip| vip.group.clone());
-        let Some(pool) = self.home_of(&service, address, recorded_pool.as_ref()) else {
+        let Some(home) = self.home_of(&service, address, recorded_pool.as_ref()) else {
             return;
         };
+        // With overlapping pools the address may count for one that admits only others of its holders.
+        let pool = record
+            .filter(|vip| self.serves(&vip.pool, address, vip.services.iter()))
+            .map_or(home, |vip| vip.pool.clone());
         let sharer = Sharer::of(&service);
         if let Some(holding) = self.ledger.holding(address)
             && first_conflict(&holding.holders, key, &sharer).is_some()
