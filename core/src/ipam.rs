@@ -200,7 +200,7 @@ impl Ipam {
             shown,
             ..
         } = self;
-        ledger.end_rests(now, |address| {
+        ledger.end_rests(now, &|address| {
             virtual_ips.contains_key(&address) || shown.contains_key(&address)
         });
         loop {

@@ -417,6 +417,10 @@ pub enum Kind {
 
 /// What a source tells an index.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most are `Apply`, and none is kept"
+)]
 pub enum Event {
     /// The object is new or has changed.
     Apply(Object),

@@ -249,7 +249,7 @@ impl Ipam {
             }
             let loss = match self.may_keep(service, sharer, address) {
                 Ok(pool) => {
-                    self.ledger.set_sharer(address, key, sharer.clone());
+                    self.ledger.set_sharer(address, key, sharer);
                     if self.ledger.holding(address).is_some_and(|holding| {
                         holding.pool != pool
                             && !self.serves(&holding.pool, address, holding.holders.keys())

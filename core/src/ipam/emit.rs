@@ -221,27 +221,21 @@ impl Ipam {
                 .find(|said| said.kind == VIRTUAL_IP_ANNOUNCED)?;
             (said.status == "False").then_some((address, said))
         });
-        let (status, reason, message) = match bad {
-            Some((address, said)) => (
-                "False",
-                said.reason.clone(),
-                format!("{address}: {}", said.message),
-            ),
-            None => {
-                let was_bad = state.service.conditions.iter().any(|c| c.kind == ANNOUNCED)
-                    || state
-                        .said
-                        .as_ref()
-                        .is_some_and(|(said, _)| said.1.iter().any(|c| c.kind == ANNOUNCED));
-                if !was_bad {
-                    return None;
-                }
-                (
-                    "True",
-                    "Announced".into(),
-                    "every address is announced again".into(),
-                )
+        let (status, reason, message) = if let Some((address, said)) = bad {
+            let message = format!("{address}: {}", said.message);
+            ("False", said.reason.clone(), message)
+        } else {
+            let is_announced = |condition: &Condition| condition.kind == ANNOUNCED;
+            let was_bad = state.service.conditions.iter().any(is_announced)
+                || state
+                    .said
+                    .as_ref()
+                    .is_some_and(|((_, said), _)| said.iter().any(is_announced));
+            if !was_bad {
+                return None;
             }
+            let message = "every address is announced again".to_owned();
+            ("True", "Announced".to_owned(), message)
         };
         Some(Condition {
             kind: ANNOUNCED.into(),

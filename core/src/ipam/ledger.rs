@@ -17,7 +17,7 @@ use crate::ip::{Family, from_bits, virtual_ip_name};
 use crate::model::{NodeName, ObjectKey, Pool};
 
 /// How long an address rests whose pool is not known (any more).
-pub(super) const DEFAULT_QUARANTINE: Duration = Duration::from_secs(60);
+pub(super) const DEFAULT_QUARANTINE: Duration = Duration::from_mins(1);
 
 /// An address in use.
 #[derive(Clone, Debug)]
@@ -253,7 +253,7 @@ impl Ledger {
         if !taken(&name) {
             return name.into();
         }
-        (2u32..)
+        (2..=u32::MAX)
             .map(|number| format!("{name}-{number}"))
             .find(|candidate| !taken(candidate))
             .expect("some number below 2^32 is not taken by one of fewer groups")
@@ -341,7 +341,7 @@ impl Ledger {
     }
 
     /// Ends every rest that is over and that `in_the_way` does not object to.
-    pub(super) fn end_rests(&mut self, now: Duration, in_the_way: impl Fn(IpAddr) -> bool) {
+    pub(super) fn end_rests(&mut self, now: Duration, in_the_way: &dyn Fn(IpAddr) -> bool) {
         for address in self.quarantine.expire(now) {
             self.touched_records.insert(address);
             if in_the_way(address) {
@@ -361,7 +361,7 @@ impl Ledger {
     }
 
     /// Notes that a holder's ports, key or backend changed.
-    pub(super) fn set_sharer(&mut self, address: IpAddr, owner: &ObjectKey, sharer: Sharer) {
+    pub(super) fn set_sharer(&mut self, address: IpAddr, owner: &ObjectKey, sharer: &Sharer) {
         let Some(holding) = self.holdings.get_mut(&address) else {
             return;
         };
@@ -369,7 +369,7 @@ impl Ledger {
             holding.holders.remove(owner);
             return;
         };
-        if before == sharer {
+        if before == *sharer {
             return;
         }
         self.freed = true;

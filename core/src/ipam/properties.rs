@@ -11,7 +11,7 @@ use crate::ip::Family;
 use crate::model::*;
 use crate::selector::Labels;
 
-const QUARANTINE: Duration = Duration::from_secs(60);
+const QUARANTINE: Duration = Duration::from_mins(1);
 const NAMESPACES: [&str; 2] = ["red", "blue"];
 
 /// What may happen.
@@ -227,7 +227,7 @@ impl History {
                 continue;
             }
             if let Some((former, at)) = self.freed.remove(address) {
-                let rested = self.world.now - at >= QUARANTINE;
+                let rested = self.world.now.saturating_sub(at) >= QUARANTINE;
                 assert!(
                     rested || keys.iter().any(|key| former.contains(key)),
                     "{address} went from {former:?} to {keys:?} without rest"

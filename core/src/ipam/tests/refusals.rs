@@ -16,9 +16,12 @@ fn mk_shared(name: &str, key: &str, port: u16) -> Service {
     service
 }
 
+/// Name, edit, condition, and what the message must contain.
+type Case = (&'static str, fn(&mut Service), &'static str, &'static str);
+
 #[test]
 fn each_refusal_has_a_reason_and_a_cure() {
-    let cases: Vec<(&str, fn(&mut Service), &str, &str)> = vec![
+    let cases: Vec<Case> = vec![
         (
             "malformed",
             |s| {

@@ -32,7 +32,7 @@ pub(in crate::ipam) fn mk_pool(name: &str, ranges: &[&str]) -> Pool {
         auto_assign: true,
         avoid_buggy_ips: false,
         allocation: None,
-        quarantine: Duration::from_secs(60),
+        quarantine: Duration::from_mins(1),
         retain_assigned: false,
     }
 }
