@@ -1,0 +1,45 @@
+//! The system calls that the standard library and `nix` have no safe words for.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+
+use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+/// Makes the process that `command` starts enter a network namespace before it executes. Unlike
+/// `ip netns exec` it keeps the mounts, so that a pinned eBPF object is found where it was put.
+pub(crate) fn enter_before_exec(command: &mut Command, netns: Arc<File>) {
+    // SAFETY: the closure runs between fork and exec, and makes one async-signal-safe system call on a
+    // file descriptor that the `Arc` keeps open; it allocates nothing and takes no lock.
+    unsafe {
+        command.pre_exec(move || setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from));
+    }
+}
+
+/// A packet socket on one interface, for one ethertype (host byte order) or all of them (`ETH_P_ALL`).
+pub(crate) fn packet_socket(interface: u32, ethertype: u16) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+    // SAFETY: `sockaddr_ll` is plain data for which all zeroes is valid, the storage is larger than it, and
+    // the length given is its own.
+    let ((), address) = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let link = storage.cast::<libc::sockaddr_ll>();
+            link.write(mem::zeroed());
+            (*link).sll_family =
+                u16::try_from(libc::AF_PACKET).expect("address families fit 16 bits");
+            (*link).sll_protocol = ethertype.to_be();
+            (*link).sll_ifindex = i32::try_from(interface)
+                .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            *length = libc::socklen_t::try_from(mem::size_of::<libc::sockaddr_ll>())
+                .expect("a sockaddr is small");
+            Ok(())
+        })?
+    };
+    socket.bind(&address)?;
+    Ok(socket)
+}
