@@ -26,7 +26,7 @@ fn each_refusal_has_a_reason_and_a_cure() {
             "malformed",
             |s| {
                 s.request.malformed =
-                    Some("landfall.dev/ips: \"x\" is no address: write 192.0.2.1".into())
+                    Some("landfall.dev/ips: \"x\" is no address: write 192.0.2.1".into());
             },
             "False MalformedRequest",
             "write 192.0.2.1",
