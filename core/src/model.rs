@@ -261,7 +261,7 @@ pub struct Namespace {
 /// Who may take addresses of a pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceAllocation {
-    /// Lower goes first; pools without allocation rules go last.
+    /// Lower goes first, 0 (none given) after the others; pools without allocation rules go last.
     pub priority: u32,
     /// Namespaces by name.
     pub namespaces: Vec<String>,
@@ -353,6 +353,8 @@ pub struct VirtualIp {
     pub services: Vec<ObjectKey>,
     /// `spec.former`: who held it and has it back at once, while it rests.
     pub former: Vec<ObjectKey>,
+    /// `spec.retain`: whether its pool wanted it kept should the pool no longer contain it, or be deleted.
+    pub retain: bool,
     /// `status.leader`, as a speaker reported it.
     pub leader: Option<NodeName>,
     /// `status.conditions`, as a speaker reported them.

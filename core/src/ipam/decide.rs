@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Ipam;
+use super::ledger::OnRecord;
 use super::refusal::Refusal;
 use super::request::{CLASS, Want};
 use super::sharing::{Sharer, first_conflict};
@@ -115,7 +116,7 @@ impl Ipam {
                 Ok((picks, left)) => {
                     complete = left.is_none();
                     for (address, pool) in picks {
-                        self.take_fresh(key, address, &pool);
+                        self.take(key, address, &pool);
                     }
                 }
                 Err(why) => refusal = Some(why),
@@ -196,32 +197,25 @@ impl Ipam {
         self.let_go(key, address, now);
     }
 
-    pub(super) fn take(
-        &mut self,
-        key: &ObjectKey,
-        address: IpAddr,
-        pool: &Arc<str>,
-        group: Option<Arc<str>>,
-    ) {
+    /// Gives the Service an address that it may have, in the group of its record when that names the Service.
+    pub(super) fn take(&mut self, key: &ObjectKey, address: IpAddr, pool: &Arc<str>) {
         let Some(state) = self.services.get_mut(key) else {
             return;
         };
+        let record = self
+            .virtual_ips
+            .get(&address)
+            .filter(|vip| vip.services.contains(key));
+        let on_record = OnRecord {
+            group: record.map(|vip| vip.group.clone()),
+            retain: record.is_some_and(|vip| vip.retain && vip.pool == *pool),
+        };
         let sharer = Sharer::of(&state.service);
         self.ledger
-            .hold(address, pool, key, sharer, &state.held, group);
+            .hold(address, pool, key, sharer, &state.held, on_record);
         state.held.push(address);
         state.held.sort_unstable();
         state.known.insert(address);
-    }
-
-    /// Takes an address, with the group of its record when that already names the Service.
-    fn take_fresh(&mut self, key: &ObjectKey, address: IpAddr, pool: &Arc<str>) {
-        let group = self
-            .virtual_ips
-            .get(&address)
-            .filter(|vip| vip.services.contains(key))
-            .map(|vip| vip.group.clone());
-        self.take(key, address, pool, group);
     }
 
     fn missing(&self, key: &ObjectKey, want: &Want) -> Vec<Family> {
@@ -273,7 +267,7 @@ impl Ipam {
             match self.exchange(service, want, sharer, family) {
                 Ok((other, pool)) => {
                     self.give_back(key, address, now);
-                    self.take_fresh(key, other, &pool);
+                    self.take(key, other, &pool);
                 }
                 Err(refusal) => {
                     wish.get_or_insert(refusal);

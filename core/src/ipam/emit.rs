@@ -323,6 +323,7 @@ fn same_record(record: &Record, vip: &VirtualIp) -> bool {
         && record.group == vip.group
         && record.services == sorted(&vip.services)
         && record.former == sorted(&vip.former)
+        && record.retain == vip.retain
 }
 
 /// The addresses in the order of the Service's families.

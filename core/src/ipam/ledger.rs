@@ -30,6 +30,15 @@ pub(super) struct Holding {
     pub(super) holders: BTreeMap<ObjectKey, Sharer>,
 }
 
+/// What an observed record says of an address that is taken again.
+#[derive(Clone, Debug, Default)]
+pub(super) struct OnRecord {
+    /// The group it moved with.
+    pub(super) group: Option<Arc<str>>,
+    /// Whether it is kept though its pool is gone.
+    pub(super) retain: bool,
+}
+
 /// The addresses and what is known of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ledger {
@@ -120,8 +129,11 @@ impl Ledger {
     /// Puts `pool` in place of what had its name.
     pub(super) fn put_pool(&mut self, spec: Pool) {
         let name = spec.name.clone();
-        for holding in self.holdings.values_mut().filter(|h| h.pool == name) {
-            holding.retain = spec.retain_assigned;
+        for (&address, holding) in &mut self.holdings {
+            if holding.pool == name && holding.retain != spec.retain_assigned {
+                holding.retain = spec.retain_assigned;
+                self.touched_records.insert(address);
+            }
         }
         let mut state = PoolState::new(spec);
         for address in self.blocked_within(&state) {
@@ -183,7 +195,7 @@ impl Ledger {
 
     /// Gives `address` to `owner`, who holds `siblings` besides. The caller has checked that it may.
     ///
-    /// All addresses of one owner and of those it shares with carry one group. `group` is the one on record.
+    /// All addresses of one owner and of those it shares with carry one group.
     pub(super) fn hold(
         &mut self,
         address: IpAddr,
@@ -191,8 +203,12 @@ impl Ledger {
         owner: &ObjectKey,
         sharer: Sharer,
         siblings: &[IpAddr],
-        group: Option<Arc<str>>,
+        on_record: OnRecord,
     ) {
+        let OnRecord {
+            group,
+            retain: retained,
+        } = on_record;
         let family = Family::of(address);
         let rest = self.quarantine.remove(address);
         if let Some(rest) = &rest {
@@ -231,7 +247,7 @@ impl Ledger {
             let retain = self
                 .pools
                 .get(pool)
-                .is_some_and(|state| state.spec.retain_assigned);
+                .map_or(retained, |state| state.spec.retain_assigned);
             self.holdings.insert(
                 address,
                 Holding {
@@ -411,6 +427,7 @@ impl Ledger {
                 group: holding.group.clone(),
                 services: holding.holders.keys().cloned().collect(),
                 former: Vec::new(),
+                retain: holding.retain,
             });
         }
         let rest = self.quarantine.get(address)?;
@@ -420,6 +437,7 @@ impl Ledger {
             group: rest.group.clone(),
             services: Vec::new(),
             former: rest.former.iter().cloned().collect(),
+            retain: false,
         })
     }
 

@@ -170,14 +170,13 @@ impl PoolState {
             .is_none_or(|rules| admits(rules, service, namespace))
     }
 
-    /// Where the pool stands when pools are tried: lower priority first, pools without rules last, then by name.
+    /// Where the pool stands when pools are tried: lower priority first, 0 after all others (as in `MetalLB`),
+    /// pools without rules last, then by name.
     pub(super) fn rank(&self) -> (bool, u32, &str) {
-        let priority = self.spec.allocation.as_ref().map(|rules| rules.priority);
-        (
-            priority.is_none(),
-            priority.unwrap_or_default(),
-            &self.spec.name,
-        )
+        let rules = self.spec.allocation.as_ref();
+        let priority = rules.map_or(0, |rules| rules.priority);
+        let after_zero = priority.checked_sub(1).unwrap_or(u32::MAX);
+        (rules.is_none(), after_zero, &self.spec.name)
     }
 }
 

@@ -67,7 +67,6 @@ impl Ipam {
             .get(&address)
             .filter(|vip| vip.services.contains(key));
         let recorded_pool = record.map(|vip| vip.pool.clone());
-        let group = record.map(|vip| vip.group.clone());
         let Some(home) = self.home_of(&service, address, recorded_pool.as_ref()) else {
             return;
         };
@@ -81,7 +80,7 @@ impl Ipam {
         {
             return;
         }
-        self.take(key, address, &pool, group);
+        self.take(key, address, &pool);
     }
 
     /// The pool that `address` may be kept from: the one on record if it still contains it and admits the
@@ -116,10 +115,13 @@ impl Ipam {
         let name = recorded?;
         let retains = match pools.get(name) {
             Some(state) => state.spec.retain_assigned && state.admits(service, namespace),
-            None => self
-                .ledger
-                .holding(address)
-                .is_some_and(|holding| holding.pool == *name && holding.retain),
+            None => match self.ledger.holding(address) {
+                Some(holding) => holding.pool == *name && holding.retain,
+                None => self
+                    .virtual_ips
+                    .get(&address)
+                    .is_some_and(|vip| vip.pool == *name && vip.retain),
+            },
         };
         retains.then(|| name.clone())
     }

@@ -45,6 +45,8 @@ pub struct Record {
     pub services: Vec<ObjectKey>,
     /// Who held it and has it back at once, while it rests.
     pub former: Vec<ObjectKey>,
+    /// Whether its pool, when last seen, wanted it kept should the pool no longer contain it.
+    pub retain: bool,
 }
 
 /// A change of a record.

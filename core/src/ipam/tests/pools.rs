@@ -16,6 +16,7 @@ fn lower_priority_goes_first_then_name_and_pools_without_rules_last() {
     let mut world = World::new();
     for (name, range, rules) in [
         ("a-open", "192.0.2.0/32", None),
+        ("a-zero", "192.0.2.4/32", Some(mk_rules(0))),
         ("b-late", "192.0.2.1/32", Some(mk_rules(20))),
         ("z-early", "192.0.2.2/32", Some(mk_rules(10))),
         ("c-late", "192.0.2.3/32", Some(mk_rules(20))),
@@ -28,7 +29,8 @@ fn lower_priority_goes_first_then_name_and_pools_without_rules_last() {
         ("s1", "192.0.2.2"),
         ("s2", "192.0.2.1"),
         ("s3", "192.0.2.3"),
-        ("s4", "192.0.2.0"),
+        ("s4", "192.0.2.4"),
+        ("s5", "192.0.2.0"),
     ] {
         world.service(mk_service(name));
         assert_eq!(world.shown(name), [expected]);
@@ -220,6 +222,8 @@ fn retained_addresses_stay_over_edit_delete_and_restart() {
     world.restart();
     assert_eq!(world.shown("web"), ["192.0.2.0"]);
     world.delete_pool("a");
+    assert_eq!(world.shown("web"), ["192.0.2.0"]);
+    world.restart();
     assert_eq!(world.shown("web"), ["192.0.2.0"]);
     assert_eq!(world.notices.len(), 1);
 }

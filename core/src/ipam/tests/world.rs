@@ -196,6 +196,7 @@ impl World {
                     group: record.group,
                     services: record.services,
                     former: record.former,
+                    retain: record.retain,
                     leader: None,
                     conditions: Vec::new(),
                 };

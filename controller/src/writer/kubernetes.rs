@@ -1,0 +1,96 @@
+//! The sink that is a real API server.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use jiff::Timestamp;
+use kube::Client;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::core::Request;
+use landfall_core::ip::virtual_ip_name;
+use landfall_core::ipam::RecordChange;
+use serde_json::Value;
+
+use super::body::{self, API_VERSION, FIELD_MANAGER};
+use super::{Sink, Write, WriteError};
+
+/// Writes through a client.
+#[derive(Clone)]
+pub struct Kubernetes {
+    client: Client,
+    /// Who we are, for Events.
+    identity: String,
+}
+
+impl Kubernetes {
+    /// A sink that writes as `identity`.
+    pub fn new(client: Client, identity: String) -> Self {
+        Self { client, identity }
+    }
+}
+
+impl Sink for Kubernetes {
+    fn write(&self, write: Write) -> Pin<Box<dyn Future<Output = Result<(), WriteError>> + Send>> {
+        let client = self.client.clone();
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        let now = Timestamp::now();
+        let ours = |kind: &str| Request::new(format!("/apis/{API_VERSION}/{kind}"));
+        let request = match &write {
+            Write::Record(RecordChange::Put(record)) => ours("virtualips").patch(
+                &virtual_ip_name(record.address),
+                &params,
+                &Patch::Apply(body::virtual_ip(record)),
+            ),
+            Write::Record(RecordChange::Remove(address)) => {
+                ours("virtualips").delete(&virtual_ip_name(*address), &DeleteParams::default())
+            }
+            Write::Service(status) => Request::new(format!(
+                "/api/v1/namespaces/{}/services",
+                status.key.namespace
+            ))
+            .patch_subresource(
+                "status",
+                &status.key.name,
+                &params,
+                &Patch::Apply(body::service_status(status, now)),
+            ),
+            Write::Pool(status) => ours("ipaddresspools").patch_subresource(
+                "status",
+                &status.name,
+                &params,
+                &Patch::Apply(body::pool_status(status, now)),
+            ),
+            Write::Event(note) => {
+                let body: Value = body::event(note, &self.identity);
+                Request::new(format!(
+                    "/apis/events.k8s.io/v1/namespaces/{}/events",
+                    note.key.namespace
+                ))
+                .create(&PostParams::default(), body.to_string().into_bytes())
+            }
+        };
+        Box::pin(async move {
+            let request = request.map_err(|error| WriteError::Failed(error.to_string()))?;
+            // The answer is not parsed: what was written comes back by the watch.
+            match client.request_text(request).await {
+                Ok(_) => Ok(()),
+                Err(kube::Error::Api(status)) => judge(&write, status.code, &status.message),
+                Err(error) => Err(WriteError::Failed(error.to_string())),
+            }
+        })
+    }
+}
+
+/// What an error answer means for this write.
+fn judge(write: &Write, code: u16, message: &str) -> Result<(), WriteError> {
+    match (write, code) {
+        (Write::Record(RecordChange::Remove(_)), 404) | (Write::Event(_), 409) => Ok(()),
+        // Another UID is a conflict; with `force` nothing else is.
+        (Write::Service(_), 404 | 409) | (Write::Pool(_) | Write::Event(_), 404) => {
+            Err(WriteError::Gone)
+        }
+        // No Event can be made in a namespace that is going away.
+        (Write::Event(_), 403) => Err(WriteError::Gone),
+        (_, code) => Err(WriteError::Failed(format!("{code}: {message}"))),
+    }
+}

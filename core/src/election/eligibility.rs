@@ -1,0 +1,333 @@
+//! Who could lead a group, on which interfaces, and why not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::peer::{InterfaceFact, NodeRegister};
+use crate::groups::{Group, GroupVip, Refused};
+use crate::ip::Family;
+use crate::model::{NodeName, ObjectKey};
+
+/// The interface an address is announced on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InterfaceChoice {
+    /// Its name.
+    pub name: Arc<str>,
+    /// No node has a subnet with the address: it is announced on the interface of the default route.
+    pub default_route: bool,
+}
+
+/// Why a node cannot lead a group now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ineligible {
+    /// Neither gossip nor a hello says that it lives.
+    NotAlive,
+    /// It lives, but its speaker has not said anything about itself yet, or is still listing.
+    NotSynced,
+    /// Its speaker is stopping.
+    Leaving,
+    /// The sources rule it out.
+    Refused(Refused),
+    /// None of its interfaces is up in the address's subnet.
+    NoSubnet(IpAddr),
+    /// None of its interfaces that are up has one of these names.
+    NoInterface(Vec<String>),
+    /// It neither has the address's subnet nor a default route.
+    NoDefaultRoute(IpAddr),
+    /// The other nodes do not hear it on the address's segment.
+    NotHeard(Arc<str>),
+    /// It has no servable endpoint of a Service with `externalTrafficPolicy: Local`.
+    NoEndpoint(ObjectKey),
+    /// What it knows differs from what the majority knows.
+    Odd,
+}
+
+impl Ineligible {
+    /// Whether its announcements still reach clients and serve them, so that it may wait for a successor.
+    pub fn is_soft(&self) -> bool {
+        match self {
+            Self::Leaving | Self::Refused(_) | Self::NoEndpoint(_) | Self::Odd => true,
+            Self::NotAlive
+            | Self::NotSynced
+            | Self::NoSubnet(_)
+            | Self::NoInterface(_)
+            | Self::NoDefaultRoute(_)
+            | Self::NotHeard(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for Ineligible {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAlive => f.write_str("no sign of life from its speaker"),
+            Self::NotSynced => f.write_str("its speaker is starting"),
+            Self::Leaving => f.write_str("its speaker is stopping"),
+            Self::Refused(refused) => refused.fmt(f),
+            Self::NoSubnet(vip) => write!(f, "no interface that is up has {vip} in its subnet"),
+            Self::NoInterface(patterns) => write!(
+                f,
+                "no interface that is up is named {} (interfaces)",
+                patterns.join(" or ")
+            ),
+            Self::NoDefaultRoute(vip) => {
+                write!(f, "no subnet with {vip} and no interface with a default route")
+            }
+            Self::NotHeard(interface) => {
+                write!(f, "not heard by the other nodes on the segment of {interface}")
+            }
+            Self::NoEndpoint(service) => write!(
+                f,
+                "no servable endpoint of {service}, which has externalTrafficPolicy: Local"
+            ),
+            Self::Odd => f.write_str("its view of the cluster differs from the majority's"),
+        }
+    }
+}
+
+/// Whether a node could lead a group, and on which interface each address would be.
+pub type Verdict = Result<BTreeMap<IpAddr, InterfaceChoice>, Ineligible>;
+
+/// A living node, as the rules see it.
+pub(super) struct Subject<'a> {
+    pub(super) node: &'a NodeName,
+    pub(super) register: Option<&'a NodeRegister>,
+    pub(super) odd: bool,
+}
+
+/// Judges every living node. `leader` is the present one, whose part of a split segment wins a tie.
+pub(super) fn judge(
+    group: &Group,
+    subjects: &[Subject<'_>],
+    leader: Option<&NodeName>,
+    segments: &mut Segments,
+) -> Vec<Verdict> {
+    // Per address: whether any living node has it in a subnet. If not, the default route's interface is taken.
+    let owned: Vec<bool> = group
+        .vips
+        .iter()
+        .map(|vip| {
+            subjects.iter().any(|subject| {
+                subject.register.is_some_and(|register| {
+                    register
+                        .interfaces
+                        .iter()
+                        .any(|interface| prefix(interface, vip.address).is_some())
+                })
+            })
+        })
+        .collect();
+    let mut verdicts: Vec<Verdict> = subjects
+        .iter()
+        .map(|subject| {
+            let register = subject.register.ok_or(Ineligible::NotSynced)?;
+            if !register.synced {
+                return Err(Ineligible::NotSynced);
+            }
+            let mut choices = BTreeMap::new();
+            for (vip, owned) in group.vips.iter().zip(&owned) {
+                let choice = choose(vip, subject.node, register, *owned)?;
+                choices.insert(vip.address, choice);
+            }
+            Ok(choices)
+        })
+        .collect();
+    for vip in &group.vips {
+        let seats: Vec<(usize, Arc<str>)> = verdicts
+            .iter()
+            .enumerate()
+            .filter_map(|(at, verdict)| {
+                let choice = verdict.as_ref().ok()?.get(&vip.address)?;
+                Some((at, choice.name.clone()))
+            })
+            .collect();
+        let deaf = segments.deaf(subjects, &seats, leader);
+        for (at, name) in &seats {
+            if deaf.contains(subjects[*at].node) {
+                verdicts[*at] = Err(Ineligible::NotHeard(name.clone()));
+            }
+        }
+    }
+    // What does not keep an announcement from working comes last: these nodes may hand over in peace.
+    for (subject, verdict) in subjects.iter().zip(&mut verdicts) {
+        if verdict.is_ok()
+            && let Some(reason) = soft(group, subject)
+        {
+            *verdict = Err(reason);
+        }
+    }
+    verdicts
+}
+
+fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
+    let register = subject.register?;
+    if register.leaving {
+        return Some(Ineligible::Leaving);
+    }
+    for vip in &group.vips {
+        if let Err(refused) = vip.placement.admission(subject.node) {
+            return Some(Ineligible::Refused(refused));
+        }
+    }
+    if !register.capabilities.steers {
+        for service in &group.services {
+            if let Some(nodes) = &service.local_nodes
+                && !nodes.contains(subject.node)
+            {
+                return Some(Ineligible::NoEndpoint(service.key.clone()));
+            }
+        }
+    }
+    subject.odd.then_some(Ineligible::Odd)
+}
+
+/// The length of the prefix by which an interface that is up owns the address.
+fn prefix(interface: &InterfaceFact, address: IpAddr) -> Option<u8> {
+    interface
+        .up
+        .then(|| {
+            interface
+                .subnets
+                .iter()
+                .filter(|subnet| subnet.contains(&address))
+                .map(ipnet::IpNet::prefix_len)
+                .max()
+        })
+        .flatten()
+}
+
+fn choose(
+    vip: &GroupVip,
+    node: &NodeName,
+    register: &NodeRegister,
+    owned: bool,
+) -> Result<InterfaceChoice, Ineligible> {
+    let address = vip.address;
+    let up = || register.interfaces.iter().filter(|interface| interface.up);
+    let best = |wanted: &dyn Fn(&InterfaceFact) -> bool| {
+        up().filter(|interface| wanted(interface))
+            .max_by_key(|interface| {
+                (
+                    prefix(interface, address),
+                    std::cmp::Reverse(interface.name.clone()),
+                )
+            })
+            .map(|interface| InterfaceChoice {
+                name: interface.name.clone(),
+                default_route: false,
+            })
+    };
+    // A node that is not admitted may still hold the address from before: it keeps the interface by subnet.
+    let admission = vip.placement.admission(node).ok();
+    if let Some(admission) = admission.filter(|admission| !admission.patterns.is_empty()) {
+        if let Some(choice) = best(&|interface| admission.names(&interface.name)) {
+            return Ok(choice);
+        }
+        if !admission.by_subnet {
+            return Err(Ineligible::NoInterface(admission.patterns.clone()));
+        }
+    }
+    if let Some(choice) = best(&|interface| prefix(interface, address).is_some()) {
+        return Ok(choice);
+    }
+    if owned {
+        return Err(Ineligible::NoSubnet(address));
+    }
+    up().find(|interface| match Family::of(address) {
+        Family::V4 => interface.default_route.0,
+        Family::V6 => interface.default_route.1,
+    })
+    .map(|interface| InterfaceChoice {
+        name: interface.name.clone(),
+        default_route: true,
+    })
+    .ok_or(Ineligible::NoDefaultRoute(address))
+}
+
+/// Who sits where, and whose part of a split wins a tie.
+type Seating = (Vec<(NodeName, Arc<str>)>, Option<NodeName>);
+
+/// Which nodes hear each other, kept until anything about nodes changes.
+#[derive(Debug, Default)]
+pub(super) struct Segments {
+    known: BTreeMap<Seating, Arc<BTreeSet<NodeName>>>,
+}
+
+impl Segments {
+    pub(super) fn forget(&mut self) {
+        self.known.clear();
+    }
+
+    /// The nodes that sit outside the largest set of nodes that hear each other, directly or by others.
+    fn deaf(
+        &mut self,
+        subjects: &[Subject<'_>],
+        seats: &[(usize, Arc<str>)],
+        leader: Option<&NodeName>,
+    ) -> Arc<BTreeSet<NodeName>> {
+        let key: Seating = (
+            seats
+                .iter()
+                .map(|(at, name)| (subjects[*at].node.clone(), name.clone()))
+                .collect(),
+            leader.cloned(),
+        );
+        self.known
+            .entry(key)
+            .or_insert_with(|| Arc::new(outside_largest(subjects, seats, leader)))
+            .clone()
+    }
+}
+
+fn outside_largest(
+    subjects: &[Subject<'_>],
+    seats: &[(usize, Arc<str>)],
+    leader: Option<&NodeName>,
+) -> BTreeSet<NodeName> {
+    let hears = |(at, name): &(usize, Arc<str>), other: &NodeName| {
+        subjects[*at].register.is_some_and(|register| {
+            register
+                .interfaces
+                .iter()
+                .any(|interface| interface.name == *name && interface.heard.contains(other))
+        })
+    };
+    let mut component: Vec<usize> = (0..seats.len()).collect();
+    for left in 0..seats.len() {
+        for right in left + 1..seats.len() {
+            let (a, b) = (&seats[left], &seats[right]);
+            if component[left] != component[right]
+                && hears(a, subjects[b.0].node)
+                && hears(b, subjects[a.0].node)
+            {
+                let (from, to) = (component[right], component[left]);
+                for member in &mut component {
+                    if *member == from {
+                        *member = to;
+                    }
+                }
+            }
+        }
+    }
+    let mut members: BTreeMap<usize, BTreeSet<&NodeName>> = BTreeMap::new();
+    for (seat, root) in seats.iter().zip(&component) {
+        members.entry(*root).or_default().insert(subjects[seat.0].node);
+    }
+    let largest = members
+        .iter()
+        .max_by_key(|(_, nodes)| {
+            (
+                nodes.len(),
+                leader.is_some_and(|leader| nodes.contains(leader)),
+                std::cmp::Reverse(nodes.first().copied()),
+            )
+        })
+        .map(|(root, _)| *root);
+    members
+        .into_iter()
+        .filter(|(root, _)| Some(*root) != largest)
+        .flat_map(|(_, nodes)| nodes.into_iter().cloned())
+        .collect()
+}

@@ -1,0 +1,114 @@
+//! What a node says of itself.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::model::NodeName;
+
+/// Tells one run of a speaker from another. Random; only equality matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BootId(pub u64);
+
+impl fmt::Display for BootId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// An interface that could announce: up or not, but no port of a bond or bridge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceFact {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The subnets of its addresses.
+    pub subnets: Vec<IpNet>,
+    /// Up, with carrier.
+    pub up: bool,
+    /// It carries a default route, by family (IPv4, IPv6).
+    pub default_route: (bool, bool),
+    /// The nodes whose hellos are heard there.
+    pub heard: BTreeSet<NodeName>,
+}
+
+/// What a speaker can do; all use what all understand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// Its data path hands packets to the nodes that should serve them.
+    pub steers: bool,
+    /// The highest steering-table algorithm it understands.
+    pub table_algorithm: u16,
+}
+
+impl Default for Capabilities {
+    fn default() -> Self {
+        Self {
+            steers: false,
+            table_algorithm: 1,
+        }
+    }
+}
+
+/// What a node says of itself as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRegister {
+    /// Its interfaces, by name.
+    pub interfaces: Vec<InterfaceFact>,
+    /// What it can do.
+    pub capabilities: Capabilities,
+    /// It has listed its sources and may lead.
+    pub synced: bool,
+    /// It is about to stop and leads nothing new.
+    pub leaving: bool,
+}
+
+/// How a claim is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ClaimMode {
+    /// It stays.
+    Held,
+    /// It ends as soon as another node has claimed.
+    Yielding {
+        /// Who should claim; anybody when absent.
+        to: Option<NodeName>,
+    },
+}
+
+/// What makes a node the leader of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Grows by one at each take-over; the higher wins.
+    pub epoch: u64,
+    /// Milliseconds since the Unix epoch at which it began; for display only.
+    pub since: u64,
+    /// Whether it stays.
+    pub mode: ClaimMode,
+}
+
+impl Claim {
+    /// Whether it stays.
+    pub fn held(&self) -> bool {
+        self.mode == ClaimMode::Held
+    }
+}
+
+/// What a node says of itself about a group.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupRegister {
+    /// Its claim.
+    pub claim: Option<Claim>,
+    /// Its packets would be served here: kube-proxy has the rules.
+    pub ready: bool,
+    /// Its inputs differ from the majority's.
+    pub odd: bool,
+    /// The digest of its inputs.
+    pub digest: u64,
+    /// The highest epoch it has seen.
+    pub seen: u64,
+}

@@ -1,0 +1,102 @@
+//! What is said between speakers, and how it is written: a version byte, then the frame in postcard.
+
+use serde::{Deserialize, Serialize};
+
+use super::peer::{BootId, GroupRegister, NodeRegister};
+use crate::groups::GroupId;
+use crate::model::NodeName;
+
+/// The version of the encoding; another is refused and counted.
+const VERSION: u8 = 1;
+/// The longest frame that is taken, in bytes.
+pub const MAX_FRAME: usize = 64 * 1024;
+const MAX_NAME: usize = 253;
+const MAX_GROUPS: usize = 4096;
+const MAX_INTERFACES: usize = 256;
+
+/// How far somebody's registers are known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// Whose.
+    pub node: NodeName,
+    /// Of which run.
+    pub boot: BootId,
+    /// Every change up to this version.
+    pub version: u64,
+}
+
+/// A message between speakers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Frame {
+    /// All registers of a node that changed after version `from`, up to that of `mark`.
+    Update {
+        /// Whose registers, and the last version covered.
+        mark: Mark,
+        /// The version after which they changed.
+        from: u64,
+        /// The node's own register with its version, if it changed.
+        node: Option<(u64, NodeRegister)>,
+        /// The groups' registers with their versions; nothing for one that is gone.
+        groups: Vec<(GroupId, u64, Option<GroupRegister>)>,
+    },
+    /// Asks for what changed after these marks.
+    Want(Vec<Mark>),
+    /// Tells what is known, so that the receiver may ask for what it lacks.
+    Known(Vec<Mark>),
+}
+
+/// Why a frame was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Another version of Landfall speaks another language.
+    #[error("unknown frame version {0}")]
+    Version(u8),
+    /// It cannot be read, or is longer than anything a speaker sends.
+    #[error("malformed frame")]
+    Malformed,
+}
+
+impl Frame {
+    /// As bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_extend(self, vec![VERSION])
+            .expect("writing plain data to a growing buffer cannot fail")
+    }
+
+    /// From bytes, with its sizes checked.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        let (version, rest) = bytes.split_first().ok_or(FrameError::Malformed)?;
+        if *version != VERSION {
+            return Err(FrameError::Version(*version));
+        }
+        if bytes.len() > MAX_FRAME {
+            return Err(FrameError::Malformed);
+        }
+        let (frame, rest) =
+            postcard::take_from_bytes::<Self>(rest).map_err(|_| FrameError::Malformed)?;
+        if rest.is_empty() && frame.is_bounded() {
+            Ok(frame)
+        } else {
+            Err(FrameError::Malformed)
+        }
+    }
+
+    fn is_bounded(&self) -> bool {
+        let name = |mark: &Mark| mark.node.0.len() <= MAX_NAME;
+        match self {
+            Self::Update {
+                mark, node, groups, ..
+            } => {
+                name(mark)
+                    && groups.len() <= MAX_GROUPS
+                    && groups.iter().all(|(id, _, _)| id.len() <= MAX_NAME)
+                    && node
+                        .as_ref()
+                        .is_none_or(|(_, node)| node.interfaces.len() <= MAX_INTERFACES)
+            }
+            Self::Want(marks) | Self::Known(marks) => {
+                marks.len() <= MAX_GROUPS && marks.iter().all(name)
+            }
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! Which addresses move together, and where they may be announced: a synchronous index.
+//!
+//! ```text
+//!  Event ──apply──> GroupIndex ──reconcile──> ids of the groups that changed
+//!                     │
+//!                     ├─ groups      addresses of one holder, with what an announcing node must have
+//!                     └─ placements  which nodes the L2Advertisements admit, shared between groups
+//! ```
+//!
+//! The speaker's loop feeds it and hands it to [`crate::election`]. Nothing here knows who is alive.
+
+mod placement;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use xxhash_rust::xxh64::Xxh64;
+
+use crate::model::{
+    Advertisement, EndpointSlice, Event, Kind, Node, NodeName, Object, ObjectId, ObjectKey, Pool,
+    Protocol, Service, ServicePort, TrafficPolicy, VirtualIp,
+};
+pub use placement::{Admission, EXCLUDE_LABEL, Placement, Refused};
+
+/// A group's identity: the name of the `VirtualIP` that its holder got first.
+pub type GroupId = Arc<str>;
+
+/// An address of a group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupVip {
+    /// The address.
+    pub address: IpAddr,
+    /// Where it may be announced.
+    pub placement: Arc<Placement>,
+    /// The leader that its `VirtualIP` reports; somebody announced it before.
+    pub reported_leader: Option<NodeName>,
+}
+
+/// A Service of a group, as far as announcing goes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupService {
+    /// Its name.
+    pub key: ObjectKey,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+    /// With `externalTrafficPolicy: Local`: the nodes with a servable endpoint.
+    pub local_nodes: Option<BTreeSet<NodeName>>,
+    /// `spec.healthCheckNodePort`, 0 when there is none.
+    pub health_check_node_port: u16,
+    /// Nodes with servable endpoints, whatever the policy.
+    pub endpoint_nodes: BTreeSet<NodeName>,
+    /// Endpoints that are processes of nodes, by port; empty when any endpoint is a pod.
+    pub host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, SocketAddr>>,
+}
+
+/// Addresses that move together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// Its identity.
+    pub id: GroupId,
+    /// Its addresses, sorted.
+    pub vips: Vec<GroupVip>,
+    /// The Services that hold them, sorted.
+    pub services: Vec<GroupService>,
+    /// A digest of every input of the election that comes from the sources: nodes with equal inputs have equal digests.
+    pub digest: u64,
+}
+
+impl Group {
+    /// Whether a better node takes the group back when it returns.
+    pub fn failback(&self) -> bool {
+        self.vips.iter().any(|vip| vip.placement.failback)
+    }
+
+    /// Whether an overloaded leader may give the group away.
+    pub fn rebalance(&self) -> bool {
+        self.vips.iter().all(|vip| vip.placement.rebalance)
+    }
+
+    /// The weight of a node that is admitted: 1 and its preferences.
+    pub fn weight(&self, node: &NodeName) -> u32 {
+        self.vips
+            .iter()
+            .filter_map(|vip| vip.placement.admission(node).ok())
+            .map(|admission| admission.weight)
+            .max()
+            .unwrap_or(1)
+    }
+}
+
+/// The index. See the module's documentation.
+#[derive(Debug, Default)]
+pub struct GroupIndex {
+    /// Deliver endpoints that are nodes' own addresses ourselves (manifests source only).
+    host_endpoints: bool,
+    services: BTreeMap<ObjectKey, Service>,
+    slices: BTreeMap<ObjectKey, EndpointSlice>,
+    slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    nodes: Arc<BTreeMap<NodeName, Node>>,
+    node_of_address: BTreeMap<IpAddr, NodeName>,
+    pools: BTreeMap<Arc<str>, Pool>,
+    advertisements: BTreeMap<Arc<str>, Advertisement>,
+    vips: BTreeMap<IpAddr, VirtualIp>,
+    members: BTreeMap<GroupId, BTreeSet<IpAddr>>,
+    groups_of: BTreeMap<ObjectKey, BTreeSet<GroupId>>,
+    groups: BTreeMap<GroupId, Arc<Group>>,
+    placements: BTreeMap<Vec<Arc<str>>, Arc<Placement>>,
+    unplaced: Option<Arc<Placement>>,
+    dirty: BTreeSet<GroupId>,
+    all_dirty: bool,
+    synced: BTreeSet<Kind>,
+}
+
+/// The kinds that must be listed before anything may be elected.
+pub const KINDS: [Kind; 6] = [
+    Kind::Service,
+    Kind::EndpointSlice,
+    Kind::Node,
+    Kind::Pool,
+    Kind::Advertisement,
+    Kind::VirtualIp,
+];
+
+impl GroupIndex {
+    /// An empty index. With `host_endpoints`, Services whose endpoints are addresses of nodes are recognised.
+    pub fn new(host_endpoints: bool) -> Self {
+        Self {
+            host_endpoints,
+            ..Self::default()
+        }
+    }
+
+    /// Takes an event in.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::Apply(object) => self.apply_object(object),
+            Event::Delete(id) => self.delete(&id),
+            Event::Synced(kind) => {
+                self.synced.insert(kind);
+            }
+        }
+    }
+
+    /// Whether every kind was listed once.
+    pub fn is_synced(&self) -> bool {
+        KINDS.iter().all(|kind| self.synced.contains(kind))
+    }
+
+    fn apply_object(&mut self, object: Object) {
+        match object {
+            Object::Service(service) => {
+                let key = service.key.clone();
+                if self.services.get(&key) != Some(&service) {
+                    self.services.insert(key.clone(), service);
+                    self.touch_service(&key);
+                }
+            }
+            Object::EndpointSlice(slice) => {
+                let (key, service) = (slice.key.clone(), slice.service.clone());
+                if let Some(old) = self.slices.insert(key.clone(), slice)
+                    && old.service != service
+                {
+                    self.forget_slice(&old);
+                }
+                self.slices_of
+                    .entry(service.clone())
+                    .or_default()
+                    .insert(key);
+                self.touch_service(&service);
+            }
+            Object::Node(node) => {
+                if self.nodes.get(&node.name) != Some(&node) {
+                    Arc::make_mut(&mut self.nodes).insert(node.name.clone(), node);
+                    self.nodes_changed();
+                }
+            }
+            Object::Pool(pool) => {
+                if self.pools.get(&pool.name) != Some(&pool) {
+                    self.pools.insert(pool.name.clone(), pool);
+                    self.policy_changed();
+                }
+            }
+            Object::Advertisement(advertisement) => {
+                self.advertisements
+                    .insert(advertisement.name.clone(), advertisement);
+                self.policy_changed();
+            }
+            Object::VirtualIp(vip) => {
+                if self.vips.get(&vip.address) != Some(&vip) {
+                    self.forget_vip(vip.address);
+                    self.touch_vip(&vip);
+                    let members = self.members.entry(vip.group.clone()).or_default();
+                    members.insert(vip.address);
+                    for service in &vip.services {
+                        self.groups_of
+                            .entry(service.clone())
+                            .or_default()
+                            .insert(vip.group.clone());
+                    }
+                    self.vips.insert(vip.address, vip);
+                }
+            }
+            Object::Namespace(_) => {}
+        }
+    }
+
+    fn delete(&mut self, id: &ObjectId) {
+        match id {
+            ObjectId::Service(key) => {
+                self.services.remove(key);
+                self.touch_service(key);
+            }
+            ObjectId::EndpointSlice(key) => {
+                if let Some(old) = self.slices.remove(key) {
+                    self.forget_slice(&old);
+                }
+            }
+            ObjectId::Node(name) => {
+                if Arc::make_mut(&mut self.nodes).remove(name).is_some() {
+                    self.nodes_changed();
+                }
+            }
+            ObjectId::Pool(name) => {
+                self.pools.remove(name);
+                self.policy_changed();
+            }
+            ObjectId::Advertisement(name) => {
+                self.advertisements.remove(name);
+                self.policy_changed();
+            }
+            ObjectId::VirtualIp(address) => self.forget_vip(*address),
+            ObjectId::Namespace(_) => {}
+        }
+    }
+
+    fn forget_slice(&mut self, old: &EndpointSlice) {
+        if let Some(slices) = self.slices_of.get_mut(&old.service) {
+            slices.remove(&old.key);
+            if slices.is_empty() {
+                self.slices_of.remove(&old.service);
+            }
+        }
+        self.touch_service(&old.service);
+    }
+
+    fn forget_vip(&mut self, address: IpAddr) {
+        let Some(old) = self.vips.remove(&address) else {
+            return;
+        };
+        self.touch_vip(&old);
+        if let Some(members) = self.members.get_mut(&old.group) {
+            members.remove(&address);
+            if members.is_empty() {
+                self.members.remove(&old.group);
+            }
+        }
+        for service in &old.services {
+            // Another address of the group may still be held by the same Service.
+            let held = self
+                .members
+                .get(&old.group)
+                .is_some_and(|members| members.iter().any(|a| self.vips[a].services.contains(service)));
+            if !held && let Some(groups) = self.groups_of.get_mut(service) {
+                groups.remove(&old.group);
+                if groups.is_empty() {
+                    self.groups_of.remove(service);
+                }
+            }
+        }
+    }
+
+    fn touch_vip(&mut self, vip: &VirtualIp) {
+        self.dirty.insert(vip.group.clone());
+    }
+
+    fn touch_service(&mut self, key: &ObjectKey) {
+        if let Some(groups) = self.groups_of.get(key) {
+            self.dirty.extend(groups.iter().cloned());
+        }
+    }
+
+    fn nodes_changed(&mut self) {
+        self.node_of_address = self
+            .nodes
+            .values()
+            .flat_map(|node| node.addresses.iter().map(|address| (*address, node.name.clone())))
+            .collect();
+        self.policy_changed();
+    }
+
+    fn policy_changed(&mut self) {
+        self.placements.clear();
+        self.unplaced = None;
+        self.all_dirty = true;
+    }
+
+    /// Brings the groups up to date and returns the ids of those that changed, appeared or vanished.
+    pub fn reconcile(&mut self) -> BTreeSet<GroupId> {
+        let dirty = if std::mem::take(&mut self.all_dirty) {
+            self.dirty.clear();
+            self.members
+                .keys()
+                .chain(self.groups.keys())
+                .cloned()
+                .collect()
+        } else {
+            std::mem::take(&mut self.dirty)
+        };
+        dirty
+            .into_iter()
+            .filter(|id| {
+                let new = self.build(id);
+                let old = self.groups.get(id);
+                if old.map(AsRef::as_ref) == new.as_ref() {
+                    return false;
+                }
+                match new {
+                    Some(group) => self.groups.insert(id.clone(), Arc::new(group)),
+                    None => self.groups.remove(id),
+                };
+                true
+            })
+            .collect()
+    }
+
+    /// The groups, by id.
+    pub fn groups(&self) -> &BTreeMap<GroupId, Arc<Group>> {
+        &self.groups
+    }
+
+    /// The nodes that the source knows.
+    pub fn nodes(&self) -> &BTreeMap<NodeName, Node> {
+        &self.nodes
+    }
+
+    /// A `VirtualIP`, as last observed.
+    pub fn virtual_ip(&self, address: IpAddr) -> Option<&VirtualIp> {
+        self.vips.get(&address)
+    }
+
+    /// Every address that is in use.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.groups
+            .values()
+            .flat_map(|group| group.vips.iter().map(|vip| vip.address))
+    }
+
+    fn build(&mut self, id: &GroupId) -> Option<Group> {
+        let addresses: Vec<IpAddr> = self.members.get(id)?.iter().copied().collect();
+        let mut keys = BTreeSet::new();
+        let mut vips = Vec::new();
+        for address in addresses {
+            let vip = self.vips[&address].clone();
+            if vip.services.is_empty() {
+                continue; // It rests: nobody holds it, nobody announces it.
+            }
+            let placement = self.placement(&vip);
+            keys.extend(vip.services);
+            vips.push(GroupVip {
+                address,
+                placement,
+                reported_leader: vip.leader,
+            });
+        }
+        if vips.is_empty() {
+            return None;
+        }
+        let services: Vec<GroupService> = keys
+            .into_iter()
+            .map(|key| self.group_service(key))
+            .collect();
+        let digest = digest(id, &vips, &services);
+        Some(Group {
+            id: id.clone(),
+            vips,
+            services,
+            digest,
+        })
+    }
+
+    fn placement(&mut self, vip: &VirtualIp) -> Arc<Placement> {
+        let pool = self.pools.get(&vip.pool);
+        let selecting: Vec<&Advertisement> = self
+            .advertisements
+            .values()
+            .filter(|advertisement| placement::selects_pool(advertisement, &vip.pool, pool))
+            .collect();
+        if selecting.is_empty() {
+            return self
+                .unplaced
+                .get_or_insert_with(|| Arc::new(Placement::everywhere(self.nodes.clone())))
+                .clone();
+        }
+        let matching: Vec<&Advertisement> = selecting
+            .into_iter()
+            .filter(|advertisement| {
+                advertisement.service_selectors.is_empty()
+                    || vip.services.iter().any(|key| {
+                        let labels = self.services.get(key).map(|service| &service.labels);
+                        let none = BTreeMap::new();
+                        let labels = labels.unwrap_or(&none);
+                        advertisement
+                            .service_selectors
+                            .iter()
+                            .any(|selector| selector.matches(labels))
+                    })
+            })
+            .collect();
+        let names: Vec<Arc<str>> = matching.iter().map(|a| a.name.clone()).collect();
+        self.placements
+            .entry(names)
+            .or_insert_with(|| Arc::new(Placement::new(&matching, self.nodes.clone())))
+            .clone()
+    }
+
+    fn group_service(&self, key: ObjectKey) -> GroupService {
+        let service = self.services.get(&key);
+        let mut endpoint_nodes = BTreeSet::new();
+        let mut host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, SocketAddr>> =
+            BTreeMap::new();
+        let mut only_hosts = self.host_endpoints;
+        let ports = service.map(|service| service.ports.clone()).unwrap_or_default();
+        let slices = self.slices_of.get(&key).into_iter().flatten();
+        for slice in slices.filter_map(|name| self.slices.get(name)) {
+            for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.servable()) {
+                let owner = self.node_of_address.get(&endpoint.address);
+                let Some(node) = endpoint.node.as_ref().or(owner) else {
+                    only_hosts = false;
+                    continue;
+                };
+                endpoint_nodes.insert(node.clone());
+                if owner != Some(node) {
+                    only_hosts = false;
+                }
+                for port in &ports {
+                    let target = slice
+                        .ports
+                        .iter()
+                        .find(|p| p.name == port.name && p.protocol == port.protocol);
+                    if let Some(target) = target {
+                        host_endpoints
+                            .entry((port.protocol, port.port))
+                            .or_default()
+                            .insert(node.clone(), SocketAddr::new(endpoint.address, target.port));
+                    }
+                }
+            }
+        }
+        if !only_hosts {
+            host_endpoints.clear();
+        }
+        let local = service.is_some_and(|s| s.traffic_policy == TrafficPolicy::Local);
+        GroupService {
+            ports,
+            local_nodes: local.then(|| endpoint_nodes.clone()),
+            health_check_node_port: service.map_or(0, |s| s.health_check_node_port),
+            endpoint_nodes,
+            host_endpoints,
+            key,
+        }
+    }
+}
+
+/// Digest of a group's inputs, by xxh64 with seed 0. What is fed to it, and in which order, is part of the protocol.
+fn digest(id: &GroupId, vips: &[GroupVip], services: &[GroupService]) -> u64 {
+    let mut hash = Xxh64::new(0);
+    let mut text = |value: &str| {
+        hash.update(value.as_bytes());
+        hash.update(&[0]);
+    };
+    text(id);
+    for vip in vips {
+        text(&vip.address.to_string());
+        text(&format!("{:x}", vip.placement.digest));
+    }
+    for service in services {
+        text(&service.key.to_string());
+        for node in service.local_nodes.iter().flatten() {
+            text(&node.0);
+        }
+        text("/");
+    }
+    hash.digest()
+}

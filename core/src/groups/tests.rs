@@ -1,0 +1,118 @@
+use super::*;
+use crate::selector::LabelSelector;
+
+fn mk_node(name: &str, labels: &[(&str, &str)]) -> Event {
+    Event::Apply(Object::Node(Node {
+        name: name.into(),
+        labels: labels.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
+        addresses: vec![format!("10.88.0.1{}", name.len()).parse().unwrap()],
+        pod_cidrs: Vec::new(),
+        network_unavailable: false,
+    }))
+}
+
+fn mk_advertisement(name: &str) -> Advertisement {
+    Advertisement {
+        name: name.into(),
+        pools: Vec::new(),
+        pool_selectors: Vec::new(),
+        service_selectors: Vec::new(),
+        node_selectors: Vec::new(),
+        interfaces: Vec::new(),
+        preferred_nodes: Vec::new(),
+        failback: false,
+        rebalance: true,
+        ignore_exclude_lb: false,
+        steering: crate::model::Steering::Auto,
+    }
+}
+
+fn mk_vip(address: &str, group: &str, service: &str) -> Event {
+    Event::Apply(Object::VirtualIp(VirtualIp {
+        address: address.parse().unwrap(),
+        pool: "lan".into(),
+        group: group.into(),
+        services: vec![ObjectKey::new("default", service)],
+        former: Vec::new(),
+        leader: None,
+        conditions: Vec::new(),
+    }))
+}
+
+fn mk_index() -> GroupIndex {
+    let mut index = GroupIndex::new(false);
+    index.apply(mk_node("a", &[]));
+    index.apply(mk_node("bb", &[("rack", "2"), (EXCLUDE_LABEL, "")]));
+    index.apply(mk_vip("10.88.0.200", "g", "web"));
+    index.apply(mk_vip("fd00:88::200", "g", "web"));
+    index
+}
+
+fn admitted(index: &GroupIndex, node: &str) -> Result<u32, Refused> {
+    let group = &index.groups()["g"];
+    group.vips[0]
+        .placement
+        .admission(&node.into())
+        .map(|admission| admission.weight)
+}
+
+#[test]
+fn both_families_are_one_group_and_no_advertisement_means_everywhere() {
+    let mut index = mk_index();
+    assert_eq!(index.reconcile().len(), 1);
+    assert_eq!(index.groups()["g"].vips.len(), 2);
+    assert_eq!(admitted(&index, "a"), Ok(1));
+    assert_eq!(admitted(&index, "bb"), Err(Refused::Excluded));
+    assert!(index.reconcile().is_empty());
+}
+
+#[test]
+fn a_node_is_admitted_when_any_advertisement_admits_it() {
+    let mut index = mk_index();
+    let mut picky = mk_advertisement("picky");
+    picky.node_selectors = vec![LabelSelector::of_labels([("rack", "1")])];
+    index.apply(Event::Apply(Object::Advertisement(picky)));
+    index.reconcile();
+    assert_eq!(admitted(&index, "a"), Err(Refused::NotSelected));
+    let mut rack = mk_advertisement("rack");
+    rack.node_selectors = vec![LabelSelector::of_labels([("rack", "2")])];
+    rack.ignore_exclude_lb = true;
+    rack.interfaces = vec!["eth*".into()];
+    index.apply(Event::Apply(Object::Advertisement(rack)));
+    assert_eq!(index.reconcile().len(), 1);
+    assert_eq!(admitted(&index, "bb"), Ok(1));
+    let group = &index.groups()["g"];
+    let admission = group.vips[0].placement.admission(&"bb".into()).unwrap();
+    assert!(admission.names("eth7") && !admission.names("wlan0") && !admission.by_subnet);
+}
+
+#[test]
+fn an_advertisement_of_another_pool_changes_nothing() {
+    let mut index = mk_index();
+    index.reconcile();
+    let mut other = mk_advertisement("other");
+    other.pools = vec!["dmz".into()];
+    index.apply(Event::Apply(Object::Advertisement(other)));
+    assert!(index.reconcile().is_empty());
+}
+
+#[test]
+fn service_selectors_that_match_nothing_admit_nobody() {
+    let mut index = mk_index();
+    let mut picky = mk_advertisement("picky");
+    picky.service_selectors = vec![LabelSelector::of_labels([("tier", "mail")])];
+    index.apply(Event::Apply(Object::Advertisement(picky)));
+    index.reconcile();
+    assert_eq!(admitted(&index, "a"), Err(Refused::NoAdvertisement));
+}
+
+#[test]
+fn a_resting_address_is_in_no_group() {
+    let mut index = mk_index();
+    index.reconcile();
+    for address in ["10.88.0.200", "fd00:88::200"] {
+        index.apply(Event::Delete(ObjectId::VirtualIp(address.parse().unwrap())));
+    }
+    assert_eq!(index.reconcile().len(), 1);
+    assert!(index.groups().is_empty() && index.groups_of.is_empty());
+}
