@@ -1,0 +1,22 @@
+//! The words of conditions: types and reasons, in one place, so that docs and tests can list them.
+
+/// Service: whether it has the address it asks for. Written by the controller.
+pub const ADDRESS_ASSIGNED: &str = "landfall.dev/AddressAssigned";
+/// Service: whether its addresses are announced. Absent while that was never in doubt.
+pub const ANNOUNCED: &str = "landfall.dev/Announced";
+/// `VirtualIP`: whether a node announces the address. Written by speakers.
+pub const VIRTUAL_IP_ANNOUNCED: &str = "Announced";
+/// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
+pub const POOL_READY: &str = "Ready";
+
+/// Reasons of [`VIRTUAL_IP_ANNOUNCED`].
+pub mod announced {
+    /// A node leads and announces.
+    pub const LEADER_ELECTED: &str = "LeaderElected";
+    /// A node leads, on the interface of its default route, since the address is in no node's subnet.
+    pub const DEFAULT_ROUTE: &str = "AnnouncedByDefaultRoute";
+    /// No node may lead; the message says why, node by node.
+    pub const NO_ELIGIBLE_NODE: &str = "NoEligibleNode";
+    /// Another station answers for the address.
+    pub const ADDRESS_CONFLICT: &str = "AddressConflict";
+}

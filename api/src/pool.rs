@@ -1,0 +1,151 @@
+//! `IPAddressPool`: addresses to hand out, and to whom.
+
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+/// How long a freed address rests when the pool does not say.
+pub const DEFAULT_QUARANTINE: Duration = Duration::from_secs(60);
+
+/// Addresses that Landfall hands out as virtual IPs.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "landfall.dev",
+    version = "v1alpha1",
+    kind = "IPAddressPool",
+    plural = "ipaddresspools",
+    singular = "ipaddresspool",
+    shortname = "lfpool",
+    category = "landfall",
+    status = "IPAddressPoolStatus",
+    doc = "Addresses that Landfall hands out as virtual IPs, and who may have them.",
+    printcolumn(
+        name = "Auto-Assign",
+        type_ = "boolean",
+        json_path = ".spec.autoAssign"
+    ),
+    printcolumn(name = "Addresses", type_ = "string", json_path = ".spec.addresses"),
+    printcolumn(
+        name = "V4 Available",
+        type_ = "integer",
+        json_path = ".status.ipv4.available"
+    ),
+    printcolumn(
+        name = "V6 Available",
+        type_ = "integer",
+        json_path = ".status.ipv6.available"
+    ),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type=='Ready')].status"
+    )
+)]
+#[serde(rename_all = "camelCase")]
+pub struct IPAddressPoolSpec {
+    /// The addresses: CIDRs (`192.0.2.0/28`) or inclusive ranges (`192.0.2.10-192.0.2.20`), IPv4 and IPv6.
+    #[schemars(length(min = 1, max = 64), inner(length(min = 3, max = 90)))]
+    #[x_kube(
+        validation = Rule::new("self.all(a, a.contains('-') ? (a.split('-').size() == 2 && a.split('-').all(p, isIP(p.trim()))) : isCIDR(a))")
+            .message("spec.addresses: every entry must be a CIDR such as 192.0.2.0/28 or a range such as 192.0.2.10-192.0.2.20; write a single address as 192.0.2.10/32 or fd00::10/128"),
+        validation = Rule::new("self.all(a, !a.contains('-') || a.split('-').size() != 2 || !a.split('-').all(p, isIP(p.trim())) || ip(a.split('-')[0].trim()).family() == ip(a.split('-')[1].trim()).family())")
+            .message("spec.addresses: a range must not mix IPv4 and IPv6; write one range per family"),
+        validation = Rule::new("self.all(a, !a.matches('^ *[0-9.]+ *- *[0-9.]+ *$') || !a.split('-').all(p, isIP(p.trim())) || (int(a.split('-')[0].trim().split('.')[0]) * 16777216 + int(a.split('-')[0].trim().split('.')[1]) * 65536 + int(a.split('-')[0].trim().split('.')[2]) * 256 + int(a.split('-')[0].trim().split('.')[3])) <= (int(a.split('-')[1].trim().split('.')[0]) * 16777216 + int(a.split('-')[1].trim().split('.')[1]) * 65536 + int(a.split('-')[1].trim().split('.')[2]) * 256 + int(a.split('-')[1].trim().split('.')[3])))")
+            .message("spec.addresses: a range ends before it begins; swap its two addresses"),
+        validation = Rule::new("self.all(a, self.exists_one(b, b == a))")
+            .message("spec.addresses: an entry stands twice; remove one"),
+        validation = Rule::new("self.all(a, !isCIDR(a) || self.all(b, a == b || !isCIDR(b) || !cidr(a).containsCIDR(cidr(b))))")
+            .message("spec.addresses: one entry contains another; remove the smaller one"),
+    )]
+    pub addresses: Vec<String>,
+
+    /// Whether a Service that names neither an address nor a pool may be served from here.
+    #[serde(default = "yes")]
+    pub auto_assign: bool,
+
+    /// Keep off IPv4 addresses that end in .0 and .255, which some old devices drop.
+    #[serde(default)]
+    #[schemars(rename = "avoidBuggyIPs")]
+    #[serde(rename = "avoidBuggyIPs")]
+    pub avoid_buggy_ips: bool,
+
+    /// Who may have addresses of this pool. Without it everybody may. With it nobody else may, not even by
+    /// asking for an address by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_allocation: Option<ServiceAllocation>,
+
+    /// How long a freed address rests before another owner gets it; its former owner has it back at once.
+    #[serde(default = "default_quarantine")]
+    #[schemars(regex(pattern = crate::duration::PATTERN))]
+    pub quarantine: String,
+
+    /// Keep addresses in use that are no longer in any pool, instead of replacing them.
+    #[serde(default)]
+    pub retain_assigned: bool,
+}
+
+/// Who may have addresses of a pool.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.namespaces) || has(self.namespaceSelectors) || has(self.serviceSelectors) || self.priority > 0")
+        .message("spec.serviceAllocation admits nobody in particular: name namespaces, namespaceSelectors or serviceSelectors, or set a priority, or leave serviceAllocation out"),
+)]
+pub struct ServiceAllocation {
+    /// Pools with a lower number are tried first; pools with 0 and pools without allocation rules come last.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub priority: u32,
+    /// Namespaces by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(min = 1, max = 63)))]
+    pub namespaces: Vec<String>,
+    /// Namespaces by label.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub namespace_selectors: Vec<LabelSelector>,
+    /// Services by label.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub service_selectors: Vec<LabelSelector>,
+}
+
+/// What became of a pool.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IPAddressPoolStatus {
+    /// IPv4 addresses.
+    #[serde(default)]
+    pub ipv4: Usage,
+    /// IPv6 addresses.
+    #[serde(default)]
+    pub ipv6: Usage,
+    /// `Ready`: whether the pool overlaps nothing and can be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Addresses of one family, in numbers; capped at 2^53.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Usage {
+    /// All that the pool contains and may hand out.
+    pub total: i64,
+    /// Held by Services.
+    pub assigned: i64,
+    /// Resting after they were freed.
+    pub quarantined: i64,
+    /// Free.
+    pub available: i64,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_quarantine() -> String {
+    "60s".into()
+}
