@@ -1,5 +1,8 @@
 //! The task of a leader: the one owner of the allocator and of the writer.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 

@@ -85,6 +85,11 @@ impl Metrics {
         self.leader.set(i64::from(leads));
     }
 
+    /// Whether this process was last said to lead.
+    pub fn leads(&self) -> bool {
+        self.leader.get() == 1
+    }
+
     pub(crate) fn queued(&self, depth: usize) {
         self.queue.set(i64::try_from(depth).unwrap_or(i64::MAX));
     }

@@ -140,6 +140,8 @@ pub struct Writer<S> {
     delayed: BTreeMap<(Instant, u64), Target>,
     flights: JoinSet<(Target, Result<(), WriteError>)>,
     sequence: u64,
+    /// When a pool's status may be written again.
+    pool_gates: HashMap<Arc<str>, Instant>,
 }
 
 impl<S: Sink> Writer<S> {
@@ -162,6 +164,7 @@ impl<S: Sink> Writer<S> {
             delayed: BTreeMap::new(),
             flights: JoinSet::new(),
             sequence: 0,
+            pool_gates: HashMap::new(),
         }
     }
 
@@ -183,6 +186,11 @@ impl<S: Sink> Writer<S> {
     pub fn submit(&mut self, mut write: Write) {
         let target = write.target();
         let slot = self.slots.entry(target.clone()).or_default();
+        if let Target::Pool(name) = &target
+            && slot.gate.is_none()
+        {
+            slot.gate = self.pool_gates.get(name).copied();
+        }
         let superseded = slot.wanted.take();
         if let (Write::Service(status), Some(Write::Service(before))) = (&mut write, superseded)
             && status.notice.is_none()
@@ -282,8 +290,12 @@ impl<S: Sink> Writer<S> {
         match result {
             Ok(()) => {
                 slot.failures = 0;
-                slot.gate =
-                    matches!(target, Target::Pool(_)).then(|| Instant::now() + POOL_INTERVAL);
+                slot.gate = None;
+                if let Target::Pool(name) = &target {
+                    let gate = Instant::now() + POOL_INTERVAL;
+                    slot.gate = Some(gate);
+                    self.pool_gates.insert(name.clone(), gate);
+                }
                 if let Write::Service(status) = write
                     && let Some(notice) = status.notice
                 {
@@ -315,9 +327,7 @@ impl<S: Sink> Writer<S> {
         match (wanted, gate) {
             (true, Some(gate)) => self.delay(target, gate),
             (true, None) => self.ready.push_back(target),
-            // A pool's slot stays for its gate; there are few pools.
-            (false, Some(_)) => {}
-            (false, None) => {
+            (false, _) => {
                 self.slots.remove(&target);
             }
         }

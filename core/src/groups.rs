@@ -259,10 +259,11 @@ impl GroupIndex {
         }
         for service in &old.services {
             // Another address of the group may still be held by the same Service.
-            let held = self
-                .members
-                .get(&old.group)
-                .is_some_and(|members| members.iter().any(|a| self.vips[a].services.contains(service)));
+            let held = self.members.get(&old.group).is_some_and(|members| {
+                members
+                    .iter()
+                    .any(|a| self.vips[a].services.contains(service))
+            });
             if !held && let Some(groups) = self.groups_of.get_mut(service) {
                 groups.remove(&old.group);
                 if groups.is_empty() {
@@ -286,7 +287,11 @@ impl GroupIndex {
         self.node_of_address = self
             .nodes
             .values()
-            .flat_map(|node| node.addresses.iter().map(|address| (*address, node.name.clone())))
+            .flat_map(|node| {
+                node.addresses
+                    .iter()
+                    .map(|address| (*address, node.name.clone()))
+            })
             .collect();
         self.policy_changed();
     }
@@ -422,10 +427,16 @@ impl GroupIndex {
         let mut host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, SocketAddr>> =
             BTreeMap::new();
         let mut only_hosts = self.host_endpoints;
-        let ports = service.map(|service| service.ports.clone()).unwrap_or_default();
+        let ports = service
+            .map(|service| service.ports.clone())
+            .unwrap_or_default();
         let slices = self.slices_of.get(&key).into_iter().flatten();
         for slice in slices.filter_map(|name| self.slices.get(name)) {
-            for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.servable()) {
+            for endpoint in slice
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.servable())
+            {
                 let owner = self.node_of_address.get(&endpoint.address);
                 let Some(node) = endpoint.node.as_ref().or(owner) else {
                     only_hosts = false;

@@ -371,7 +371,10 @@ impl Ipam {
         self.ledger.touched_records.insert(address);
     }
 
+    /// Forgets a Service that is gone, or is merely no longer of type `LoadBalancer`: a source that selects by
+    /// type cannot tell the two apart, so what was written to it is asked to be removed in either case.
     fn delete_service(&mut self, key: &ObjectKey, now: Duration) {
+        self.say_farewell(key);
         let Some(state) = self.services.remove(key) else {
             return;
         };

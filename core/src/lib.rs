@@ -12,6 +12,8 @@
 //! depends on a hasher's seed: two nodes with equal inputs decide alike.
 #![forbid(unsafe_code)]
 
+pub mod election;
+pub mod groups;
 pub mod ip;
 pub mod ipam;
 pub mod model;

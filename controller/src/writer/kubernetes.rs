@@ -4,11 +4,12 @@ use std::future::Future;
 use std::pin::Pin;
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Service;
 use kube::Client;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::core::Request;
 use landfall_core::ip::virtual_ip_name;
-use landfall_core::ipam::RecordChange;
+use landfall_core::ipam::{RecordChange, ServiceStatus};
 use serde_json::Value;
 
 use super::body::{self, API_VERSION, FIELD_MANAGER};
@@ -71,6 +72,13 @@ impl Sink for Kubernetes {
         };
         Box::pin(async move {
             let request = request.map_err(|error| WriteError::Failed(error.to_string()))?;
+            // Most Services that left us are gone altogether, and that is cheaper to ask than to be told.
+            if let Write::Service(status) = &write
+                && status.is_farewell()
+                && !exists(&client, status).await?
+            {
+                return Err(WriteError::Gone);
+            }
             // The answer is not parsed: what was written comes back by the watch.
             match client.request_text(request).await {
                 Ok(_) => Ok(()),
@@ -81,14 +89,25 @@ impl Sink for Kubernetes {
     }
 }
 
+/// Whether the very Service that is meant still exists.
+async fn exists(client: &Client, status: &ServiceStatus) -> Result<bool, WriteError> {
+    let api: Api<Service> = Api::namespaced(client.clone(), &status.key.namespace);
+    let found = api
+        .get_metadata_opt(&status.key.name)
+        .await
+        .map_err(|error| WriteError::Failed(error.to_string()))?;
+    Ok(found.is_some_and(|found| found.metadata.uid.as_deref() == Some(&status.uid)))
+}
+
 /// What an error answer means for this write.
 fn judge(write: &Write, code: u16, message: &str) -> Result<(), WriteError> {
     match (write, code) {
         (Write::Record(RecordChange::Remove(_)), 404) | (Write::Event(_), 409) => Ok(()),
-        // Another UID is a conflict; with `force` nothing else is.
+        // The Service of this UID is no more: there is none, or another one of its name.
         (Write::Service(_), 404 | 409) | (Write::Pool(_) | Write::Event(_), 404) => {
             Err(WriteError::Gone)
         }
+        (Write::Service(_), 422) if message.contains("metadata.uid") => Err(WriteError::Gone),
         // No Event can be made in a namespace that is going away.
         (Write::Event(_), 403) => Err(WriteError::Gone),
         (_, code) => Err(WriteError::Failed(format!("{code}: {message}"))),

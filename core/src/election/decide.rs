@@ -62,7 +62,10 @@ pub fn rank<'a, 'b>(group: &str, candidates: &'b [Candidate<'a>]) -> Vec<&'b Can
         })
         .collect();
     ranked.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
-    ranked.into_iter().map(|(_, _, candidate)| candidate).collect()
+    ranked
+        .into_iter()
+        .map(|(_, _, candidate)| candidate)
+        .collect()
 }
 
 /// Whether claim `a` of node `na` beats claim `b` of node `nb`: the higher epoch, then hash order, then name.

@@ -73,10 +73,16 @@ impl fmt::Display for Ineligible {
                 patterns.join(" or ")
             ),
             Self::NoDefaultRoute(vip) => {
-                write!(f, "no subnet with {vip} and no interface with a default route")
+                write!(
+                    f,
+                    "no subnet with {vip} and no interface with a default route"
+                )
             }
             Self::NotHeard(interface) => {
-                write!(f, "not heard by the other nodes on the segment of {interface}")
+                write!(
+                    f,
+                    "not heard by the other nodes on the segment of {interface}"
+                )
             }
             Self::NoEndpoint(service) => write!(
                 f,
@@ -313,7 +319,10 @@ fn outside_largest(
     }
     let mut members: BTreeMap<usize, BTreeSet<&NodeName>> = BTreeMap::new();
     for (seat, root) in seats.iter().zip(&component) {
-        members.entry(*root).or_default().insert(subjects[seat.0].node);
+        members
+            .entry(*root)
+            .or_default()
+            .insert(subjects[seat.0].node);
     }
     let largest = members
         .iter()

@@ -65,7 +65,9 @@ impl Registers {
     }
 
     pub(super) fn group(&self, id: &str) -> Option<&GroupRegister> {
-        self.groups.get(id).and_then(|(_, register)| register.as_ref())
+        self.groups
+            .get(id)
+            .and_then(|(_, register)| register.as_ref())
     }
 
     /// Changes the node's register; says whether that changed anything.
@@ -194,9 +196,12 @@ pub(super) struct Merged {
 }
 
 /// The marks, in frames that fit a datagram.
-pub(super) fn known_frames(marks: Vec<Mark>) -> Vec<Frame> {
+pub(super) fn known_frames(from: &NodeName, marks: &[Mark]) -> Vec<Frame> {
     marks
         .chunks(MARKS_PER_FRAME)
-        .map(|chunk| Frame::Known(chunk.to_vec()))
+        .map(|chunk| Frame::Known {
+            from: from.clone(),
+            marks: chunk.to_vec(),
+        })
         .collect()
 }

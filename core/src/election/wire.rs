@@ -40,9 +40,19 @@ pub enum Frame {
         groups: Vec<(GroupId, u64, Option<GroupRegister>)>,
     },
     /// Asks for what changed after these marks.
-    Want(Vec<Mark>),
-    /// Tells what is known, so that the receiver may ask for what it lacks.
-    Known(Vec<Mark>),
+    Want {
+        /// Who asks.
+        from: NodeName,
+        /// What it knows so far.
+        marks: Vec<Mark>,
+    },
+    /// Tells what is known, so that the receiver may ask for what it lacks and send what it has.
+    Known {
+        /// Who tells.
+        from: NodeName,
+        /// What it knows.
+        marks: Vec<Mark>,
+    },
 }
 
 /// Why a frame was refused.
@@ -94,8 +104,8 @@ impl Frame {
                         .as_ref()
                         .is_none_or(|(_, node)| node.interfaces.len() <= MAX_INTERFACES)
             }
-            Self::Want(marks) | Self::Known(marks) => {
-                marks.len() <= MAX_GROUPS && marks.iter().all(name)
+            Self::Want { from, marks } | Self::Known { from, marks } => {
+                from.0.len() <= MAX_NAME && marks.len() <= MAX_GROUPS && marks.iter().all(name)
             }
         }
     }

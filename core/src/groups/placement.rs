@@ -125,11 +125,7 @@ impl Placement {
 }
 
 /// Whether an advertisement is for addresses of this pool.
-pub(super) fn selects_pool(
-    advertisement: &Advertisement,
-    name: &str,
-    pool: Option<&Pool>,
-) -> bool {
+pub(super) fn selects_pool(advertisement: &Advertisement, name: &str, pool: Option<&Pool>) -> bool {
     if advertisement.pools.is_empty() && advertisement.pool_selectors.is_empty() {
         return true;
     }
@@ -172,7 +168,9 @@ fn judge(
     }
     let selecting: Vec<_> = advertisements
         .iter()
-        .filter(|a| a.node_selectors.is_empty() || a.node_selectors.iter().any(|s| s.matches(labels)))
+        .filter(|a| {
+            a.node_selectors.is_empty() || a.node_selectors.iter().any(|s| s.matches(labels))
+        })
         .collect();
     if selecting.is_empty() {
         return Err(Refused::NotSelected);
@@ -200,7 +198,10 @@ fn judge(
     patterns.sort();
     patterns.dedup();
     let mut globs = GlobSetBuilder::new();
-    for glob in patterns.iter().filter_map(|pattern| Glob::new(pattern).ok()) {
+    for glob in patterns
+        .iter()
+        .filter_map(|pattern| Glob::new(pattern).ok())
+    {
         globs.add(glob);
     }
     Ok(Admission {

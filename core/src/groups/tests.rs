@@ -4,7 +4,10 @@ use crate::selector::LabelSelector;
 fn mk_node(name: &str, labels: &[(&str, &str)]) -> Event {
     Event::Apply(Object::Node(Node {
         name: name.into(),
-        labels: labels.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
+        labels: labels
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect(),
         addresses: vec![format!("10.88.0.1{}", name.len()).parse().unwrap()],
         pod_cidrs: Vec::new(),
         network_unavailable: false,
@@ -35,6 +38,7 @@ fn mk_vip(address: &str, group: &str, service: &str) -> Event {
         services: vec![ObjectKey::new("default", service)],
         former: Vec::new(),
         leader: None,
+        retain: false,
         conditions: Vec::new(),
     }))
 }

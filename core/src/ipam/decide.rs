@@ -88,7 +88,6 @@ impl Ipam {
             if service.load_balancer {
                 self.set_outcome(key, Outcome::NotOurs);
             } else {
-                self.say_farewell(key);
                 self.delete_service(key, now);
             }
             return;

@@ -136,7 +136,7 @@ impl Ipam {
         })
     }
 
-    /// Has what we wrote removed from a Service that is no longer of type `LoadBalancer`.
+    /// Has what we wrote removed from a Service that is no longer ours to watch, if it still exists.
     pub(super) fn say_farewell(&mut self, key: &ObjectKey) {
         let Some(state) = self.services.get(key) else {
             return;

@@ -83,6 +83,13 @@ pub struct ServiceStatus {
     pub notice: Option<Notice>,
 }
 
+impl ServiceStatus {
+    /// Whether it only removes what was written to a Service that is gone or no longer of type `LoadBalancer`.
+    pub fn is_farewell(&self) -> bool {
+        self.conditions.is_empty() && self.ingress.as_ref().is_none_or(Vec::is_empty)
+    }
+}
+
 /// An Event about a transition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {

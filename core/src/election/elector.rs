@@ -1,0 +1,829 @@
+//! The state machine of one node's part in the election.
+//!
+//! Facts come in by methods that return at once; [`Elector::tick`] draws the conclusions. It looks at groups
+//! whose inputs changed, and at those that wait for a time to pass; all others cost nothing.
+
+mod gossiping;
+mod liveness;
+mod load;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::decide::{Candidate, beats, rank, score};
+use super::eligibility::{Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge};
+use super::gossip::Registers;
+use super::peer::{BootId, Claim, ClaimMode, GroupRegister, InterfaceFact, NodeRegister};
+use crate::groups::{Group, GroupId, GroupIndex};
+use crate::model::NodeName;
+use liveness::Peer;
+pub use liveness::PeerView;
+
+/// The times and bounds of the election.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// At least so long a new speaker listens before it claims.
+    pub listen: Duration,
+    /// At most so long it waits for the state of peers that live.
+    pub listen_at_most: Duration,
+    /// A node unheard for so long is not on the segment.
+    pub hello_lost: Duration,
+    /// When no node serves a group yet, the hash's choice leads it after so long.
+    pub ready_grace: Duration,
+    /// A group without history waits so long for the hash's choice before another node that is ready takes it.
+    pub settle: Duration,
+    /// When the one that should claim does not, the next in rank does after so long, and so on.
+    pub stand_in: Duration,
+    /// A leader that yields takes the group back, or drops it, after so long.
+    pub yield_at_most: Duration,
+    /// Inputs that differ from the majority's for so long cost a node its leaderships.
+    pub odd_after: Duration,
+    /// A better node must have been there for so long before a group fails back to it.
+    pub failback_after: Duration,
+    /// How much more than its share a node may lead, in percent.
+    pub overload_percent: u32,
+    /// An overload must last so long before groups are given away.
+    pub overload_after: Duration,
+    /// The time between two groups given away.
+    pub rebalance_every: Duration,
+    /// A node that died so often within [`Config::flap_window`] goes last.
+    pub flaps: usize,
+    /// See [`Config::flaps`].
+    pub flap_window: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let ms = Duration::from_millis;
+        Self {
+            listen: ms(500),
+            listen_at_most: ms(3_000),
+            hello_lost: ms(1_000),
+            ready_grace: ms(3_000),
+            settle: ms(150),
+            stand_in: ms(1_000),
+            yield_at_most: ms(2_000),
+            odd_after: ms(2_000),
+            failback_after: ms(5_000),
+            overload_percent: 130,
+            overload_after: ms(300_000),
+            rebalance_every: ms(10_000),
+            flaps: 3,
+            flap_window: ms(120_000),
+        }
+    }
+}
+
+/// What became of a group at this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// This node leads it now, or leads it elsewhere than before: see [`Elector::leadership`].
+    Lead(GroupId),
+    /// This node leads it no longer.
+    Quit(GroupId),
+    /// Another node claimed it too, and lost: announce once more.
+    Reannounce(GroupId),
+    /// Another node leads it, or nobody, or nobody could: see [`Elector::leader`].
+    Seen(GroupId),
+}
+
+/// A frame for the gossip to carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// The receiver; every living peer when absent.
+    pub to: Option<NodeName>,
+    /// The frame.
+    pub frame: Vec<u8>,
+}
+
+/// The conclusions of one look at things.
+#[derive(Debug, Default)]
+pub struct Tick {
+    /// What became of groups.
+    pub changes: Vec<Change>,
+    /// What to send.
+    pub frames: Vec<Outgoing>,
+}
+
+/// A group this node leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    /// The claim's epoch.
+    pub epoch: u64,
+    /// Milliseconds since the Unix epoch at which it began.
+    pub since: u64,
+    /// Where each address is announced.
+    pub interfaces: BTreeMap<IpAddr, InterfaceChoice>,
+    /// Nobody announced the group before, as far as is known: probe first.
+    pub first: bool,
+    /// Who led it before.
+    pub previous: Option<NodeName>,
+    /// How long it had no leader, as far as this node saw.
+    pub vacant: Duration,
+}
+
+/// Who leads a group, as this node sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// The leader.
+    pub leader: Option<NodeName>,
+    /// Next in rank.
+    pub standby: Option<NodeName>,
+    /// The leader's epoch.
+    pub epoch: u64,
+    /// Milliseconds since the Unix epoch at which it began.
+    pub since: u64,
+    /// How many nodes could lead.
+    pub eligible: usize,
+}
+
+/// What this node keeps about a group beyond its register.
+#[derive(Debug, Default)]
+struct Local {
+    ready: bool,
+    seen: u64,
+    view: View,
+    leadership: Option<Leadership>,
+    vacant_since: Option<Duration>,
+    yield_since: Option<Duration>,
+    odd_since: Option<Duration>,
+    better_since: Option<(NodeName, Duration)>,
+    contested: bool,
+    last_leader: Option<NodeName>,
+}
+
+/// One node's part in the election. See the module's documentation.
+#[derive(Debug)]
+pub struct Elector {
+    me: NodeName,
+    config: Config,
+    own: Registers,
+    interfaces: Vec<InterfaceFact>,
+    source_synced: bool,
+    leaving: bool,
+    started: Option<Duration>,
+    listening: bool,
+    peers: BTreeMap<NodeName, Peer>,
+    local: BTreeMap<GroupId, Local>,
+    segments: Segments,
+    dirty: BTreeSet<GroupId>,
+    all_dirty: bool,
+    pending: BTreeSet<GroupId>,
+    sent: u64,
+    last_tick: Duration,
+    next_known: Duration,
+    known_turn: usize,
+    overloaded_since: Option<Duration>,
+    next_rebalance: Duration,
+    refused_frames: u64,
+}
+
+impl Elector {
+    /// Of the node `me`, in the run `boot`.
+    pub fn new(me: NodeName, boot: BootId, config: Config) -> Self {
+        Self {
+            me,
+            config,
+            own: Registers::new(boot),
+            interfaces: Vec::new(),
+            source_synced: false,
+            leaving: false,
+            started: None,
+            listening: true,
+            peers: BTreeMap::new(),
+            local: BTreeMap::new(),
+            segments: Segments::default(),
+            dirty: BTreeSet::new(),
+            all_dirty: true,
+            pending: BTreeSet::new(),
+            sent: 0,
+            last_tick: Duration::ZERO,
+            next_known: Duration::ZERO,
+            known_turn: 0,
+            overloaded_since: None,
+            next_rebalance: Duration::ZERO,
+            refused_frames: 0,
+        }
+    }
+
+    /// This node's name.
+    pub fn me(&self) -> &NodeName {
+        &self.me
+    }
+
+    /// This run of it.
+    pub fn boot(&self) -> BootId {
+        self.own.boot
+    }
+
+    /// Whether another node's own word has arrived here.
+    pub fn knows(&self, node: &NodeName) -> bool {
+        self.registers(node)
+            .is_some_and(|registers| registers.node.is_some())
+    }
+
+    /// This node's interfaces changed; what is heard on them is known here.
+    pub fn set_interfaces(&mut self, interfaces: Vec<InterfaceFact>) {
+        self.interfaces = interfaces;
+    }
+
+    /// The sources were listed: from now on this node may lead.
+    pub fn set_synced(&mut self) {
+        self.source_synced = true;
+    }
+
+    /// This node is about to stop: it hands over, and leads nothing new.
+    pub fn leave(&mut self) {
+        self.leaving = true;
+        self.all_dirty = true;
+    }
+
+    /// Whether a group's traffic would be served here.
+    pub fn set_ready(&mut self, group: &GroupId, ready: bool) {
+        let local = self.local.entry(group.clone()).or_default();
+        if local.ready != ready {
+            local.ready = ready;
+            self.dirty.insert(group.clone());
+        }
+    }
+
+    /// Whether a group's traffic would be served here, as last set.
+    pub fn is_ready(&self, group: &str) -> bool {
+        self.local.get(group).is_some_and(|local| local.ready)
+    }
+
+    /// The groups this node leads.
+    pub fn leaderships(&self) -> impl Iterator<Item = (&GroupId, &Leadership)> {
+        self.local
+            .iter()
+            .filter_map(|(id, local)| Some((id, local.leadership.as_ref()?)))
+    }
+
+    /// What this node leads of a group.
+    pub fn leadership(&self, group: &str) -> Option<&Leadership> {
+        self.local.get(group)?.leadership.as_ref()
+    }
+
+    /// Who leads a group.
+    pub fn view(&self, group: &str) -> Option<&View> {
+        self.local.get(group).map(|local| &local.view)
+    }
+
+    /// Who leads a group.
+    pub fn leader(&self, group: &str) -> Option<&NodeName> {
+        self.view(group)?.leader.as_ref()
+    }
+
+    /// Frames that were refused: unknown versions and malformed ones.
+    pub fn refused_frames(&self) -> u64 {
+        self.refused_frames
+    }
+
+    /// Whether this node still listens before its first claim.
+    pub fn is_listening(&self) -> bool {
+        self.listening
+    }
+
+    /// Whether this node speaks for groups that nobody leads: it has the smallest name of those alive.
+    pub fn is_reporter(&self) -> bool {
+        !self.listening && self.alive().next() == Some(&self.me)
+    }
+
+    /// Judges every node that is known, alive or not: why each could or could not lead.
+    pub fn explain(&self, group: &Group, index: &GroupIndex) -> BTreeMap<NodeName, Verdict> {
+        let mut verdicts: BTreeMap<NodeName, Verdict> = index
+            .nodes()
+            .keys()
+            .chain(self.peers.keys())
+            .map(|node| (node.clone(), Err(Ineligible::NotAlive)))
+            .collect();
+        let names: Vec<NodeName> = self.alive().cloned().collect();
+        let subjects = self.subjects(&group.id, &names);
+        let leader = self.leader(&group.id);
+        let judged = judge(group, &subjects, leader, &mut Segments::default());
+        verdicts.extend(names.iter().cloned().zip(judged));
+        verdicts
+    }
+
+    /// Draws the conclusions. `now` is monotonic; `wall` is the wall clock in milliseconds since the Unix epoch,
+    /// for display. `changed` are the groups that changed since the last call.
+    pub fn tick(
+        &mut self,
+        now: Duration,
+        wall: u64,
+        index: &GroupIndex,
+        changed: &BTreeSet<GroupId>,
+    ) -> Tick {
+        let mut tick = Tick::default();
+        self.dirty.extend(changed.iter().cloned());
+        self.refresh(now);
+        self.rebalance(now, index);
+        self.last_tick = now;
+
+        let names: Vec<NodeName> = self.alive().cloned().collect();
+        let due: BTreeSet<GroupId> = if std::mem::take(&mut self.all_dirty) {
+            self.segments.forget();
+            self.dirty.clear();
+            self.pending.clear();
+            index
+                .groups()
+                .keys()
+                .chain(self.local.keys())
+                .cloned()
+                .collect()
+        } else {
+            let mut due = std::mem::take(&mut self.dirty);
+            due.append(&mut self.pending);
+            due
+        };
+        for id in due {
+            match index.groups().get(&id) {
+                Some(group) => self.evaluate(&id, group, &names, now, wall, &mut tick.changes),
+                None => self.drop_group(&id, &mut tick.changes),
+            }
+        }
+        self.speak(now, &mut tick.frames);
+        tick
+    }
+
+    fn drop_group(&mut self, id: &GroupId, changes: &mut Vec<Change>) {
+        let Some(local) = self.local.get_mut(id) else {
+            return;
+        };
+        if local.leadership.take().is_some() {
+            changes.push(Change::Quit(id.clone()));
+        }
+        self.own.set_group(id, None);
+        // The highest epoch is remembered: the group may come back.
+        let seen = local.seen;
+        *local = Local {
+            seen,
+            ..Local::default()
+        };
+        if seen == 0 {
+            self.local.remove(id);
+        }
+    }
+
+    fn registers(&self, node: &NodeName) -> Option<&Registers> {
+        if *node == self.me {
+            return Some(&self.own);
+        }
+        self.peers
+            .get(node)
+            .and_then(|peer| peer.registers.as_ref())
+    }
+
+    fn subjects<'a>(&'a self, id: &str, names: &'a [NodeName]) -> Vec<Subject<'a>> {
+        names
+            .iter()
+            .map(|node| {
+                let registers = self.registers(node);
+                Subject {
+                    node,
+                    register: registers.and_then(Registers::register),
+                    odd: registers
+                        .and_then(|registers| registers.group(id))
+                        .is_some_and(|group| group.odd),
+                }
+            })
+            .collect()
+    }
+
+    fn evaluate(
+        &mut self,
+        id: &GroupId,
+        group: &Group,
+        names: &[NodeName],
+        now: Duration,
+        wall: u64,
+        changes: &mut Vec<Change>,
+    ) {
+        let mut local = self.local.remove(id).unwrap_or_default();
+        let mut segments = std::mem::take(&mut self.segments);
+        let subjects = self.subjects(id, names);
+        let previous = local.view.leader.as_ref();
+        let verdicts = judge(group, &subjects, previous, &mut segments);
+        self.segments = segments;
+
+        let table = Table::new(self, group, names, &verdicts, local.ready, now);
+        let odd = self.is_odd(id, group, names, now, &mut local);
+        let mut claim = self.own.group(id).and_then(|own| own.claim.clone());
+        let was_leading = local.leadership.is_some();
+        local.seen = local.seen.max(self.highest_epoch(id));
+
+        if let Some(mine) = claim.as_mut() {
+            if self.keep(id, group, &table, mine, now, &mut local, changes) {
+                local.vacant_since = None;
+            } else {
+                claim = None;
+                local.yield_since = None;
+                local.better_since = None;
+                local.contested = false;
+            }
+        } else if self.take(id, &table, now, &mut local) {
+            local.seen += 1;
+            let vacant = local
+                .vacant_since
+                .take()
+                .map_or(Duration::ZERO, |since| now - since);
+            claim = Some(Claim {
+                epoch: local.seen,
+                since: wall,
+                mode: ClaimMode::Held,
+            });
+            local.leadership = Some(Leadership {
+                epoch: local.seen,
+                since: wall,
+                interfaces: BTreeMap::new(),
+                first: local.seen == 1
+                    && group.vips.iter().all(|vip| vip.reported_leader.is_none()),
+                previous: local.last_leader.clone(),
+                vacant,
+            });
+        }
+
+        // What this node leads, and where.
+        match (&claim, table.me) {
+            (Some(_), Some(at)) => {
+                let places = table.entries[at].places.clone();
+                if let Some(leadership) = local.leadership.as_mut()
+                    && (!was_leading
+                        || places.is_some_and(|places| leadership.interfaces != *places))
+                {
+                    if let Some(places) = places {
+                        leadership.interfaces.clone_from(places);
+                    }
+                    changes.push(Change::Lead(id.clone()));
+                }
+            }
+            _ => {
+                if local.leadership.take().is_some() {
+                    changes.push(Change::Quit(id.clone()));
+                }
+            }
+        }
+
+        let view = table.view(self, id, claim.as_ref());
+        if view != local.view {
+            if view.leader.is_some() {
+                local.last_leader.clone_from(&view.leader);
+            }
+            local.view = view;
+            changes.push(Change::Seen(id.clone()));
+        }
+        if table.waiting || local.is_waiting() {
+            self.pending.insert(id.clone());
+        }
+        let before = self.own.group(id);
+        let mut register = GroupRegister {
+            claim,
+            ready: local.ready,
+            odd,
+            digest: group.digest,
+            // A higher epoch seen elsewhere is no news by itself: it travels with what is.
+            seen: before.map_or(local.seen, |before| before.seen),
+        };
+        if before != Some(&register) {
+            register.seen = local.seen;
+        }
+        self.own.set_group(id, Some(register));
+        self.local.insert(id.clone(), local);
+    }
+
+    /// Whether a claim of this node stays; it may begin or end to yield.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one step of `evaluate`, cut out to be read alone"
+    )]
+    fn keep(
+        &self,
+        id: &GroupId,
+        group: &Group,
+        table: &Table<'_>,
+        mine: &mut Claim,
+        now: Duration,
+        local: &mut Local,
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(me) = table.me.map(|at| &table.entries[at]) else {
+            return false;
+        };
+        let rival = table.best_held(id, Some(&self.me));
+        if let Some((node, epoch)) = rival {
+            if !mine.held() || beats(id, (node, epoch), (&self.me, mine.epoch)) {
+                return false;
+            }
+            if !local.contested {
+                changes.push(Change::Reannounce(id.clone()));
+            }
+            local.contested = true;
+        } else if std::mem::take(&mut local.contested) {
+            changes.push(Change::Reannounce(id.clone()));
+        }
+        let ranked = table.ranked(id, Some(&self.me));
+        match me.refusal {
+            Some(reason) if !reason.is_soft() => return false,
+            Some(reason) => {
+                let stays = matches!(reason, Ineligible::Leaving | Ineligible::Odd);
+                if ranked.is_empty() {
+                    // Nobody could take it: stopping or differing, this node is better than none.
+                    mine.mode = ClaimMode::Held;
+                    local.yield_since = None;
+                    return stays;
+                }
+                mine.mode = ClaimMode::Yielding { to: None };
+                let since = *local.yield_since.get_or_insert(now);
+                return stays || now - since < self.config.yield_at_most;
+            }
+            None => {}
+        }
+        if let ClaimMode::Yielding { to } = &mine.mode {
+            let since = *local.yield_since.get_or_insert(now);
+            if to.is_none() || now - since >= self.config.yield_at_most {
+                mine.mode = ClaimMode::Held;
+                local.yield_since = None;
+            }
+            return true;
+        }
+        if group.failback() && !self.leaving {
+            let all = table.ranked(id, None);
+            let best = all
+                .first()
+                .filter(|best| *best.node != self.me && best.ready);
+            match best {
+                Some(best) => {
+                    let since = match &local.better_since {
+                        Some((node, since)) if node == best.node => *since,
+                        _ => now,
+                    };
+                    local.better_since = Some((best.node.clone(), since));
+                    if now - since >= self.config.failback_after {
+                        mine.mode = ClaimMode::Yielding {
+                            to: Some(best.node.clone()),
+                        };
+                        local.yield_since = Some(now);
+                        local.better_since = None;
+                    }
+                }
+                None => local.better_since = None,
+            }
+        }
+        true
+    }
+
+    /// Whether this node should claim now.
+    fn take(&self, id: &GroupId, table: &Table<'_>, now: Duration, local: &mut Local) -> bool {
+        let held = table.best_held(id, None);
+        let in_peace = held.is_some_and(|(node, _)| table.refusal(node).is_none());
+        if in_peace {
+            local.vacant_since = None;
+            return false;
+        }
+        let since = *local.vacant_since.get_or_insert(now);
+        if self.listening || self.leaving || !self.source_synced {
+            return false;
+        }
+        let ranked = table.ranked(id, None);
+        let named = table.named_successor();
+        let mut order: Vec<&Candidate<'_>> = ranked;
+        if let Some(named) = named {
+            order.sort_by_key(|candidate| candidate.node != named);
+        }
+        let Some(at) = order
+            .iter()
+            .position(|candidate| *candidate.node == self.me)
+        else {
+            local.vacant_since = None;
+            return false;
+        };
+        let config = &self.config;
+        let steps = u32::try_from(at).unwrap_or(u32::MAX);
+        let mut delay = config.stand_in.saturating_mul(steps);
+        if held.is_some() {
+            delay += config.stand_in; // Its leader should yield by itself.
+        }
+        let hash_first = order
+            .iter()
+            .max_by_key(|candidate| score(id, candidate.node, candidate.weight))
+            .is_some_and(|candidate| *candidate.node == self.me);
+        if !order[at].ready {
+            delay += config.ready_grace;
+        } else if local.seen == 0 && !hash_first && at == 0 {
+            delay += config.settle;
+        }
+        now - since >= delay
+    }
+
+    /// Whether this node's inputs have differed from the majority's for too long.
+    fn is_odd(
+        &self,
+        id: &GroupId,
+        group: &Group,
+        names: &[NodeName],
+        now: Duration,
+        local: &mut Local,
+    ) -> bool {
+        let mut votes: BTreeMap<u64, usize> = BTreeMap::from([(group.digest, 1)]);
+        for node in names.iter().filter(|node| **node != self.me) {
+            if let Some(theirs) = self.registers(node).and_then(|r| r.group(id)) {
+                *votes.entry(theirs.digest).or_default() += 1;
+            }
+        }
+        let all: usize = votes.values().sum();
+        let differs = votes
+            .iter()
+            .any(|(digest, count)| *digest != group.digest && count * 2 > all);
+        if !differs {
+            local.odd_since = None;
+            return false;
+        }
+        now - *local.odd_since.get_or_insert(now) >= self.config.odd_after
+    }
+}
+
+impl Local {
+    /// Whether something may change by the mere passing of time.
+    fn is_waiting(&self) -> bool {
+        self.vacant_since.is_some()
+            || self.yield_since.is_some()
+            || self.odd_since.is_some()
+            || self.better_since.is_some()
+    }
+}
+
+/// A living node in the election of one group.
+struct Entry<'a> {
+    node: &'a NodeName,
+    claim: Option<&'a Claim>,
+    refusal: Option<&'a Ineligible>,
+    places: Option<&'a BTreeMap<IpAddr, InterfaceChoice>>,
+}
+
+/// All of them.
+struct Table<'a> {
+    entries: Vec<Entry<'a>>,
+    candidates: Vec<Candidate<'a>>,
+    me: Option<usize>,
+    /// Damping ends by itself, so the group is looked at again.
+    waiting: bool,
+}
+
+impl<'a> Table<'a> {
+    fn new(
+        elector: &'a Elector,
+        group: &Group,
+        names: &'a [NodeName],
+        verdicts: &'a [Verdict],
+        ready: bool,
+        now: Duration,
+    ) -> Self {
+        let mut table = Self {
+            entries: Vec::with_capacity(names.len()),
+            candidates: Vec::new(),
+            me: None,
+            waiting: false,
+        };
+        for (node, verdict) in names.iter().zip(verdicts) {
+            let register = elector.registers(node).and_then(|r| r.group(&group.id));
+            let claim = register.and_then(|register| register.claim.as_ref());
+            if *node == elector.me {
+                table.me = Some(table.entries.len());
+            }
+            table.entries.push(Entry {
+                node,
+                claim,
+                refusal: verdict.as_ref().err(),
+                places: verdict.as_ref().ok(),
+            });
+            if verdict.is_ok() {
+                let ready = if *node == elector.me {
+                    ready
+                } else {
+                    register.is_some_and(|register| register.ready)
+                };
+                let damped = elector.is_damped(node, now);
+                table.candidates.push(Candidate {
+                    node,
+                    weight: group.weight(node),
+                    ready,
+                    damped,
+                    claim,
+                    unwilling: claim.is_some_and(|claim| !claim.held()),
+                });
+            }
+        }
+        table
+    }
+
+    fn refusal(&self, node: &NodeName) -> Option<&Ineligible> {
+        self.entries
+            .iter()
+            .find(|entry| entry.node == node)
+            .and_then(|entry| entry.refusal)
+    }
+
+    /// The claim that stands, of nodes other than `except`.
+    fn best_held(&self, id: &str, except: Option<&NodeName>) -> Option<(&'a NodeName, u64)> {
+        let mut best: Option<(&NodeName, u64)> = None;
+        for entry in &self.entries {
+            if Some(entry.node) == except || entry.refusal.is_some_and(|reason| !reason.is_soft()) {
+                continue;
+            }
+            if let Some(claim) = entry.claim.filter(|claim| claim.held())
+                && best.is_none_or(|best| beats(id, (entry.node, claim.epoch), best))
+            {
+                best = Some((entry.node, claim.epoch));
+            }
+        }
+        best
+    }
+
+    fn ranked(&self, id: &str, except: Option<&NodeName>) -> Vec<&Candidate<'a>> {
+        let mut ranked = rank(id, &self.candidates);
+        ranked.retain(|candidate| Some(candidate.node) != except);
+        ranked
+    }
+
+    fn named_successor(&self) -> Option<&'a NodeName> {
+        self.entries.iter().find_map(|entry| match entry.claim {
+            Some(Claim {
+                mode: ClaimMode::Yielding { to },
+                ..
+            }) => to.as_ref(),
+            _ => None,
+        })
+    }
+
+    fn view(&self, elector: &Elector, id: &str, own: Option<&Claim>) -> View {
+        let mut leading: Option<(&NodeName, &Claim)> = None;
+        for entry in &self.entries {
+            if entry.refusal.is_some_and(|reason| !reason.is_soft()) {
+                continue;
+            }
+            let claim = if *entry.node == elector.me {
+                own
+            } else {
+                entry.claim
+            };
+            let Some(claim) = claim else { continue };
+            // A claim that stays goes before one that yields, whatever their epochs.
+            let better = leading.is_none_or(|(node, best)| {
+                (claim.held(), true) > (best.held(), true)
+                    || (claim.held() == best.held()
+                        && beats(id, (entry.node, claim.epoch), (node, best.epoch)))
+            });
+            if better {
+                leading = Some((entry.node, claim));
+            }
+        }
+        let leader = leading.map(|(node, _)| node);
+        View {
+            leader: leader.cloned(),
+            standby: self
+                .ranked(id, leader)
+                .first()
+                .map(|candidate| candidate.node.clone()),
+            epoch: leading.map_or(0, |(_, claim)| claim.epoch),
+            since: leading.map_or(0, |(_, claim)| claim.since),
+            eligible: self.candidates.len(),
+        }
+    }
+}
+
+impl Elector {
+    /// The highest epoch that anybody, dead or alive, claimed or has seen.
+    fn highest_epoch(&self, id: &str) -> u64 {
+        self.peers
+            .values()
+            .filter_map(|peer| peer.registers.as_ref()?.group(id))
+            .map(|group| {
+                group
+                    .claim
+                    .as_ref()
+                    .map_or(0, |claim| claim.epoch)
+                    .max(group.seen)
+            })
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn own_register(&self) -> NodeRegister {
+        NodeRegister {
+            interfaces: self.interfaces.clone(),
+            capabilities: super::peer::Capabilities::default(),
+            synced: self.source_synced && !self.listening,
+            leaving: self.leaving,
+        }
+    }
+
+    fn arc_heard(&self, interface: &Arc<str>) -> BTreeSet<NodeName> {
+        self.peers
+            .iter()
+            .filter(|(_, peer)| peer.hellos.contains_key(interface))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+}

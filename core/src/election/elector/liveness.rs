@@ -1,0 +1,219 @@
+//! Who is alive, who hears whom: facts from the failure detector and from hellos.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Elector;
+use crate::election::gossip::Registers;
+use crate::election::peer::BootId;
+use crate::model::NodeName;
+
+/// A tick later than this after the one before means that this process stood still, and with it its ears.
+const STOOD_STILL: Duration = Duration::from_millis(400);
+/// A dead peer's registers are forgotten after this long.
+const FORGET: Duration = Duration::from_secs(600);
+
+/// What is known of another node.
+#[derive(Debug, Default)]
+pub(super) struct Peer {
+    /// The failure detector says that it lives.
+    pub(super) swim: bool,
+    /// The run that left; its last hellos are not taken for life.
+    left: Option<BootId>,
+    /// When it was last heard, by interface.
+    pub(super) hellos: BTreeMap<Arc<str>, Duration>,
+    /// The run that it is in, as told by the failure detector or a hello.
+    pub(super) boot: Option<BootId>,
+    pub(super) registers: Option<Registers>,
+    pub(super) wanted: Duration,
+    alive: bool,
+    died: Option<Duration>,
+    deaths: VecDeque<Duration>,
+}
+
+impl Peer {
+    /// Notes the run it is in. One that is known to be over is not taken.
+    pub(super) fn set_boot(&mut self, boot: BootId) -> bool {
+        if self.boot == Some(boot) {
+            return false;
+        }
+        let fresh = match &mut self.registers {
+            Some(registers) => registers.restart(boot),
+            None => {
+                self.registers = Some(Registers::new(boot));
+                true
+            }
+        };
+        if fresh {
+            self.boot = Some(boot);
+            self.left = None;
+        }
+        fresh
+    }
+}
+
+/// A peer, for display.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerView {
+    /// Its name.
+    pub name: NodeName,
+    /// It counts as alive.
+    pub alive: bool,
+    /// The failure detector says that it lives.
+    pub gossip: bool,
+    /// The interfaces of this node on which it is heard.
+    pub heard: Vec<Arc<str>>,
+    /// It has listed its sources and may lead.
+    pub synced: bool,
+    /// It is stopping.
+    pub leaving: bool,
+}
+
+impl Elector {
+    /// The failure detector says that a peer lives, in this run.
+    pub fn peer_alive(&mut self, name: &NodeName, boot: BootId) {
+        if *name == self.me {
+            return;
+        }
+        let peer = self.peers.entry(name.clone()).or_default();
+        peer.swim = true;
+        if peer.set_boot(boot) || !peer.alive {
+            peer.left = None;
+            self.all_dirty = true;
+        }
+    }
+
+    /// The failure detector says that a peer is dead, or that it has left.
+    pub fn peer_dead(&mut self, name: &NodeName, left: bool) {
+        let Some(peer) = self.peers.get_mut(name) else {
+            return;
+        };
+        peer.swim = false;
+        if left {
+            peer.left = peer.boot;
+            peer.hellos.clear();
+        }
+        self.all_dirty = true;
+    }
+
+    /// A hello of a peer was heard on an interface. Says whether the peer was not heard there before.
+    pub fn hello(
+        &mut self,
+        name: &NodeName,
+        boot: BootId,
+        interface: &Arc<str>,
+        now: Duration,
+    ) -> bool {
+        if *name == self.me {
+            return false;
+        }
+        let peer = self.peers.entry(name.clone()).or_default();
+        if peer.left == Some(boot) {
+            return false;
+        }
+        if peer.set_boot(boot) {
+            self.all_dirty = true;
+        }
+        let new = peer.hellos.insert(interface.clone(), now).is_none();
+        self.all_dirty |= new;
+        new
+    }
+
+    /// Every peer that is known, for display.
+    pub fn peers(&self) -> impl Iterator<Item = PeerView> {
+        self.peers.iter().map(|(name, peer)| {
+            let register = peer.registers.as_ref().and_then(Registers::register);
+            PeerView {
+                name: name.clone(),
+                alive: peer.alive,
+                gossip: peer.swim,
+                heard: peer.hellos.keys().cloned().collect(),
+                synced: register.is_some_and(|register| register.synced),
+                leaving: register.is_some_and(|register| register.leaving),
+            }
+        })
+    }
+
+    /// The living nodes, this one among them, by name.
+    pub(super) fn alive(&self) -> impl Iterator<Item = &NodeName> {
+        let mut names: BTreeSet<&NodeName> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.alive)
+            .map(|(name, _)| name)
+            .collect();
+        names.insert(&self.me);
+        names.into_iter()
+    }
+
+    /// Whether a node came and went too often lately.
+    pub(super) fn is_damped(&self, node: &NodeName, now: Duration) -> bool {
+        self.peers.get(node).is_some_and(|peer| {
+            let recent = peer
+                .deaths
+                .iter()
+                .filter(|at| now.saturating_sub(**at) < self.config.flap_window)
+                .count();
+            recent >= self.config.flaps
+        })
+    }
+
+    /// Brings liveness, hearing, listening and this node's own register up to date.
+    pub(super) fn refresh(&mut self, now: Duration) {
+        let started = *self.started.get_or_insert(now);
+        let stood_still = now.saturating_sub(self.last_tick);
+        if self.last_tick > Duration::ZERO && stood_still > STOOD_STILL {
+            // What was said meanwhile waits in sockets: nobody is lost before it is read.
+            for peer in self.peers.values_mut() {
+                for heard in peer.hellos.values_mut() {
+                    *heard = (*heard + stood_still).min(now);
+                }
+            }
+        }
+        let lost = self.config.hello_lost;
+        let mut changed = false;
+        for peer in self.peers.values_mut() {
+            let before = peer.hellos.len();
+            peer.hellos
+                .retain(|_, heard| now.saturating_sub(*heard) < lost);
+            changed |= peer.hellos.len() != before;
+            let alive = peer.swim || !peer.hellos.is_empty();
+            if alive != peer.alive {
+                peer.alive = alive;
+                changed = true;
+                peer.died = (!alive).then_some(now);
+                if !alive && peer.left.is_none() {
+                    peer.deaths.push_back(now);
+                    if peer.deaths.len() > 16 {
+                        peer.deaths.pop_front();
+                    }
+                }
+            }
+        }
+        self.peers
+            .retain(|_, peer| peer.died.is_none_or(|at| now.saturating_sub(at) < FORGET));
+        if self.listening {
+            let waited = now.saturating_sub(started);
+            let known = self
+                .peers
+                .values()
+                .filter(|peer| peer.alive)
+                .all(|peer| peer.registers.as_ref().is_some_and(|r| r.node.is_some()));
+            if self.source_synced
+                && waited >= self.config.listen
+                && (known || waited >= self.config.listen_at_most)
+            {
+                self.listening = false;
+                changed = true;
+            }
+        }
+        for at in 0..self.interfaces.len() {
+            let heard = self.arc_heard(&self.interfaces[at].name);
+            self.interfaces[at].heard = heard;
+        }
+        let register = self.own_register();
+        changed |= self.own.set_node(register);
+        self.all_dirty |= changed;
+    }
+}

@@ -1,0 +1,196 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::decide::beats;
+use super::wire::Mark;
+use super::*;
+use crate::model::{
+    AddressRequest, Advertisement, FamilyPolicy, NodeName, ObjectKey, Service, TrafficPolicy,
+};
+
+pub(super) fn mk_service(name: &str) -> Service {
+    Service {
+        key: ObjectKey::new("default", name),
+        uid: String::new(),
+        labels: BTreeMap::new(),
+        created: 0,
+        load_balancer: true,
+        class: None,
+        ports: Vec::new(),
+        selector: BTreeMap::new(),
+        traffic_policy: TrafficPolicy::Cluster,
+        health_check_node_port: 0,
+        families: Vec::new(),
+        family_policy: FamilyPolicy::SingleStack,
+        request: AddressRequest::default(),
+        ingress: Vec::new(),
+        conditions: Vec::new(),
+        assigned_pool: None,
+    }
+}
+
+pub(super) fn mk_advertisement() -> Advertisement {
+    Advertisement {
+        name: "all".into(),
+        pools: Vec::new(),
+        pool_selectors: Vec::new(),
+        service_selectors: Vec::new(),
+        node_selectors: Vec::new(),
+        interfaces: Vec::new(),
+        preferred_nodes: Vec::new(),
+        failback: false,
+        rebalance: true,
+        ignore_exclude_lb: false,
+        steering: crate::model::Steering::Auto,
+    }
+}
+
+fn mk_update() -> Frame {
+    Frame::Update {
+        mark: Mark {
+            node: "a".into(),
+            boot: BootId(7),
+            version: 3,
+        },
+        from: 0,
+        node: Some((1, NodeRegister::default())),
+        groups: vec![(
+            "g".into(),
+            3,
+            Some(GroupRegister {
+                claim: Some(Claim {
+                    epoch: 2,
+                    since: 5,
+                    mode: ClaimMode::Yielding { to: None },
+                }),
+                ready: true,
+                ..GroupRegister::default()
+            }),
+        )],
+    }
+}
+
+#[test]
+fn frames_round_trip_and_unknown_versions_are_refused() {
+    let bytes = mk_update().encode();
+    assert_eq!(Frame::decode(&bytes), Ok(mk_update()));
+    let mut other = bytes.clone();
+    other[0] = 9;
+    assert_eq!(Frame::decode(&other), Err(FrameError::Version(9)));
+    let mut longer = bytes;
+    longer.push(0);
+    assert_eq!(Frame::decode(&longer), Err(FrameError::Malformed));
+    assert_eq!(Frame::decode(&[]), Err(FrameError::Malformed));
+}
+
+/// The hash is part of the protocol: another order of nodes would make two versions fight over every group.
+#[test]
+fn the_hash_is_fixed() {
+    assert_eq!(HASH, ("xxh64-rendezvous-1", 0x4c61_6e64_6661_6c01));
+    let order = |group: &str| {
+        let mut nodes = ["a", "b", "c"].map(NodeName::from);
+        nodes.sort_by_key(|node| std::cmp::Reverse(score(group, node, 1)));
+        nodes.map(|node| node.to_string()).concat()
+    };
+    let orders: Vec<String> = ["g", "10.88.0.200", "10.88.0.201", "fd00"]
+        .map(order)
+        .to_vec();
+    assert_eq!(orders, EXPECTED_ORDERS);
+}
+
+const EXPECTED_ORDERS: [&str; 4] = ["", "", "", ""];
+
+proptest! {
+    /// Whatever arrives, nothing panics.
+    #[test]
+    fn garbage_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let mut framed = vec![1];
+        framed.extend_from_slice(&bytes);
+        let _ = Frame::decode(&bytes);
+        let _ = Frame::decode(&framed);
+    }
+
+    /// A bit flipped in a good frame: refused or read, never a panic, also by the elector.
+    #[test]
+    fn flipped_bits_do_no_harm(at in 0usize..60, bit in 0u8..8) {
+        let mut bytes = mk_update().encode();
+        let at = at % bytes.len();
+        bytes[at] ^= 1 << bit;
+        let mut elector = Elector::new("me".into(), BootId(1), Config::default());
+        elector.receive(&bytes, std::time::Duration::ZERO);
+    }
+
+    /// Of any set of claims exactly one beats all others, whoever compares.
+    #[test]
+    fn one_claim_beats_all(claims in prop::collection::btree_map("[a-d]{1,3}", 1u64..4, 1..6)) {
+        let claims: Vec<(NodeName, u64)> =
+            claims.into_iter().map(|(node, epoch)| (node.as_str().into(), epoch)).collect();
+        let winners = claims.iter().enumerate().filter(|(at, (node, epoch))| {
+            claims.iter().enumerate().all(|(other, (rival, theirs))| {
+                *at == other || beats("g", (node, *epoch), (rival, *theirs))
+            })
+        });
+        prop_assert_eq!(winners.count(), 1);
+    }
+
+    /// A node that leaves disturbs only the groups it led.
+    #[test]
+    fn rendezvous_is_minimal(groups in prop::collection::btree_set("[a-z]{1,8}", 1..40)) {
+        let nodes: Vec<NodeName> = ["a", "b", "c", "d"].map(NodeName::from).to_vec();
+        let best = |group: &str, nodes: &[NodeName]| {
+            nodes.iter().max_by_key(|node| score(group, node, 1)).cloned()
+        };
+        for group in groups {
+            let before = best(&group, &nodes);
+            let after = best(&group, &nodes[..3]);
+            if before.as_ref() != nodes.last() {
+                prop_assert_eq!(before, after);
+            }
+        }
+    }
+
+    /// Whatever order deltas arrive in, with repetitions and gaps, the registers end up equal once all were seen.
+    #[test]
+    fn replication_converges(changes in prop::collection::vec((0u8..5, 0u64..4), 1..40), order in any::<u64>()) {
+        use rand::seq::SliceRandom;
+        use rand::{SeedableRng, rngs::StdRng};
+        let me = NodeName::from("a");
+        let mut owner = super::gossip::Registers::new(BootId(1));
+        let mut frames = Vec::new();
+        for (group, epoch) in changes {
+            let before = owner.version;
+            let register = (epoch > 0).then(|| GroupRegister { seen: epoch, ..GroupRegister::default() });
+            owner.set_group(&format!("g{group}").as_str().into(), register);
+            frames.extend(owner.since(&me, before));
+        }
+        frames.extend(frames.clone());
+        frames.shuffle(&mut StdRng::seed_from_u64(order));
+        let mut copy = super::gossip::Registers::new(BootId(1));
+        for frame in frames.into_iter().chain(owner.since(&me, 0)) {
+            if let Frame::Update { mark, from, node, groups } = frame {
+                copy.merge(from, mark.version, node, groups);
+            }
+        }
+        prop_assert_eq!(copy.version, owner.version);
+        for (id, (_, register)) in &owner.groups {
+            prop_assert_eq!(copy.group(id), register.as_ref());
+        }
+    }
+}
+
+#[test]
+fn weights_shift_the_odds_exactly() {
+    let nodes = [NodeName::from("a"), NodeName::from("b")];
+    let heavy = (0..4000)
+        .filter(|n| {
+            let group = format!("g{n}");
+            score(&group, &nodes[0], 3) > score(&group, &nodes[1], 1)
+        })
+        .count();
+    assert!((2900..3100).contains(&heavy), "{heavy}");
+    let seen: BTreeSet<u64> = (0..100)
+        .map(|n| score(&format!("g{n}"), &nodes[0], 1))
+        .collect();
+    assert_eq!(seen.len(), 100);
+}
