@@ -91,7 +91,7 @@ pub struct L2AdvertisementSpec {
 #[serde(rename_all = "camelCase")]
 pub struct PreferredNodeSelector {
     /// Added to the weight of the nodes that match, 1 to 100.
-    #[schemars(range(min = 1, max = 100))]
+    #[schemars(with = "i64", range(min = 1, max = 100))]
     pub weight: u32,
     /// Which nodes.
     pub preference: LabelSelector,

@@ -78,7 +78,11 @@ pub struct IPAddressPoolSpec {
 
     /// How long a freed address rests before another owner gets it; its former owner has it back at once.
     #[serde(default = "default_quarantine")]
-    #[schemars(regex(pattern = crate::duration::PATTERN))]
+    #[schemars(length(max = 48))]
+    #[x_kube(
+        validation = Rule::new(format!("self.matches('{}')", crate::duration::PATTERN))
+            .message("spec.quarantine must be a duration such as 60s, 1m30s or 0s"),
+    )]
     pub quarantine: String,
 
     /// Keep addresses in use that are no longer in any pool, instead of replacing them.
@@ -96,7 +100,7 @@ pub struct IPAddressPoolSpec {
 pub struct ServiceAllocation {
     /// Pools with a lower number are tried first; pools with 0 and pools without allocation rules come last.
     #[serde(default)]
-    #[schemars(range(min = 0, max = 1_000_000))]
+    #[schemars(with = "i64", range(min = 0, max = 1_000_000))]
     pub priority: u32,
     /// Namespaces by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
