@@ -99,7 +99,7 @@ pub struct GroupIndex {
     services: BTreeMap<ObjectKey, Service>,
     slices: BTreeMap<ObjectKey, EndpointSlice>,
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
-    nodes: Arc<BTreeMap<NodeName, Node>>,
+    nodes: BTreeMap<NodeName, Node>,
     node_of_address: BTreeMap<IpAddr, NodeName>,
     pools: BTreeMap<Arc<str>, Pool>,
     advertisements: BTreeMap<Arc<str>, Advertisement>,
@@ -173,7 +173,7 @@ impl GroupIndex {
             }
             Object::Node(node) => {
                 if self.nodes.get(&node.name) != Some(&node) {
-                    Arc::make_mut(&mut self.nodes).insert(node.name.clone(), node);
+                    self.nodes.insert(node.name.clone(), node);
                     self.nodes_changed();
                 }
             }
@@ -219,7 +219,7 @@ impl GroupIndex {
                 }
             }
             ObjectId::Node(name) => {
-                if Arc::make_mut(&mut self.nodes).remove(name).is_some() {
+                if self.nodes.remove(name).is_some() {
                     self.nodes_changed();
                 }
             }
@@ -396,7 +396,7 @@ impl GroupIndex {
         if selecting.is_empty() {
             return self
                 .unplaced
-                .get_or_insert_with(|| Arc::new(Placement::everywhere(self.nodes.clone())))
+                .get_or_insert_with(|| Arc::new(Placement::everywhere(&self.nodes)))
                 .clone();
         }
         let matching: Vec<&Advertisement> = selecting
@@ -417,7 +417,7 @@ impl GroupIndex {
         let names: Vec<Arc<str>> = matching.iter().map(|a| a.name.clone()).collect();
         self.placements
             .entry(names)
-            .or_insert_with(|| Arc::new(Placement::new(&matching, self.nodes.clone())))
+            .or_insert_with(|| Arc::new(Placement::new(&matching, &self.nodes)))
             .clone()
     }
 

@@ -155,6 +155,7 @@ struct Local {
 }
 
 /// One node's part in the election. See the module's documentation.
+#[expect(clippy::struct_excessive_bools, reason = "independent switches")]
 #[derive(Debug)]
 pub struct Elector {
     me: NodeName,
@@ -165,6 +166,8 @@ pub struct Elector {
     leaving: bool,
     started: Option<Duration>,
     listening: bool,
+    /// When this node stopped listening; it claims a little later, so that those who did too are known.
+    heard_out: Option<Duration>,
     peers: BTreeMap<NodeName, Peer>,
     local: BTreeMap<GroupId, Local>,
     segments: Segments,
@@ -192,6 +195,7 @@ impl Elector {
             leaving: false,
             started: None,
             listening: true,
+            heard_out: None,
             peers: BTreeMap::new(),
             local: BTreeMap::new(),
             segments: Segments::default(),
@@ -428,7 +432,7 @@ impl Elector {
             let vacant = local
                 .vacant_since
                 .take()
-                .map_or(Duration::ZERO, |since| now - since);
+                .map_or(Duration::ZERO, |since| now.saturating_sub(since));
             claim = Some(Claim {
                 epoch: local.seen,
                 since: wall,
@@ -448,7 +452,7 @@ impl Elector {
         // What this node leads, and where.
         match (&claim, table.me) {
             (Some(_), Some(at)) => {
-                let places = table.entries[at].places.clone();
+                let places = table.entries[at].places;
                 if let Some(leadership) = local.leadership.as_mut()
                     && (!was_leading
                         || places.is_some_and(|places| leadership.interfaces != *places))
@@ -536,13 +540,13 @@ impl Elector {
                 }
                 mine.mode = ClaimMode::Yielding { to: None };
                 let since = *local.yield_since.get_or_insert(now);
-                return stays || now - since < self.config.yield_at_most;
+                return stays || now.saturating_sub(since) < self.config.yield_at_most;
             }
             None => {}
         }
         if let ClaimMode::Yielding { to } = &mine.mode {
             let since = *local.yield_since.get_or_insert(now);
-            if to.is_none() || now - since >= self.config.yield_at_most {
+            if to.is_none() || now.saturating_sub(since) >= self.config.yield_at_most {
                 mine.mode = ClaimMode::Held;
                 local.yield_since = None;
             }
@@ -560,7 +564,7 @@ impl Elector {
                         _ => now,
                     };
                     local.better_since = Some((best.node.clone(), since));
-                    if now - since >= self.config.failback_after {
+                    if now.saturating_sub(since) >= self.config.failback_after {
                         mine.mode = ClaimMode::Yielding {
                             to: Some(best.node.clone()),
                         };
@@ -583,7 +587,10 @@ impl Elector {
             return false;
         }
         let since = *local.vacant_since.get_or_insert(now);
-        if self.listening || self.leaving || !self.source_synced {
+        let settled = self
+            .heard_out
+            .is_some_and(|at| now.saturating_sub(at) >= self.config.settle);
+        if !settled || self.leaving {
             return false;
         }
         let ranked = table.ranked(id, None);
@@ -614,7 +621,7 @@ impl Elector {
         } else if local.seen == 0 && !hash_first && at == 0 {
             delay += config.settle;
         }
-        now - since >= delay
+        now.saturating_sub(since) >= delay
     }
 
     /// Whether this node's inputs have differed from the majority's for too long.
@@ -640,7 +647,7 @@ impl Elector {
             local.odd_since = None;
             return false;
         }
-        now - *local.odd_since.get_or_insert(now) >= self.config.odd_after
+        now.saturating_sub(*local.odd_since.get_or_insert(now)) >= self.config.odd_after
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use xxhash_rust::xxh64::Xxh64;
@@ -89,12 +88,12 @@ impl PartialEq for Placement {
 
 impl Placement {
     /// Of a pool that no advertisement selects: every node, by subnet.
-    pub fn everywhere(nodes: Arc<BTreeMap<NodeName, Node>>) -> Self {
+    pub fn everywhere(nodes: &BTreeMap<NodeName, Node>) -> Self {
         Self::new(&[&unselected()], nodes)
     }
 
     /// Of these advertisements together.
-    pub fn new(advertisements: &[&Advertisement], nodes: Arc<BTreeMap<NodeName, Node>>) -> Self {
+    pub fn new(advertisements: &[&Advertisement], nodes: &BTreeMap<NodeName, Node>) -> Self {
         let verdicts: BTreeMap<_, _> = nodes
             .values()
             .map(|node| {

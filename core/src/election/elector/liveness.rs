@@ -12,7 +12,7 @@ use crate::model::NodeName;
 /// A tick later than this after the one before means that this process stood still, and with it its ears.
 const STOOD_STILL: Duration = Duration::from_millis(400);
 /// A dead peer's registers are forgotten after this long.
-const FORGET: Duration = Duration::from_secs(600);
+const FORGET: Duration = Duration::from_mins(10);
 
 /// What is known of another node.
 #[derive(Debug, Default)]
@@ -38,12 +38,11 @@ impl Peer {
         if self.boot == Some(boot) {
             return false;
         }
-        let fresh = match &mut self.registers {
-            Some(registers) => registers.restart(boot),
-            None => {
-                self.registers = Some(Registers::new(boot));
-                true
-            }
+        let fresh = if let Some(registers) = &mut self.registers {
+            registers.restart(boot)
+        } else {
+            self.registers = Some(Registers::new(boot));
+            true
         };
         if fresh {
             self.boot = Some(boot);
@@ -54,6 +53,10 @@ impl Peer {
 }
 
 /// A peer, for display.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, shown side by side"
+)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerView {
     /// Its name.
@@ -85,12 +88,13 @@ impl Elector {
     }
 
     /// The failure detector says that a peer is dead, or that it has left.
-    pub fn peer_dead(&mut self, name: &NodeName, left: bool) {
+    pub fn peer_dead(&mut self, name: &NodeName) {
         let Some(peer) = self.peers.get_mut(name) else {
             return;
         };
         peer.swim = false;
-        if left {
+        let register = peer.registers.as_ref().and_then(Registers::register);
+        if register.is_some_and(|register| register.leaving) {
             peer.left = peer.boot;
             peer.hellos.clear();
         }
@@ -114,6 +118,8 @@ impl Elector {
         }
         if peer.set_boot(boot) {
             self.all_dirty = true;
+        } else if peer.boot != Some(boot) {
+            return false; // A late frame of a run that is over.
         }
         let new = peer.hellos.insert(interface.clone(), now).is_none();
         self.all_dirty |= new;
@@ -205,6 +211,7 @@ impl Elector {
                 && (known || waited >= self.config.listen_at_most)
             {
                 self.listening = false;
+                self.heard_out = Some(now);
                 changed = true;
             }
         }

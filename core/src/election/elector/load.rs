@@ -25,7 +25,7 @@ impl Elector {
             return;
         }
         let since = *self.overloaded_since.get_or_insert(now);
-        if now - since < self.config.overload_after {
+        if now.saturating_sub(since) < self.config.overload_after {
             return;
         }
         if let Some((id, to)) = self.surplus(mine, &loads, index) {
