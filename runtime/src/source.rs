@@ -1,5 +1,11 @@
 //! Where objects come from: the Kubernetes API or a directory of manifests. Both speak [`Event`].
 
+mod kubernetes;
+mod manifests;
+
+pub use kubernetes::{Options, kubernetes};
+pub use manifests::{Problem, Problems, manifests};
+
 use landfall_core::model::{Event, Kind};
 use tokio::sync::mpsc;
 

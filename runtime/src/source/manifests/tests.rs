@@ -1,0 +1,164 @@
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use landfall_core::model::{Event, Kind, Object, ObjectId};
+use tempfile::TempDir;
+
+use super::{Problems, Source, manifests};
+
+const POOL: &str = "\
+apiVersion: landfall.dev/v1alpha1
+kind: IPAddressPool
+metadata: {name: lan}
+spec:
+  addresses: [10.88.0.200-10.88.0.220]
+";
+
+const SERVICE: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: LoadBalancer
+  ports: [{port: 80, protocol: TCP}]
+";
+
+fn mk_source(directory: &Path) -> (Source, Problems) {
+    manifests(directory, &[Kind::Pool, Kind::Service]).unwrap()
+}
+
+async fn next(source: &mut Source) -> Event {
+    tokio::time::timeout(Duration::from_secs(20), source.events.recv())
+        .await
+        .expect("an event in time")
+        .expect("the source lives")
+}
+
+async fn problem(problems: &Problems) -> super::Problem {
+    for _ in 0..2000 {
+        if let Some(problem) = problems.list().into_iter().next() {
+            return problem;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("no problem was reported");
+}
+
+#[tokio::test]
+async fn reads_and_follows() {
+    let directory = TempDir::new().unwrap();
+    fs::write(
+        directory.path().join("all.yaml"),
+        format!("# both\n---\n{POOL}---\n{SERVICE}"),
+    )
+    .unwrap();
+    let (mut source, problems) = mk_source(directory.path());
+    let first = [next(&mut source).await, next(&mut source).await];
+    assert!(
+        matches!(&first[0], Event::Apply(Object::Service(service)) if &*service.key.namespace == "shop")
+    );
+    assert!(matches!(&first[1], Event::Apply(Object::Pool(pool)) if &*pool.name == "lan"));
+    let synced = [next(&mut source).await, next(&mut source).await];
+    assert_eq!(
+        synced,
+        [Event::Synced(Kind::Service), Event::Synced(Kind::Pool)]
+    );
+
+    // As editors and volumes do it: written beside, then renamed over.
+    fs::write(directory.path().join(".new"), POOL).unwrap();
+    fs::rename(
+        directory.path().join(".new"),
+        directory.path().join("all.yaml"),
+    )
+    .unwrap();
+    assert!(matches!(
+        next(&mut source).await,
+        Event::Delete(ObjectId::Service(_))
+    ));
+    assert!(problems.list().is_empty());
+}
+
+#[tokio::test]
+async fn a_broken_file_is_reported_with_its_line_and_leaves_the_rest() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("pool.yaml"), POOL).unwrap();
+    let (mut source, problems) = mk_source(directory.path());
+    for _ in 0..3 {
+        next(&mut source).await;
+    }
+    fs::write(
+        directory.path().join("pool.yaml"),
+        format!(
+            "{SERVICE}---\n{}",
+            POOL.replace("[10.88.0.200-10.88.0.220]", "17")
+        ),
+    )
+    .unwrap();
+    let found = problem(&problems).await;
+    assert_eq!(found.line, Some(12), "{found}");
+    assert!(found.to_string().contains("pool.yaml:12: "), "{found}");
+
+    fs::write(directory.path().join("service.yaml"), SERVICE).unwrap();
+    assert!(matches!(
+        next(&mut source).await,
+        Event::Apply(Object::Service(_))
+    ));
+
+    // Mended: nothing was lost, so nothing changes.
+    fs::write(
+        directory.path().join("pool.yaml"),
+        POOL.replace("220", "230"),
+    )
+    .unwrap();
+    assert!(matches!(
+        next(&mut source).await,
+        Event::Apply(Object::Pool(_))
+    ));
+    assert!(problems.list().is_empty());
+}
+
+#[tokio::test]
+async fn mistakes_say_what_to_do() {
+    for (text, line, expected) in [
+        ("kind: Service\n", 1, "apiVersion or kind is missing"),
+        (
+            "\napiVersion: apps/v1\nkind: Deployment\n",
+            2,
+            "is not read from manifests",
+        ),
+        (
+            &*POOL.replace("200-10.88.0.220", "9-10.88.0.1"),
+            1,
+            "ends before it begins",
+        ),
+        (
+            &*SERVICE.replace("port: 80", "port: 70000"),
+            1,
+            "a port is 1 to 65535",
+        ),
+    ] {
+        let directory = TempDir::new().unwrap();
+        fs::write(directory.path().join("x.yaml"), text).unwrap();
+        let (_source, problems) = mk_source(directory.path());
+        let found = problem(&problems).await;
+        assert_eq!(found.line, Some(line), "{found}");
+        assert!(found.message.contains(expected), "{found}");
+    }
+}
+
+#[tokio::test]
+async fn the_same_object_twice_is_reported() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("a.yaml"), POOL).unwrap();
+    fs::write(directory.path().join("b.yaml"), POOL).unwrap();
+    let (_source, problems) = mk_source(directory.path());
+    let found = problem(&problems).await;
+    assert!(found.file.ends_with("b.yaml"), "{found}");
+}
+
+#[test]
+fn a_missing_directory_is_refused() {
+    let problem = manifests(Path::new("/nonexistent"), &[]).err().unwrap();
+    assert!(problem.to_string().contains("no such directory"));
+}
