@@ -10,7 +10,9 @@
 //! fresh lists. Nothing here decides: [`landfall_core::ipam`] does.
 #![forbid(unsafe_code)]
 
+pub mod args;
 pub mod index;
 pub mod lease;
 pub mod metrics;
+pub mod run;
 pub mod writer;
