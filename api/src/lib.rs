@@ -3,6 +3,10 @@
 //! The CRD YAML of the chart is generated from here (`cargo run -p landfall-api --example crds`).
 #![forbid(unsafe_code)]
 #![allow(
+    clippy::duplicated_attributes,
+    reason = "printer columns repeat their types"
+)]
+#![allow(
     unreachable_pub,
     reason = "the derived schemas define their helpers under the types' own visibility"
 )]

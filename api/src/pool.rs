@@ -1,13 +1,8 @@
 //! `IPAddressPool`: addresses to hand out, and to whom.
 
-use std::time::Duration;
-
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
-
-/// How long a freed address rests when the pool does not say.
-pub const DEFAULT_QUARANTINE: Duration = Duration::from_secs(60);
 
 /// Addresses that Landfall hands out as virtual IPs.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
