@@ -7,6 +7,7 @@ mod parse;
 #[cfg(test)]
 mod tests;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -192,17 +193,18 @@ impl Directory {
         for (path, file) in &self.files {
             problems.extend(file.problem.clone());
             for object in &file.objects {
-                let id = object.id();
-                if now.contains_key(&id) {
-                    problems.push(Problem {
+                match now.entry(object.id()) {
+                    Entry::Vacant(entry) => {
+                        entry.insert(object.clone());
+                    }
+                    Entry::Occupied(entry) => problems.push(Problem {
                         file: path.clone(),
                         line: None,
                         message: format!(
-                            "{id:?} stands in an earlier file too: remove one of them"
+                            "{:?} stands in an earlier file too: remove one of them",
+                            entry.key()
                         ),
-                    });
-                } else {
-                    now.insert(id, object.clone());
+                    }),
                 }
             }
         }

@@ -20,6 +20,9 @@ pub(super) struct Wrong {
     pub(super) message: String,
 }
 
+/// Reads one document: its text, the lines before it, and the line its object begins at.
+type Parser = fn(&str, u64, u64) -> Result<Object, Wrong>;
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Header {
@@ -73,10 +76,7 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
             message: "apiVersion or kind is missing: write a whole Kubernetes object".into(),
         });
     };
-    let (parsed, known): (fn(&str, u64, u64) -> Result<Object, Wrong>, Kind) = match (
-        version.as_str(),
-        kind.as_str(),
-    ) {
+    let (parsed, known): (Parser, Kind) = match (version.as_str(), kind.as_str()) {
         ("v1", "Service") => (typed::<Service>, Kind::Service),
         ("v1", "Node") => (typed::<Node>, Kind::Node),
         ("v1", "Namespace") => (typed::<Namespace>, Kind::Namespace),
