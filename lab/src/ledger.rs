@@ -40,21 +40,38 @@ impl ProcessId {
         start_time(self.pid) == Some(self.started)
     }
 
+    /// Stops it (SIGSTOP) and waits until it has stopped, which takes as long as its system call in flight.
+    pub(crate) fn freeze(self) -> bool {
+        let sent = self.signal(Signal::SIGSTOP);
+        for _ in 0..1000 {
+            if !self.alive() || stat(self.pid).is_none_or(|(state, _)| state == 'T') {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        sent
+    }
+
     /// Sends it a signal, if it still is the process that was meant.
     pub fn signal(self, signal: Signal) -> bool {
         self.alive() && kill(Pid::from_raw(self.pid), signal).is_ok()
     }
 }
 
-/// The start time of a process that is no zombie, from `/proc/PID/stat`.
+/// The start time of a process that is no zombie.
 fn start_time(pid: i32) -> Option<u64> {
+    stat(pid).and_then(|(state, started)| (!matches!(state, 'Z' | 'X')).then_some(started))
+}
+
+/// A process's state and start time, from `/proc/PID/stat`.
+fn stat(pid: i32) -> Option<(char, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the command in parentheses and may hold anything.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    if matches!(fields.first(), Some(&"Z" | &"X")) {
-        return None;
-    }
-    fields.get(19)?.parse().ok()
+    Some((
+        fields.first()?.chars().next()?,
+        fields.get(19)?.parse().ok()?,
+    ))
 }
 
 /// The entries of one process.

@@ -1,0 +1,139 @@
+//! What runs in a pod: small servers that answer with the pod's name.
+//!
+//! - UDP [`UDP_PORT`]: every datagram comes back with `<pod> ` before it.
+//! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes.
+//!
+//! Both listen on IPv4 and IPv6, and can be tried with `nc`.
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use crate::error::{IoContext, Result};
+use crate::netns::Netns;
+
+/// Where a pod echoes datagrams.
+pub const UDP_PORT: u16 = 5000;
+/// Where a pod answers lines.
+pub const TCP_PORT: u16 = 8080;
+
+/// The servers of one pod, on a thread in its namespace. Dropping it ends them: open connections are reset or
+/// closed by the kernel as for a process that dies.
+#[derive(Debug)]
+pub struct PodServer {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl PodServer {
+    /// Starts them; when this returns they listen.
+    pub fn start(netns: &Netns, pod: &str) -> Result<Self> {
+        let (udp, tcp) = netns
+            .run(|| io::Result::Ok((bind(Type::DGRAM, UDP_PORT)?, bind(Type::STREAM, TCP_PORT)?)))
+            .context(|| format!("opening the server sockets of {pod}"))?;
+        let (stop, stopped) = oneshot::channel();
+        let name: Arc<str> = format!("{pod} ").into();
+        let thread = netns.spawn(pod, move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime needs but a few descriptors");
+            runtime.block_on(async move {
+                let servers = async {
+                    let served = tokio::try_join!(
+                        echo(udp.into(), Arc::clone(&name)),
+                        answer(tcp.into(), name)
+                    );
+                    if let Err(error) = served {
+                        tracing::warn!(%error, "a pod's server ended");
+                    }
+                };
+                tokio::select! {
+                    () = servers => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for PodServer {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A socket for both families.
+fn bind(kind: Type, port: u16) -> io::Result<Socket> {
+    let protocol = if kind == Type::DGRAM {
+        Protocol::UDP
+    } else {
+        Protocol::TCP
+    };
+    let socket = Socket::new(Domain::IPV6, kind, Some(protocol))?;
+    socket.set_only_v6(false)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    if kind == Type::STREAM {
+        socket.listen(1024)?;
+    }
+    Ok(socket)
+}
+
+async fn echo(socket: std::net::UdpSocket, name: Arc<str>) -> io::Result<()> {
+    let socket = UdpSocket::from_std(socket)?;
+    let mut buffer = vec![0; 65_536];
+    buffer[..name.len()].copy_from_slice(name.as_bytes());
+    loop {
+        let (length, from) = match socket.recv_from(&mut buffer[name.len()..]).await {
+            Ok(received) => received,
+            // An ICMP error to an earlier answer.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
+            Err(error) => return Err(error),
+        };
+        // What cannot be sent is lost, as datagrams are.
+        let _ = socket.send_to(&buffer[..name.len() + length], from).await;
+    }
+}
+
+async fn answer(listener: std::net::TcpListener, name: Arc<str>) -> io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                if let Ok((stream, _)) = accepted {
+                    connections.spawn(converse(stream, Arc::clone(&name)));
+                }
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn converse(stream: TcpStream, name: Arc<str>) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let (read, mut write) = stream.into_split();
+    let mut lines = BufReader::new(read).lines();
+    while let Some(line) = lines.next_line().await? {
+        write
+            .write_all(format!("{name}{line}\n").as_bytes())
+            .await?;
+    }
+    Ok(())
+}
