@@ -3,10 +3,62 @@
 //! The loop says which addresses this node answers for and on which interface; the announcer does the
 //! answering, the gratuitous announcements, the probing and the watching of links, and reports facts.
 
+mod handle;
+mod metrics;
+mod task;
+pub mod twin;
+
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
+use prometheus_client::registry::Registry;
+use tokio::sync::mpsc;
+
+pub use handle::Handle;
+
+/// How many events may wait for the loop.
+const EVENTS: usize = 1024;
+
+/// How to announce.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// How long after its first repeats an address is announced again, and again: switch tables age.
+    pub refresh: Duration,
+    /// How many gratuitous frames a second at most.
+    pub frames_per_second: u32,
+    /// How many gratuitous frames at once at most.
+    pub burst: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            refresh: Duration::from_secs(30),
+            frames_per_second: 1000,
+            burst: 400,
+        }
+    }
+}
+
+/// Starts the announcer in the network namespace of the calling thread. It needs a tokio runtime, `CAP_NET_RAW`
+/// and nothing else; it ends when the last handle is dropped.
+pub fn start(
+    config: Config,
+    registry: &mut Registry,
+) -> anyhow::Result<(Handle, mpsc::Receiver<AnnouncerEvent>)> {
+    let (commands, receiver) = mpsc::unbounded_channel();
+    let (events, event_receiver) = mpsc::channel(EVENTS);
+    let task = task::Task {
+        config,
+        metrics: metrics::Metrics::register(registry),
+        commands: receiver,
+        events,
+    };
+    tokio::spawn(task.run());
+    Ok((Handle { commands }, event_receiver))
+}
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
