@@ -1,0 +1,4 @@
+//! The program by `BPF_PROG_TEST_RUN`, and the whole data path in network namespaces. They need root.
+
+mod golden;
+mod lifecycle;
