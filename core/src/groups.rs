@@ -341,6 +341,21 @@ impl GroupIndex {
         &self.nodes
     }
 
+    /// The pools that the source knows.
+    pub fn pools(&self) -> impl Iterator<Item = &Pool> {
+        self.pools.values()
+    }
+
+    /// The advertisements that the source knows.
+    pub fn advertisements(&self) -> impl Iterator<Item = &Advertisement> {
+        self.advertisements.values()
+    }
+
+    /// A Service that the source knows.
+    pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.services.get(key)
+    }
+
     /// A `VirtualIP`, as last observed.
     pub fn virtual_ip(&self, address: IpAddr) -> Option<&VirtualIp> {
         self.vips.get(&address)

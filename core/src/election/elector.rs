@@ -295,6 +295,12 @@ impl Elector {
         !self.listening && self.alive().next() == Some(&self.me)
     }
 
+    /// The interface each address of a group has at this node, whoever leads it; without those that have none.
+    pub fn places(&self, group: &Group) -> BTreeMap<IpAddr, InterfaceChoice> {
+        let names: Vec<NodeName> = self.alive().cloned().collect();
+        super::eligibility::places(group, &self.subjects(&group.id, &names), &self.me)
+    }
+
     /// Judges every node that is known, alive or not: why each could or could not lead.
     pub fn explain(&self, group: &Group, index: &GroupIndex) -> BTreeMap<NodeName, Verdict> {
         let mut verdicts: BTreeMap<NodeName, Verdict> = index
@@ -754,6 +760,20 @@ impl<'a> Table<'a> {
         ranked
     }
 
+    /// Next in rank once all serve the group: by the hash alone, so that it does not change while they come to.
+    fn standby(&self, id: &str, leader: Option<&NodeName>) -> Option<NodeName> {
+        self.candidates
+            .iter()
+            .filter(|candidate| Some(candidate.node) != leader && !candidate.unwilling)
+            .max_by_key(|candidate| {
+                (
+                    !candidate.damped,
+                    score(id, candidate.node, candidate.weight),
+                )
+            })
+            .map(|candidate| candidate.node.clone())
+    }
+
     fn named_successor(&self) -> Option<&'a NodeName> {
         self.entries.iter().find_map(|entry| match entry.claim {
             Some(Claim {
@@ -789,10 +809,7 @@ impl<'a> Table<'a> {
         let leader = leading.map(|(node, _)| node);
         View {
             leader: leader.cloned(),
-            standby: self
-                .ranked(id, leader)
-                .first()
-                .map(|candidate| candidate.node.clone()),
+            standby: self.standby(id, leader),
             epoch: leading.map_or(0, |(_, claim)| claim.epoch),
             since: leading.map_or(0, |(_, claim)| claim.since),
             eligible: self.candidates.len(),

@@ -114,16 +114,7 @@ pub(super) fn judge(
     let owned: Vec<bool> = group
         .vips
         .iter()
-        .map(|vip| {
-            subjects.iter().any(|subject| {
-                subject.register.is_some_and(|register| {
-                    register
-                        .interfaces
-                        .iter()
-                        .any(|interface| prefix(interface, vip.address).is_some())
-                })
-            })
-        })
+        .map(|vip| is_owned(subjects, vip.address))
         .collect();
     let mut verdicts: Vec<Verdict> = subjects
         .iter()
@@ -165,6 +156,39 @@ pub(super) fn judge(
         }
     }
     verdicts
+}
+
+/// Whether any living node has the address in the subnet of an interface that is up.
+fn is_owned(subjects: &[Subject<'_>], address: IpAddr) -> bool {
+    subjects.iter().any(|subject| {
+        subject.register.is_some_and(|register| {
+            register
+                .interfaces
+                .iter()
+                .any(|interface| prefix(interface, address).is_some())
+        })
+    })
+}
+
+/// The interface that each address has at a node.
+pub(super) fn places(
+    group: &Group,
+    subjects: &[Subject<'_>],
+    node: &NodeName,
+) -> BTreeMap<IpAddr, InterfaceChoice> {
+    let own = subjects.iter().find(|subject| subject.node == node);
+    let Some(register) = own.and_then(|own| own.register) else {
+        return BTreeMap::new();
+    };
+    group
+        .vips
+        .iter()
+        .filter_map(|vip| {
+            let owned = is_owned(subjects, vip.address);
+            let choice = choose(vip, node, register, owned).ok()?;
+            Some((vip.address, choice))
+        })
+        .collect()
 }
 
 fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
