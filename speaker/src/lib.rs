@@ -13,5 +13,12 @@
 #![deny(unsafe_code)]
 
 pub mod announcer;
+pub mod args;
 pub mod datapath;
+pub mod elector;
+pub mod hello;
+pub mod keys;
+pub mod manifests;
+pub mod membership;
+pub mod metrics;
 pub mod node_rules;

@@ -1,0 +1,219 @@
+//! The speaker's flags. Each is also a `LANDFALL_…` variable.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::Parser;
+use landfall_runtime::args::KubeArgs;
+use landfall_runtime::telemetry::LogArgs;
+
+use crate::keys::KeySource;
+
+/// What `--help` shows after the flags.
+const EXAMPLES: &str = "\
+Examples:
+  In a pod of the host's network, with its ServiceAccount:
+    landfall-speaker --node-name \"$NODE_NAME\" --gossip-key-file /etc/landfall/gossip/keys
+
+  Before there is a cluster, from a directory of the same YAML (the control plane's own address):
+    landfall-speaker --manifests /etc/landfall/manifests --node-name cp-1 \\
+      --gossip-address 192.0.2.11 --peers 192.0.2.12,192.0.2.13 --gossip-key-file /etc/landfall/keys
+
+  A key for the gossip:
+    head -c 32 /dev/urandom | base64
+
+Look at it:
+  curl -s localhost:7951/metrics
+  curl -s localhost:7951/debug/state | jq .groups";
+
+/// Landfall's speaker: elects who announces each virtual IP, and announces it.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "landfall-speaker", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// How to reach the API server.
+    #[command(flatten)]
+    pub kube: KubeArgs,
+
+    /// How to log.
+    #[command(flatten)]
+    pub log: LogArgs,
+
+    /// The name of this node. [default: the host name]
+    #[arg(long, env = "LANDFALL_NODE_NAME")]
+    pub node_name: Option<String>,
+
+    /// The namespace this speaker runs in; Events about VirtualIPs go there.
+    #[arg(long, env = "LANDFALL_NAMESPACE", default_value = "landfall-system")]
+    pub namespace: String,
+
+    /// Take objects from the YAML files of this directory instead of an API server, and hand out addresses
+    /// in this process.
+    #[arg(
+        long,
+        env = "LANDFALL_MANIFESTS",
+        value_name = "DIR",
+        conflicts_with = "kubeconfig"
+    )]
+    pub manifests: Option<PathBuf>,
+
+    /// With --manifests: where to remember which Service holds which address. Without it they are handed out
+    /// anew at each start, in a fixed order.
+    #[arg(
+        long,
+        env = "LANDFALL_STATE_DIR",
+        value_name = "DIR",
+        requires = "manifests"
+    )]
+    pub state_dir: Option<PathBuf>,
+
+    /// With --manifests: whether Services without spec.loadBalancerClass are ours, besides those of class
+    /// landfall.dev/l2.
+    #[arg(
+        long,
+        env = "LANDFALL_CLASS_LESS",
+        default_value_t = true,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    pub class_less: bool,
+
+    /// The address to gossip at. [default: the InternalIP of this Node object]
+    #[arg(long, env = "LANDFALL_GOSSIP_ADDRESS")]
+    pub gossip_address: Option<IpAddr>,
+
+    /// The port to gossip at, TCP and UDP; the same on every node.
+    #[arg(long, env = "LANDFALL_GOSSIP_PORT", default_value_t = 7950)]
+    pub gossip_port: u16,
+
+    /// Other speakers, besides those on Node objects: addresses, with a port where it differs.
+    #[arg(
+        long,
+        env = "LANDFALL_PEERS",
+        value_delimiter = ',',
+        value_name = "ADDRESS"
+    )]
+    pub peers: Vec<String>,
+
+    /// A file with the gossip key: 32 bytes in base64. Two lines during a rotation: the first encrypts, both are
+    /// accepted. Read again when it changes.
+    #[arg(long, env = "LANDFALL_GOSSIP_KEY_FILE", value_name = "FILE")]
+    pub gossip_key_file: Option<PathBuf>,
+
+    /// The gossip key itself, if not from a file; better given as a variable than as a flag.
+    #[arg(
+        long,
+        env = "LANDFALL_GOSSIP_KEY",
+        hide_env_values = true,
+        conflicts_with = "gossip_key_file"
+    )]
+    pub gossip_key: Option<String>,
+
+    /// Where /metrics, /healthz, /readyz and /debug/state are served.
+    #[arg(long, env = "LANDFALL_ADMIN_ADDRESS", default_value = "127.0.0.1:7951")]
+    pub admin_address: SocketAddr,
+
+    /// Whether answers from a VIP leave by the interface it is announced on, even if the route to the client is
+    /// another one.
+    #[arg(
+        long,
+        env = "LANDFALL_POLICY_ROUTES",
+        default_value_t = true,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    pub policy_routes: bool,
+
+    /// The router on an interface that carries no default route of its own, for those answers.
+    #[arg(
+        long,
+        env = "LANDFALL_UPLINK_GATEWAY",
+        value_delimiter = ',',
+        value_name = "INTERFACE=ADDRESS",
+        value_parser = parse_gateway
+    )]
+    pub uplink_gateway: Vec<(String, IpAddr)>,
+
+    /// Where eBPF programs and maps are pinned.
+    #[arg(
+        long,
+        env = "LANDFALL_BPF_PIN_DIR",
+        default_value = "/sys/fs/bpf/landfall",
+        value_name = "DIR"
+    )]
+    pub bpf_pin_dir: PathBuf,
+}
+
+fn parse_gateway(text: &str) -> Result<(String, IpAddr), String> {
+    let (interface, address) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is not INTERFACE=ADDRESS, such as eth1=192.0.2.1"))?;
+    let address = address
+        .parse()
+        .map_err(|_| format!("{address:?} is no IP address"))?;
+    Ok((interface.to_owned(), address))
+}
+
+impl Args {
+    /// Where the gossip keys come from.
+    pub fn key_source(&self) -> anyhow::Result<KeySource> {
+        match (&self.gossip_key_file, &self.gossip_key) {
+            (Some(path), _) => Ok(KeySource::File(path.clone())),
+            (None, Some(text)) => Ok(KeySource::Text(text.clone())),
+            (None, None) => anyhow::bail!(
+                "gossip must be encrypted: give a key with --gossip-key-file or in LANDFALL_GOSSIP_KEY; \
+                 make one with `head -c 32 /dev/urandom | base64`"
+            ),
+        }
+    }
+
+    /// This node's name.
+    pub fn node(&self) -> anyhow::Result<String> {
+        if let Some(name) = &self.node_name {
+            anyhow::ensure!(
+                !name.is_empty() && name.len() <= 253,
+                "--node-name must have 1 to 253 characters"
+            );
+            return Ok(name.clone());
+        }
+        nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .ok_or_else(|| anyhow::anyhow!("this host has no readable name: give --node-name"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn flags_are_well_formed_and_each_has_a_variable() {
+        let command = Args::command();
+        command.clone().debug_assert();
+        for arg in command.get_arguments() {
+            let name = arg.get_long().expect("every flag has a long name");
+            let variable = arg.get_env().and_then(|variable| variable.to_str());
+            let expected = format!("LANDFALL_{}", name.replace('-', "_").to_uppercase());
+            assert_eq!(variable, Some(expected.as_str()), "--{name}");
+        }
+    }
+
+    #[test]
+    fn gateways_are_interface_and_address() {
+        assert!(parse_gateway("eth1=192.0.2.1").is_ok());
+        assert!(
+            parse_gateway("eth1")
+                .unwrap_err()
+                .contains("INTERFACE=ADDRESS")
+        );
+        assert!(
+            parse_gateway("eth1=x")
+                .unwrap_err()
+                .contains("no IP address")
+        );
+    }
+}

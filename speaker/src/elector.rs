@@ -1,0 +1,550 @@
+//! The loop's single owner of what this node knows and wants.
+//!
+//! ```text
+//!  source, membership, announcer, readiness ──> Speaker ──settle──> announcer, node rules, data path,
+//!                                                 │                 membership, statuses to write
+//!                                                 ├─ groups    (core)
+//!                                                 └─ election  (core)
+//! ```
+//!
+//! It is synchronous: every call returns at once, time is an argument, and all I/O is behind the four seams.
+
+mod debug;
+mod desired;
+pub mod ready;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use landfall_core::election::{
+    BootId, Change, Config as ElectionConfig, Elector, InterfaceFact, Outgoing,
+};
+use landfall_core::groups::{Group, GroupId, GroupIndex};
+use landfall_core::model::{Event, NodeName};
+
+use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
+use crate::datapath::DataPath;
+use crate::hello::{Hello, HelloError, Opener, seal};
+use crate::keys::Keys;
+use crate::membership::{Expected, Membership, MembershipEvent};
+use crate::metrics::{KeyLabels, Metrics, PeerLabels, VipLabels, reason_labels};
+use crate::node_rules::NodeRules;
+use ready::Check;
+
+/// Time between two hellos.
+pub const HELLO_EVERY: Duration = Duration::from_millis(300);
+/// At least so long between two hellos that answer strangers.
+const ANSWER_EVERY: Duration = Duration::from_millis(20);
+/// Rules and data path follow changes at most this often.
+const APPLY_EVERY: Duration = Duration::from_millis(50);
+/// A conflict that is not seen again is over after this long.
+const CONFLICT_LASTS: Duration = Duration::from_secs(30);
+
+/// What the loop drives.
+#[derive(Clone)]
+pub struct Parts {
+    /// Answers for addresses.
+    pub announcer: Arc<dyn Announcer>,
+    /// The packet filter and the routes.
+    pub rules: Arc<dyn NodeRules>,
+    /// The eBPF programs.
+    pub datapath: Arc<dyn DataPath>,
+    /// The other speakers.
+    pub membership: Arc<dyn Membership>,
+}
+
+/// Who this is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// This node.
+    pub node: NodeName,
+    /// This run.
+    pub boot: BootId,
+    /// Objects come from files: there may be no kube-proxy, and host endpoints are delivered here.
+    pub manifests: bool,
+    /// Where to gossip.
+    pub gossip: SocketAddr,
+    /// Other speakers that were named.
+    pub peers: Vec<SocketAddr>,
+}
+
+/// Another station that answers for an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// Its MAC address.
+    pub by: MacAddr,
+    /// Found by the probe before the first announcement, which is held back.
+    pub held_back: bool,
+    seen: Duration,
+}
+
+/// What this node knows and wants. See the module's documentation.
+pub struct Speaker {
+    identity: Identity,
+    parts: Parts,
+    metrics: Metrics,
+    index: GroupIndex,
+    election: Elector,
+    keys: Keys,
+    opener: Opener,
+    sequence: u64,
+    interfaces: Arc<[Interface]>,
+    announced: BTreeMap<GroupId, BTreeMap<IpAddr, Announcement>>,
+    conflicts: BTreeMap<IpAddr, Conflict>,
+    checks: BTreeMap<GroupId, Check>,
+    hosts_alive: BTreeSet<SocketAddr>,
+    changed: BTreeSet<GroupId>,
+    stale: BTreeSet<GroupId>,
+    uplinks: BTreeSet<u32>,
+    apply_at: Option<Duration>,
+    hello_at: Duration,
+    answer_at: Duration,
+    expected: Expected,
+    quiet: bool,
+}
+
+impl Speaker {
+    /// One that knows nothing yet.
+    pub fn new(identity: Identity, parts: Parts, keys: Keys, metrics: Metrics) -> Self {
+        let election = Elector::new(
+            identity.node.clone(),
+            identity.boot,
+            ElectionConfig::default(),
+        );
+        let mut speaker = Self {
+            index: GroupIndex::new(identity.manifests),
+            identity,
+            parts,
+            metrics,
+            election,
+            keys,
+            opener: Opener::default(),
+            sequence: 0,
+            interfaces: Arc::new([]),
+            announced: BTreeMap::new(),
+            conflicts: BTreeMap::new(),
+            checks: BTreeMap::new(),
+            hosts_alive: BTreeSet::new(),
+            changed: BTreeSet::new(),
+            stale: BTreeSet::new(),
+            uplinks: BTreeSet::new(),
+            apply_at: None,
+            hello_at: Duration::ZERO,
+            answer_at: Duration::ZERO,
+            expected: Expected::new(),
+            quiet: false,
+        };
+        speaker.show_keys();
+        speaker
+    }
+
+    /// Whether the sources were listed and the listening is over.
+    pub fn is_ready(&self) -> bool {
+        self.index.is_synced() && !self.election.is_listening()
+    }
+
+    /// Takes in what the source says.
+    pub fn source(&mut self, event: Event) {
+        self.index.apply(event);
+        if self.index.is_synced() {
+            self.election.set_synced();
+        }
+    }
+
+    /// Takes in what membership says.
+    pub fn membership(&mut self, event: MembershipEvent, now: Duration) {
+        match event {
+            MembershipEvent::Alive { node, boot } => {
+                self.election.peer_alive(&node, boot);
+                let greeting = self.election.greet(&node);
+                self.send(greeting);
+            }
+            MembershipEvent::Dead { node } => self.election.peer_dead(&node),
+            MembershipEvent::Frame(frame) => {
+                let answers = self.election.receive(&frame, now);
+                self.send(answers);
+            }
+        }
+    }
+
+    /// Takes in what the announcer says.
+    pub fn announcer(&mut self, event: AnnouncerEvent, now: Duration) {
+        match event {
+            AnnouncerEvent::Interfaces(interfaces) => {
+                self.interfaces = interfaces;
+                self.election.set_interfaces(self.facts());
+                self.stale.extend(self.announced.keys().cloned());
+                self.apply_at.get_or_insert(now);
+            }
+            AnnouncerEvent::Probed { vip, outcome } => match outcome {
+                ProbeOutcome::Free => {
+                    self.conflicts.remove(&vip);
+                }
+                ProbeOutcome::Taken { by } => self.conflict(vip, by, true, now),
+            },
+            AnnouncerEvent::Conflict { vip, by, interface } => {
+                tracing::warn!(%vip, %by, interface = &*interface, "another station answers for a VIP");
+                self.conflict(vip, by, false, now);
+            }
+            AnnouncerEvent::Hello {
+                interface, payload, ..
+            } => self.hello(interface, &payload, now),
+        }
+    }
+
+    fn conflict(&mut self, vip: IpAddr, by: MacAddr, held_back: bool, now: Duration) {
+        self.metrics.conflicts.inc();
+        let conflict = Conflict {
+            by,
+            held_back,
+            seen: now,
+        };
+        self.conflicts.insert(vip, conflict);
+    }
+
+    fn hello(&mut self, interface: u32, payload: &[u8], now: Duration) {
+        let Some(name) = self.name_of(interface) else {
+            return;
+        };
+        let outcome = match self.opener.open(payload, interface, &self.keys) {
+            Ok(hello) => {
+                let stranger = self.election.hello(&hello.node, hello.boot, &name, now);
+                if stranger && now >= self.answer_at {
+                    self.answer_at = now + ANSWER_EVERY;
+                    self.say_hello(&[interface]);
+                }
+                "accepted"
+            }
+            Err(HelloError::Malformed) => "malformed",
+            Err(HelloError::Key) => "other-key",
+            Err(HelloError::Replayed) => "replayed",
+        };
+        self.metrics
+            .hellos_received
+            .get_or_create(&reason_labels(outcome))
+            .inc();
+    }
+
+    fn say_hello(&mut self, interfaces: &[u32]) {
+        if self.quiet {
+            return;
+        }
+        for interface in interfaces {
+            self.sequence += 1;
+            let hello = Hello {
+                node: self.identity.node.clone(),
+                boot: self.identity.boot,
+                sequence: self.sequence,
+            };
+            self.parts
+                .announcer
+                .hello(*interface, &seal(&hello, &self.keys));
+            self.metrics.hellos_sent.inc();
+        }
+    }
+
+    /// Takes over new keys.
+    pub fn rekey(&mut self, keys: Keys) {
+        if keys == self.keys {
+            return;
+        }
+        tracing::info!(
+            primary = keys.primary().id(),
+            keys = keys.all().len(),
+            "new gossip keys"
+        );
+        self.parts.membership.rekey(&keys);
+        self.keys = keys;
+        self.show_keys();
+    }
+
+    fn show_keys(&mut self) {
+        self.metrics.keys.clear();
+        for (at, key) in self.keys.all().iter().enumerate() {
+            let role = if at == 0 { "primary" } else { "secondary" };
+            let labels = KeyLabels {
+                key: key.id(),
+                role: role.into(),
+            };
+            self.metrics.keys.get_or_create(&labels).set(1);
+        }
+    }
+
+    /// Begins to stop: hands over what others can take.
+    pub fn leave(&mut self) {
+        self.election.leave();
+    }
+
+    /// Whether anything is left that another node could take over.
+    pub fn is_drained(&self) -> bool {
+        self.election
+            .leaderships()
+            .all(|(id, _)| self.election.view(id).is_none_or(|view| view.eligible == 0))
+    }
+
+    /// Falls silent for good.
+    pub fn silence(&mut self) {
+        self.quiet = true;
+        for (_, vips) in std::mem::take(&mut self.announced) {
+            for vip in vips.into_keys() {
+                self.parts.announcer.withdraw(vip);
+            }
+        }
+        self.parts.announcer.listen(&[]);
+    }
+
+    /// Draws conclusions and makes them so. Returns the groups whose status may have changed.
+    pub fn settle(&mut self, now: Duration, wall: u64) -> BTreeSet<GroupId> {
+        let changed = self.index.reconcile();
+        if !changed.is_empty() {
+            self.apply_at.get_or_insert(now + APPLY_EVERY);
+            self.update_expected();
+        }
+        let over = |conflict: &Conflict| {
+            !conflict.held_back && now.saturating_sub(conflict.seen) >= CONFLICT_LASTS
+        };
+        self.conflicts.retain(|_, conflict| !over(conflict));
+        self.check_ready(&changed, now);
+        let tick = self.election.tick(now, wall, &self.index, &changed);
+        self.send(tick.frames);
+        let mut touched = changed;
+        touched.append(&mut self.stale);
+        for change in tick.changes {
+            touched.insert(self.conclude(change));
+        }
+        for id in &touched {
+            self.announce(id);
+        }
+        if !touched.is_empty() {
+            self.show_groups();
+        }
+        if self.apply_at.is_some_and(|at| now >= at) {
+            self.apply_at = None;
+            self.apply();
+        }
+        if now >= self.hello_at {
+            self.hello_at = now + HELLO_EVERY;
+            let uplinks: Vec<u32> = self.uplinks.iter().copied().collect();
+            self.say_hello(&uplinks);
+            self.show_peers();
+        }
+        touched
+    }
+
+    fn conclude(&mut self, change: Change) -> GroupId {
+        let count = |word: &str| {
+            self.metrics
+                .transitions
+                .get_or_create(&reason_labels(word))
+                .inc();
+        };
+        match change {
+            Change::Lead(id) => {
+                if let Some(lead) = self.election.leadership(&id)
+                    && !self.announced.contains_key(&id)
+                {
+                    count("taken");
+                    self.metrics.takeover.observe(lead.vacant.as_secs_f64());
+                    let previous = lead.previous.as_ref().map_or("nobody", |node| &node.0);
+                    tracing::info!(group = &*id, epoch = lead.epoch, previous, "leads now");
+                }
+                id
+            }
+            Change::Quit(id) => {
+                count("given-up");
+                tracing::info!(group = &*id, "leads no longer");
+                id
+            }
+            Change::Reannounce(id) => {
+                count("contested");
+                for vip in self.announced.get(&id).into_iter().flat_map(BTreeMap::keys) {
+                    self.parts.announcer.reannounce(*vip);
+                }
+                id
+            }
+            Change::Seen(id) => id,
+        }
+    }
+
+    /// Makes what is announced of a group what this node leads of it.
+    fn announce(&mut self, id: &GroupId) {
+        let wanted = self.announcements(id);
+        let current = self.announced.remove(id).unwrap_or_default();
+        for (vip, announcement) in &wanted {
+            if current.get(vip) != Some(announcement) {
+                self.parts.announcer.announce(announcement.clone());
+            }
+        }
+        for (vip, announcement) in &current {
+            if !wanted.contains_key(vip) {
+                self.parts.announcer.withdraw(*vip);
+                self.conflicts.remove(vip);
+            }
+            if wanted.get(vip).map(|wanted| wanted.interface) != Some(announcement.interface)
+                && let Some(labels) = self.vip_labels(*vip, announcement.interface)
+            {
+                self.metrics.leads.remove(&labels);
+            }
+        }
+        for (vip, announcement) in &wanted {
+            if let Some(labels) = self.vip_labels(*vip, announcement.interface) {
+                self.metrics.leads.get_or_create(&labels).set(1);
+            }
+        }
+        if !wanted.is_empty() {
+            self.announced.insert(id.clone(), wanted);
+        }
+    }
+
+    fn vip_labels(&self, vip: IpAddr, interface: u32) -> Option<VipLabels> {
+        Some(VipLabels {
+            vip: vip.to_string(),
+            interface: self.name_of(interface)?.to_string(),
+        })
+    }
+
+    fn name_of(&self, interface: u32) -> Option<Arc<str>> {
+        self.interfaces
+            .iter()
+            .find(|known| known.index == interface)
+            .map(|known| known.name.clone())
+    }
+
+    fn interface(&self, name: &str) -> Option<&Interface> {
+        self.interfaces.iter().find(|known| &*known.name == name)
+    }
+
+    /// What the election should know of the interfaces: no ports of bonds and bridges.
+    fn facts(&self) -> Vec<InterfaceFact> {
+        self.interfaces
+            .iter()
+            .filter(|interface| !interface.enslaved)
+            .map(|interface| InterfaceFact {
+                name: interface.name.clone(),
+                mac: interface.mac.0,
+                subnets: interface
+                    .addresses
+                    .iter()
+                    .map(ipnet::IpNet::trunc)
+                    .collect(),
+                up: interface.up,
+                default_route: interface.default_route,
+                heard: BTreeSet::new(),
+            })
+            .collect()
+    }
+
+    fn send(&mut self, frames: Vec<Outgoing>) {
+        for out in frames {
+            self.metrics.frames_sent.inc();
+            self.parts
+                .membership
+                .send(out.to.as_ref(), out.frame.into());
+        }
+    }
+
+    /// Whom to call: the speakers of all nodes, and those that were named.
+    fn update_expected(&mut self) {
+        let port = self.identity.gossip.port();
+        let mut expected: Expected = self
+            .identity
+            .peers
+            .iter()
+            .map(|address| (*address, None))
+            .collect();
+        for node in self.index.nodes().values() {
+            if node.name != self.identity.node
+                && let Some(address) = node
+                    .addresses
+                    .iter()
+                    .find(|address| address.is_ipv4() == self.identity.gossip.is_ipv4())
+            {
+                let address = SocketAddr::new(*address, port);
+                expected.insert(address, Some(node.name.clone()));
+            }
+        }
+        expected.remove(&self.identity.gossip);
+        if expected != self.expected {
+            self.parts.membership.expect(expected.clone());
+            self.expected = expected;
+        }
+    }
+
+    /// Calls the speakers that are known at the start.
+    pub fn call(&mut self) {
+        self.update_expected();
+    }
+
+    fn show_groups(&self) {
+        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        let groups = self.index.groups();
+        self.metrics.groups.set(count(groups.len()));
+        self.metrics.led_groups.set(count(self.announced.len()));
+        let leaderless = groups
+            .keys()
+            .filter(|id| self.election.leader(id).is_none())
+            .count();
+        self.metrics.leaderless_groups.set(count(leaderless));
+    }
+
+    fn show_peers(&self) {
+        let mut counts: BTreeMap<&str, i64> =
+            BTreeMap::from([("alive", 0), ("heard", 0), ("gossip", 0), ("known", 0)]);
+        for peer in self.election.peers() {
+            let facts = [
+                ("alive", peer.alive),
+                ("heard", !peer.heard.is_empty()),
+                ("gossip", peer.gossip),
+                ("known", true),
+            ];
+            for (fact, _) in facts.into_iter().filter(|(_, holds)| *holds) {
+                *counts.entry(fact).or_default() += 1;
+            }
+            let labels = PeerLabels {
+                peer: peer.name.to_string(),
+            };
+            self.metrics
+                .heard
+                .get_or_create(&labels)
+                .set(i64::try_from(peer.heard.len()).unwrap_or(i64::MAX));
+        }
+        for (fact, count) in counts {
+            self.metrics
+                .peers
+                .get_or_create(&reason_labels(fact))
+                .set(count);
+        }
+        self.metrics
+            .frames_refused
+            .set(i64::try_from(self.election.refused_frames()).unwrap_or(i64::MAX));
+    }
+
+    /// The groups, for those who write statuses.
+    pub fn group(&self, id: &str) -> Option<&Arc<Group>> {
+        self.index.groups().get(id)
+    }
+
+    /// The election, for those who write statuses.
+    pub fn election(&self) -> &Elector {
+        &self.election
+    }
+
+    /// The index, for those who write statuses.
+    pub fn index(&self) -> &GroupIndex {
+        &self.index
+    }
+
+    /// Who else answers for an address.
+    pub fn conflict_of(&self, vip: IpAddr) -> Option<&Conflict> {
+        self.conflicts.get(&vip)
+    }
+
+    /// The Ethernet address of an interface.
+    pub fn mac_of(&self, interface: &str) -> Option<MacAddr> {
+        self.interface(interface).map(|known| known.mac)
+    }
+}

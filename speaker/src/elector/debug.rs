@@ -1,0 +1,111 @@
+//! What `/debug/state` shows, for people, `landfall lab` and `landfall status`.
+//!
+//! ```json
+//! {"node": "n1", "boot": "…", "listening": false, "reporter": true,
+//!  "groups": [{"group": "10.88.0.200", "vips": ["10.88.0.200"], "services": ["default/web"], "leader": "n1",
+//!              "standby": "n2", "epoch": 3, "since": 1700000000000, "interface": "eth0", "ready": true,
+//!              "reason": null, "nodes": {"n3": "no sign of life from its speaker"}}],
+//!  "peers": [{"name": "n2", "alive": true, "gossip": true, "heard": ["eth0"], "synced": true, "leaving": false}],
+//!  "interfaces": [{"name": "eth0", "index": 2, "mac": "…", "up": true, "hello": true}]}
+//! ```
+//! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that
+//! could not lead, with why.
+
+use std::collections::BTreeMap;
+
+use landfall_core::groups::Group;
+use serde_json::{Value, json};
+
+use super::Speaker;
+
+impl Speaker {
+    /// Everything worth seeing.
+    pub fn debug(&self) -> Value {
+        let groups: Vec<Value> = self
+            .index
+            .groups()
+            .values()
+            .map(|group| self.debug_group(group))
+            .collect();
+        let peers: Vec<Value> = self
+            .election
+            .peers()
+            .map(|peer| {
+                json!({
+                    "name": peer.name, "alive": peer.alive, "gossip": peer.gossip,
+                    "heard": peer.heard, "synced": peer.synced, "leaving": peer.leaving,
+                })
+            })
+            .collect();
+        let interfaces: Vec<Value> = self
+            .interfaces
+            .iter()
+            .map(|interface| {
+                json!({
+                    "name": interface.name, "index": interface.index,
+                    "mac": interface.mac.to_string(), "up": interface.up,
+                    "hello": self.uplinks.contains(&interface.index),
+                })
+            })
+            .collect();
+        json!({
+            "node": self.identity.node,
+            "boot": self.identity.boot.to_string(),
+            "listening": self.election.is_listening(),
+            "reporter": self.election.is_reporter(),
+            "groups": groups,
+            "peers": peers,
+            "interfaces": interfaces,
+        })
+    }
+
+    fn debug_group(&self, group: &Group) -> Value {
+        let view = self.election.view(&group.id).cloned().unwrap_or_default();
+        let verdicts = self.election.explain(group, &self.index);
+        let refused: BTreeMap<String, String> = verdicts
+            .iter()
+            .filter_map(|(node, verdict)| {
+                Some((node.to_string(), verdict.as_ref().err()?.to_string()))
+            })
+            .collect();
+        let interface = view
+            .leader
+            .as_ref()
+            .and_then(|leader| verdicts.get(leader)?.as_ref().ok())
+            .and_then(|places| places.values().next())
+            .map(|place| place.name.clone());
+        let reason = view.leader.is_none().then_some(if view.eligible == 0 {
+            "no eligible node"
+        } else {
+            "being elected"
+        });
+        let conflicts: BTreeMap<String, String> = group
+            .vips
+            .iter()
+            .filter_map(|vip| {
+                let conflict = self.conflicts.get(&vip.address)?;
+                Some((vip.address.to_string(), conflict.by.to_string()))
+            })
+            .collect();
+        let vips: Vec<String> = group
+            .vips
+            .iter()
+            .map(|vip| vip.address.to_string())
+            .collect();
+        let services: Vec<String> = group.services.iter().map(|s| s.key.to_string()).collect();
+        json!({
+            "group": group.id,
+            "vips": vips,
+            "services": services,
+            "leader": view.leader,
+            "standby": view.standby,
+            "epoch": view.epoch,
+            "since": view.since,
+            "interface": interface,
+            "ready": self.election.is_ready(&group.id),
+            "reason": reason,
+            "nodes": refused,
+            "conflicts": conflicts,
+        })
+    }
+}
