@@ -202,7 +202,7 @@ impl Lab {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(node);
-        if was_off && self.owned {
+        if was_off {
             for pod in &host.pods {
                 self.serve_pod(pod)?;
             }

@@ -73,7 +73,6 @@ pub struct Lab {
     pub(crate) processes: Processes,
     pub(crate) servers: Mutex<BTreeMap<String, PodServer>>,
     pub(crate) powered_off: Mutex<BTreeSet<String>>,
-    pub(crate) owned: bool,
 }
 
 impl Lab {
@@ -88,19 +87,14 @@ impl Lab {
             let path = directory.join(part);
             fs::create_dir_all(&path).context(|| format!("creating {}", path.display()))?;
         }
-        let lab = Self::with_namespaces(id, topology, directory, true, Netns::create_in)?;
+        let lab = Self::with_namespaces(id, topology, directory)?;
         wiring::wire(&lab)?;
         Ok(lab)
     }
 
-    /// The lab with namespaces that `make` makes or finds.
-    pub(crate) fn with_namespaces(
-        id: LabId,
-        topology: Topology,
-        directory: PathBuf,
-        owned: bool,
-        make: impl Fn(&LabId, &str) -> Result<Netns>,
-    ) -> Result<Self> {
+    /// The lab's namespaces, not connected yet.
+    fn with_namespaces(id: LabId, topology: Topology, directory: PathBuf) -> Result<Self> {
+        let make = |id: &LabId, role: &str| Netns::create_in(id, role);
         let mut nodes = Vec::new();
         for index in 1..=topology.nodes {
             let name = format!("node{index}");
@@ -136,7 +130,6 @@ impl Lab {
             processes: Processes::default(),
             servers: Mutex::default(),
             powered_off: Mutex::default(),
-            owned,
         })
     }
 
@@ -366,6 +359,14 @@ impl Lab {
         Path::new("/sys/fs/bpf").join(self.id.name("bpf"))
     }
 
+    /// Ends a pod's servers.
+    pub fn stop_pod(&self, pod: &str) {
+        self.servers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(pod);
+    }
+
     pub(crate) fn serve_pod(&self, pod: &Pod) -> Result<()> {
         let server = PodServer::start(&pod.netns, &pod.name)?;
         self.servers
@@ -386,9 +387,6 @@ impl Drop for Lab {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        if !self.owned {
-            return;
-        }
         self.processes.kill_all();
         for directory in [self.directory.clone(), self.bpf_directory()] {
             if !directory.exists() || fs::remove_dir_all(&directory).is_ok() {

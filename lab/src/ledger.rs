@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{IoContext, LabError, Result};
 use crate::tool;
 
-/// Where the ledgers and the descriptions of kept labs lie.
-pub(crate) const STATE_DIR: &str = "/run/landfall-lab";
+/// Where the ledgers lie, and the socket of a lab that is up.
+pub const STATE_DIR: &str = "/run/landfall-lab";
 
 /// A process, told from a later one of the same number by its start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -79,8 +79,6 @@ fn stat(pid: i32) -> Option<(char, u64)> {
 struct Ledger {
     /// Who made the entries.
     owner: ProcessId,
-    /// Whether they are to outlive it (`landfall lab up`).
-    kept: bool,
     /// Names of network namespaces.
     namespaces: BTreeSet<String>,
     /// Processes, by what they are.
@@ -99,7 +97,6 @@ fn ledger() -> MutexGuard<'static, Ledger> {
             let pid = i32::try_from(std::process::id()).expect("process numbers are positive i32");
             Mutex::new(Ledger {
                 owner: ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 }),
-                kept: false,
                 namespaces: BTreeSet::new(),
                 processes: BTreeMap::new(),
                 directories: BTreeSet::new(),
@@ -211,11 +208,6 @@ pub(crate) fn strike_directory(path: &Path) {
     let _ = ledger.save();
 }
 
-/// Hands everything entered so far over to whoever calls [`sweep`]: it outlives this process.
-pub(crate) fn keep() -> Result<()> {
-    ledger().enter(|ledger| ledger.kept = true)
-}
-
 /// Removes everything this process has made, and lets it make nothing more. For signal handlers and the
 /// like: the process should exit next.
 pub fn close() -> Vec<LabError> {
@@ -237,7 +229,7 @@ pub struct Swept {
     pub failed: Vec<LabError>,
 }
 
-/// Removes what other processes left behind: kept labs, and what belongs to processes that are gone.
+/// Removes what processes left behind that are gone.
 pub fn sweep() -> Result<Swept> {
     let mut swept = Swept::default();
     let Ok(entries) = fs::read_dir(STATE_DIR) else {
@@ -254,7 +246,7 @@ pub fn sweep() -> Result<Swept> {
             let _ = fs::remove_file(&path);
             continue;
         };
-        if !ledger.kept && ledger.owner.alive() {
+        if ledger.owner.alive() {
             swept.in_use_by.push(ledger.owner.pid);
             continue;
         }

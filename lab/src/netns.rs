@@ -30,11 +30,6 @@ impl LabId {
         }
     }
 
-    /// The id of a lab that another process built.
-    pub(crate) fn existing(id: &str) -> Self {
-        Self(id.to_owned())
-    }
-
     /// Whether a namespace carries it.
     fn in_use(&self) -> bool {
         let prefix = self.name("");
@@ -110,11 +105,6 @@ impl Netns {
         Ok(netns)
     }
 
-    /// A namespace that another process made; dropping it leaves it there.
-    pub(crate) fn attach(id: &LabId, role: &str) -> Result<Self> {
-        Self::open(id.name(role), false)
-    }
-
     fn open(name: String, owned: bool) -> Result<Self> {
         let path = PathBuf::from("/run/netns").join(&name);
         let file = File::open(&path).context(|| format!("opening {}", path.display()))?;
@@ -130,9 +120,13 @@ impl Netns {
         &self.name
     }
 
-    /// From now on dropping it leaves it there.
-    pub(crate) fn disown(&mut self) {
-        self.owned = false;
+    /// The same namespace for another thread to use; dropping what this returns removes nothing.
+    pub fn share(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            file: Arc::clone(&self.file),
+            owned: false,
+        }
     }
 
     /// Runs `work` inside, on a thread of its own, to its end. Sockets it makes stay inside; a panic goes through.

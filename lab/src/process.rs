@@ -10,14 +10,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde::{Deserialize, Serialize};
 
 use crate::error::{IoContext, LabError, Result};
 use crate::ledger::{self, ProcessId};
 use crate::netns::Netns;
 
 /// A program to run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct Program {
     /// The executable.
     pub path: PathBuf,
@@ -79,8 +78,8 @@ impl Program {
     }
 }
 
-/// A process, as another invocation of the lab may find it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What is known of a process that was started.
+#[derive(Clone, Debug)]
 pub(crate) struct Record {
     pub(crate) program: Program,
     pub(crate) id: ProcessId,
@@ -97,16 +96,14 @@ pub(crate) type Key = (String, String);
 #[derive(Debug)]
 struct Process {
     record: Record,
-    child: Option<Child>,
+    child: Child,
 }
 
 impl Process {
     /// Reaps it if it is a child of ours that has ended.
     fn reap(&mut self) {
-        if let Some(child) = &mut self.child {
-            // An error means it was reaped already.
-            let _ = child.try_wait();
-        }
+        // An error means it was reaped already.
+        let _ = self.child.try_wait();
     }
 }
 
@@ -117,34 +114,8 @@ pub(crate) struct Processes {
 }
 
 impl Processes {
-    /// The processes that another invocation started.
-    pub(crate) fn attach(records: BTreeMap<Key, Record>) -> Self {
-        let running = records
-            .into_iter()
-            .map(|(key, record)| {
-                (
-                    key,
-                    Process {
-                        record,
-                        child: None,
-                    },
-                )
-            })
-            .collect();
-        Self {
-            running: Mutex::new(running),
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Process>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn records(&self) -> BTreeMap<Key, Record> {
-        self.lock()
-            .iter()
-            .map(|(key, process)| (key.clone(), process.record.clone()))
-            .collect()
     }
 
     /// Starts a program; one of the same name that still runs is killed first.
@@ -189,13 +160,7 @@ impl Processes {
             faulted: false,
             entry,
         };
-        self.lock().insert(
-            key.clone(),
-            Process {
-                record,
-                child: Some(child),
-            },
-        );
+        self.lock().insert(key.clone(), Process { record, child });
         Ok(())
     }
 
@@ -232,9 +197,7 @@ impl Processes {
             return;
         };
         process.record.id.signal(Signal::SIGKILL);
-        if let Some(child) = &mut process.child {
-            let _ = child.wait();
-        }
+        let _ = process.child.wait();
         ledger::strike_process(&process.record.entry);
     }
 
