@@ -322,7 +322,8 @@ impl Speaker {
         if !touched.is_empty() {
             self.show_groups();
         }
-        if self.apply_at.is_some_and(|at| now >= at) {
+        // Before the sources were listed, what an earlier run left in the kernel is right, and nothing here is.
+        if self.index.is_synced() && self.apply_at.is_some_and(|at| now >= at) {
             self.apply_at = None;
             self.apply();
         }

@@ -22,3 +22,6 @@ pub mod manifests;
 pub mod membership;
 pub mod metrics;
 pub mod node_rules;
+pub mod runtime;
+pub mod status;
+mod sys;

@@ -1,0 +1,424 @@
+//! Wiring: flags to parts, parts to the loop, and the loop itself.
+//!
+//! One task owns the [`Speaker`]; it takes inputs in batches and settles after each. It looks at the clock ten
+//! times a second, which is what all timers of the election need.
+
+mod probe;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use landfall_core::election::BootId;
+use landfall_core::groups::KINDS;
+use landfall_core::model::{Event, Kind, NodeName};
+use landfall_runtime::source::{self, Source};
+use landfall_runtime::{admin, shutdown};
+use prometheus_client::registry::Registry;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::announcer::AnnouncerEvent;
+use crate::args::Args;
+use crate::elector::{Identity, Parts, Speaker};
+use crate::keys::KeySource;
+use crate::manifests::Allocator;
+use crate::membership::gossip::{self, Counters};
+use crate::membership::{Membership, MembershipEvent};
+use crate::metrics::Metrics;
+use crate::status::{Reporter, Write, writer};
+use crate::{announcer, datapath, node_rules};
+
+/// The clock's step.
+const BEAT: Duration = Duration::from_millis(100);
+/// How often the key file is read.
+const KEYS_EVERY: Duration = Duration::from_secs(2);
+/// The state of the gossip's counters is copied to the metrics this often.
+const SHOW_EVERY: Duration = Duration::from_secs(5);
+/// How long a stopping speaker tries to hand over.
+const HAND_OVER: Duration = Duration::from_secs(3);
+/// How long it waits for its goodbye to be heard.
+const GOODBYE: Duration = Duration::from_millis(500);
+/// Inputs that are taken in before conclusions are drawn.
+const BATCH: usize = 1024;
+/// The prefix of all metrics.
+const PREFIX: &str = "landfall";
+
+/// The objects of either source, with what makes up for the API server in the manifests mode.
+struct Objects {
+    source: Source,
+    allocator: Option<Allocator>,
+    problems: Option<source::Problems>,
+}
+
+/// Runs until SIGTERM or SIGINT, then hands over and returns.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let node = NodeName::from(args.node()?.as_str());
+    let key_source = args.key_source()?;
+    let keys = key_source.read()?;
+    let mut registry = Registry::with_prefix(PREFIX);
+    let metrics = Metrics::register(&mut registry);
+    let start = Instant::now();
+    let stop = shutdown::signal();
+    tokio::pin!(stop);
+
+    let client = match &args.manifests {
+        None => Some(args.kube.client().await?),
+        Some(_) => None,
+    };
+    let (mut objects, mut early) = objects(&args, client.as_ref())?;
+
+    // The gossip's address may have to come from the node's own object; the objects found meanwhile are kept.
+    let address = tokio::select! {
+        address = gossip_address(&args, &node, &mut objects, &mut early) => address?,
+        () = &mut stop => return Ok(()),
+    };
+    let boot = BootId(rand::random());
+    let config = gossip::Config {
+        node: node.clone(),
+        boot,
+        address,
+        keys: keys.clone(),
+    };
+    let (membership, membership_events, counters) = gossip::start(config).await?;
+    let membership: Arc<dyn Membership> = Arc::new(membership);
+    let (announcer, announcer_events) =
+        announcer::start(announcer::Config::default(), &mut registry)?;
+    let rules = node_rules::start(
+        node_rules::Config {
+            policy_routes: args.policy_routes,
+            gateways: args.uplink_gateway.clone(),
+            ..node_rules::Config::default()
+        },
+        &mut registry,
+    );
+    let datapath = datapath::start(datapath::Config::new(&args.bpf_pin_dir), &mut registry);
+    let parts = Parts {
+        announcer: Arc::new(announcer),
+        rules: Arc::new(rules),
+        datapath: Arc::new(datapath),
+        membership: membership.clone(),
+    };
+    let identity = Identity {
+        node: node.clone(),
+        boot,
+        manifests: args.manifests.is_some(),
+        gossip: address,
+        peers: peers(&args).await?,
+    };
+    let speaker = Speaker::new(identity, parts, keys, metrics.clone());
+    let shared = Shared(Arc::new(Mutex::new(speaker)));
+    let _admin = serve(&args, registry, &shared, objects.problems.clone()).await?;
+    tracing::info!(%node, %boot, %address, "speaking");
+
+    let (writes, queue) = mpsc::unbounded_channel();
+    let statuses = client.map(|client| {
+        tokio::spawn(writer::run(
+            client,
+            node.to_string(),
+            queue,
+            metrics.clone(),
+        ));
+        (Reporter::default(), writes)
+    });
+    let inputs = Inputs {
+        objects,
+        membership: membership_events,
+        announcer: announcer_events,
+    };
+    let mut work = Loop {
+        shared,
+        start,
+        statuses,
+        key_source,
+        metrics,
+        counters,
+        probes: probe::Prober::new(address.ip()),
+    };
+    work.run(inputs, early, stop).await;
+    membership.leave(GOODBYE).await;
+    Ok(())
+}
+
+fn objects(
+    args: &Args,
+    client: Option<&kube::Client>,
+) -> anyhow::Result<(Objects, Vec<Event>)> {
+    if let Some(directory) = &args.manifests {
+        let kinds: Vec<Kind> = KINDS
+            .into_iter()
+            .filter(|kind| *kind != Kind::VirtualIp)
+            .collect();
+        let (source, problems) = source::manifests(directory, &kinds)?;
+        let (allocator, early) = Allocator::new(args.class_less, args.state_dir.as_deref())?;
+        let objects = Objects {
+            source,
+            allocator: Some(allocator),
+            problems: Some(problems),
+        };
+        return Ok((objects, early));
+    }
+    let client = client.context("a client is there whenever --manifests is not given")?;
+    let objects = Objects {
+        source: source::kubernetes(client, &KINDS, source::Options::default()),
+        allocator: None,
+        problems: None,
+    };
+    Ok((objects, Vec::new()))
+}
+
+/// The address to gossip at: the flag, or this node's `InternalIP`, for which the source is read.
+async fn gossip_address(
+    args: &Args,
+    node: &NodeName,
+    objects: &mut Objects,
+    early: &mut Vec<Event>,
+) -> anyhow::Result<SocketAddr> {
+    if let Some(address) = args.gossip_address {
+        return Ok(SocketAddr::new(address, args.gossip_port));
+    }
+    let mut found: Option<IpAddr> = None;
+    while let Some(event) = objects.source.events.recv().await {
+        if let Event::Apply(landfall_core::model::Object::Node(known)) = &event
+            && known.name == *node
+        {
+            found = known.addresses.first().copied().or(found);
+        }
+        let listed = event == Event::Synced(Kind::Node);
+        early.push(event);
+        if let Some(found) = found {
+            return Ok(SocketAddr::new(found, args.gossip_port));
+        }
+        if listed && args.manifests.is_some() {
+            anyhow::bail!(
+                "no Node manifest gives {node} an InternalIP to gossip at: give --gossip-address, or --node-name if \
+                 this node is known by another name"
+            );
+        }
+        if listed {
+            tracing::warn!(%node, "no Node object gives this node an InternalIP yet; waiting (see --gossip-address, --node-name)");
+        }
+    }
+    anyhow::bail!("the source of objects ended")
+}
+
+/// The peers that were named; a name is resolved once.
+async fn peers(args: &Args) -> anyhow::Result<Vec<SocketAddr>> {
+    let mut peers = Vec::new();
+    for text in args.peers.iter().map(|text| text.trim()) {
+        if text.is_empty() {
+            continue;
+        }
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            peers.push(address);
+        } else if let Ok(address) = text.parse::<IpAddr>() {
+            peers.push(SocketAddr::new(address, args.gossip_port));
+        } else {
+            let target = if text.contains(':') {
+                text.to_owned()
+            } else {
+                format!("{text}:{}", args.gossip_port)
+            };
+            let found = tokio::net::lookup_host(target)
+                .await
+                .with_context(|| format!("--peers: {text:?} is no address and cannot be resolved"))?;
+            peers.extend(found);
+        }
+    }
+    Ok(peers)
+}
+
+/// The speaker, shared with those who only look.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Speaker>>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Speaker> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn serve(
+    args: &Args,
+    registry: Registry,
+    shared: &Shared,
+    problems: Option<source::Problems>,
+) -> anyhow::Result<admin::Admin> {
+    let (ready, state) = (shared.clone(), shared.clone());
+    admin::serve(
+        args.admin_address,
+        registry,
+        move || ready.lock().is_ready(),
+        move || {
+            let mut state = state.lock().debug();
+            if let Some(problems) = &problems {
+                let list: Vec<String> = problems.list().iter().map(ToString::to_string).collect();
+                state["problems"] = json!(list);
+            }
+            state
+        },
+    )
+    .await
+}
+
+struct Inputs {
+    objects: Objects,
+    membership: mpsc::Receiver<MembershipEvent>,
+    announcer: mpsc::Receiver<AnnouncerEvent>,
+}
+
+struct Loop {
+    shared: Shared,
+    start: Instant,
+    statuses: Option<(Reporter, mpsc::UnboundedSender<Write>)>,
+    key_source: KeySource,
+    metrics: Metrics,
+    counters: Arc<Counters>,
+    probes: probe::Prober,
+}
+
+impl Loop {
+    /// Monotonic; beginning at an hour, so that subtracting any patience stays above zero.
+    fn now(&self) -> Duration {
+        self.start.elapsed() + Duration::from_hours(1)
+    }
+
+    async fn run(&mut self, inputs: Inputs, early: Vec<Event>, stop: impl Future<Output = ()>) {
+        let Inputs {
+            mut objects,
+            mut membership,
+            mut announcer,
+        } = inputs;
+        tokio::pin!(stop);
+        self.source(&mut objects, early, true);
+        self.shared.lock().call();
+        let mut beat = ticker(BEAT);
+        let mut keys = ticker(KEYS_EVERY);
+        let mut show = ticker(SHOW_EVERY);
+        let mut stopping: Option<Duration> = None;
+        let (mut events, mut news, mut facts) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            tokio::select! {
+                count = objects.source.events.recv_many(&mut events, BATCH) => {
+                    if count == 0 {
+                        tracing::error!("the source of objects ended; going on with what is known");
+                        tokio::time::sleep(BEAT).await;
+                    }
+                    let events = std::mem::take(&mut events);
+                    self.source(&mut objects, events, false);
+                }
+                _ = membership.recv_many(&mut news, BATCH) => {
+                    let now = self.now();
+                    let mut speaker = self.shared.lock();
+                    for event in news.drain(..) {
+                        speaker.membership(event, now);
+                    }
+                }
+                _ = announcer.recv_many(&mut facts, BATCH) => {
+                    let now = self.now();
+                    let mut speaker = self.shared.lock();
+                    for event in facts.drain(..) {
+                        speaker.announcer(event, now);
+                    }
+                }
+                answer = self.probes.next() => {
+                    let now = self.now();
+                    let mut speaker = self.shared.lock();
+                    match answer {
+                        probe::Answer::Served(id) => speaker.served(&id),
+                        probe::Answer::Host(endpoint, alive) => speaker.host_endpoint(endpoint, alive, now),
+                    }
+                }
+                _ = beat.tick() => {
+                    let questions = self.shared.lock().questions();
+                    self.probes.ask(questions, self.start.elapsed());
+                    self.source(&mut objects, Vec::new(), false);
+                }
+                _ = keys.tick() => self.read_keys(),
+                _ = show.tick() => self.metrics.take_gossip(&self.counters),
+                () = &mut stop, if stopping.is_none() => {
+                    tracing::info!("stopping: handing over");
+                    stopping = Some(self.now());
+                    self.shared.lock().leave();
+                }
+            }
+            self.settle();
+            if let Some(since) = stopping {
+                let waited = self.now().saturating_sub(since);
+                let mut speaker = self.shared.lock();
+                if speaker.is_drained() || waited >= HAND_OVER {
+                    tracing::info!(?waited, "falling silent");
+                    speaker.silence();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes objects in, and hands out addresses where no controller does.
+    fn source(&self, objects: &mut Objects, events: Vec<Event>, of_allocator: bool) {
+        let now = self.now();
+        let mut speaker = self.shared.lock();
+        if let Some(allocator) = &mut objects.allocator {
+            let own = |event: &Event| match event {
+                Event::Synced(kind) => *kind == Kind::VirtualIp,
+                Event::Apply(object) => matches!(object, landfall_core::model::Object::VirtualIp(_)),
+                Event::Delete(_) => false,
+            };
+            for event in events {
+                if !(of_allocator && own(&event)) {
+                    allocator.apply(event.clone(), now);
+                }
+                speaker.source(event);
+            }
+            for event in allocator.reconcile(now) {
+                speaker.source(event);
+            }
+        } else {
+            for event in events {
+                speaker.source(event);
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        let (now, wall) = (self.now(), wall());
+        let mut speaker = self.shared.lock();
+        let touched = speaker.settle(now, wall);
+        if let Some((reporter, writes)) = &mut self.statuses {
+            for write in reporter.look(&speaker, touched, now, wall) {
+                let _ = writes.send(write);
+            }
+        }
+    }
+
+    fn read_keys(&self) {
+        if let KeySource::Text(_) = self.key_source {
+            return;
+        }
+        match self.key_source.read() {
+            Ok(keys) => self.shared.lock().rekey(keys),
+            Err(error) => {
+                self.metrics.key_errors.inc();
+                tracing::warn!("the gossip keys stay as they were: {error:#}");
+            }
+        }
+    }
+}
+
+fn ticker(period: Duration) -> tokio::time::Interval {
+    let mut ticker = tokio::time::interval(period);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticker
+}
+
+/// Milliseconds since the Unix epoch, for display only.
+fn wall() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| u64::try_from(since.as_millis()).ok())
+        .unwrap_or(0)
+}

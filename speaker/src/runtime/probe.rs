@@ -1,0 +1,108 @@
+//! Asks health-check ports and processes of this node whether they serve, without holding up the loop.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use landfall_core::groups::GroupId;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use crate::elector::ready::Questions;
+
+/// A process of this node is asked this often.
+const HOSTS_EVERY: Duration = Duration::from_secs(1);
+/// No answer after this long is one.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// What was found.
+pub(super) enum Answer {
+    /// A health-check port said that its Service has endpoints here.
+    Served(GroupId),
+    /// Whether a process takes connections.
+    Host(SocketAddr, bool),
+}
+
+/// Asks, one question of a kind at a time.
+pub(super) struct Prober {
+    own: IpAddr,
+    asking: BTreeSet<(GroupId, u16)>,
+    sender: mpsc::UnboundedSender<Outcome>,
+    receiver: mpsc::UnboundedReceiver<Outcome>,
+    hosts_at: Duration,
+}
+
+enum Outcome {
+    Health(GroupId, u16, bool),
+    Host(SocketAddr, bool),
+}
+
+impl Prober {
+    pub(super) fn new(own: IpAddr) -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        Self {
+            own,
+            asking: BTreeSet::new(),
+            sender,
+            receiver,
+            hosts_at: Duration::ZERO,
+        }
+    }
+
+    /// Asks what is not being asked already.
+    pub(super) fn ask(&mut self, questions: Questions, now: Duration) {
+        for (id, port) in questions.health {
+            if !self.asking.insert((id.clone(), port)) {
+                continue;
+            }
+            let (sender, address) = (self.sender.clone(), SocketAddr::new(self.own, port));
+            tokio::spawn(async move {
+                let served = tokio::time::timeout(PATIENCE, health(address))
+                    .await
+                    .is_ok_and(|answer| answer.unwrap_or(false));
+                let _ = sender.send(Outcome::Health(id, port, served));
+            });
+        }
+        if now < self.hosts_at {
+            return;
+        }
+        self.hosts_at = now + HOSTS_EVERY;
+        for endpoint in questions.hosts {
+            let sender = self.sender.clone();
+            tokio::spawn(async move {
+                let alive = tokio::time::timeout(PATIENCE, TcpStream::connect(endpoint))
+                    .await
+                    .is_ok_and(|answer| answer.is_ok());
+                let _ = sender.send(Outcome::Host(endpoint, alive));
+            });
+        }
+    }
+
+    /// The next answer that says anything.
+    pub(super) async fn next(&mut self) -> Answer {
+        loop {
+            match self.receiver.recv().await {
+                Some(Outcome::Health(id, port, served)) => {
+                    self.asking.remove(&(id.clone(), port));
+                    if served {
+                        return Answer::Served(id);
+                    }
+                }
+                Some(Outcome::Host(endpoint, alive)) => return Answer::Host(endpoint, alive),
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+/// Whether a health-check port answers 200.
+async fn health(address: SocketAddr) -> std::io::Result<bool> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream
+        .write_all(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        .await?;
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).await?;
+    Ok(answer.starts_with(b"HTTP/1.") && answer.ends_with(b" 200"))
+}

@@ -1,0 +1,395 @@
+//! What `VirtualIP.status` should say, and when to say it.
+//!
+//! The leader reports its addresses; for a group that no node could lead, the living speaker with the smallest
+//! name does. A change of leader, place or condition is written at once, of anything else now and then.
+
+pub mod writer;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use landfall_api::conditions::{VIRTUAL_IP_ANNOUNCED, announced};
+use landfall_core::election::Verdict;
+use landfall_core::groups::{Group, GroupId, GroupVip};
+use landfall_core::ip::virtual_ip_name;
+use landfall_core::model::{NodeName, ObjectKey};
+use serde_json::{Value, json};
+
+use crate::elector::Speaker;
+
+/// What belongs together is written together.
+const COALESCE: Duration = Duration::from_millis(200);
+/// A group must be without leader for so long before that is reported.
+const LEADERLESS: Duration = Duration::from_secs(1);
+/// Standby and endpoint nodes are written at most this often.
+const MINOR_EVERY: Duration = Duration::from_secs(10);
+/// What was observed is compared with what was said this often.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// Nodes that are named in a message.
+const MAX_NODES: usize = 20;
+
+/// Something to write.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Write {
+    /// A `VirtualIP`'s status, as a merge patch.
+    Status {
+        /// The object's name.
+        name: String,
+        /// The patch.
+        patch: Value,
+    },
+    /// An Event about a Service.
+    Event {
+        /// The Service.
+        service: ObjectKey,
+        /// A CamelCase word.
+        reason: &'static str,
+        /// What happened, and what to do.
+        note: String,
+    },
+}
+
+/// The condition `Announced`.
+#[derive(Clone, Debug, PartialEq)]
+struct Announced {
+    holds: bool,
+    reason: &'static str,
+    message: String,
+}
+
+/// What one status should say.
+#[derive(Clone, Debug, PartialEq)]
+struct Status {
+    leader: Option<NodeName>,
+    since: u64,
+    epoch: u64,
+    interface: Option<String>,
+    mac: Option<String>,
+    announced: Announced,
+    // Less urgent.
+    standby: Option<NodeName>,
+    endpoint_nodes: Vec<String>,
+}
+
+impl Status {
+    fn is_minor_change_of(&self, other: &Self) -> bool {
+        let major = |status: &Self| {
+            let mut status = status.clone();
+            status.standby = None;
+            status.endpoint_nodes.clear();
+            status
+        };
+        major(self) == major(other)
+    }
+
+    fn patch(&self, transition: u64) -> Value {
+        json!({"status": {
+            "leader": self.leader,
+            "standby": self.standby,
+            "since": self.leader.as_ref().map(|_| time(self.since)),
+            "epoch": self.leader.as_ref().map(|_| self.epoch),
+            "interface": self.interface,
+            "mac": self.mac,
+            "endpointNodes": self.endpoint_nodes,
+            "conditions": [{
+                "type": VIRTUAL_IP_ANNOUNCED,
+                "status": if self.announced.holds { "True" } else { "False" },
+                "reason": self.announced.reason,
+                "message": self.announced.message,
+                "lastTransitionTime": time(transition),
+            }],
+        }})
+    }
+}
+
+/// Milliseconds since the Unix epoch, as RFC 3339 in seconds.
+fn time(millis: u64) -> String {
+    i64::try_from(millis / 1000)
+        .ok()
+        .and_then(|seconds| jiff::Timestamp::from_second(seconds).ok())
+        .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+        .to_string()
+}
+
+struct Said {
+    status: Status,
+    at: Duration,
+    transition: u64,
+}
+
+/// Decides what to write. It is fed with the groups that may have changed, and keeps what was said.
+#[derive(Default)]
+pub struct Reporter {
+    said: BTreeMap<IpAddr, Said>,
+    due: BTreeMap<GroupId, Duration>,
+    addresses: BTreeMap<GroupId, BTreeSet<IpAddr>>,
+    leaderless: BTreeMap<GroupId, Duration>,
+    sweep: Duration,
+}
+
+impl Reporter {
+    /// What to write now. `wall` is in milliseconds since the Unix epoch.
+    pub fn look(
+        &mut self,
+        speaker: &Speaker,
+        touched: BTreeSet<GroupId>,
+        now: Duration,
+        wall: u64,
+    ) -> Vec<Write> {
+        for id in touched {
+            self.due.entry(id).or_insert(now + COALESCE);
+        }
+        if now >= self.sweep {
+            self.sweep = now + SWEEP_EVERY;
+            self.sweep(speaker, now);
+        }
+        let due: Vec<GroupId> = self
+            .due
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(id, _)| id.clone())
+            .collect();
+        let mut writes = Vec::new();
+        for id in due {
+            self.due.remove(&id);
+            self.report(speaker, &id, now, wall, &mut writes);
+        }
+        writes
+    }
+
+    /// Looks again at what could have been missed: leaderless groups, whose reporter may be another one now, and
+    /// statuses that do not show what was said.
+    fn sweep(&mut self, speaker: &Speaker, now: Duration) {
+        let me = speaker.election().me();
+        for group in speaker.index().groups().values() {
+            let leader = speaker.election().leader(&group.id);
+            let lost = leader == Some(me)
+                && group.vips.iter().any(|vip| {
+                    vip.reported_leader.as_ref() != Some(me)
+                        && self
+                            .said
+                            .get(&vip.address)
+                            .is_none_or(|said| now.saturating_sub(said.at) >= SWEEP_EVERY)
+                });
+            if lost {
+                for vip in &group.vips {
+                    self.said.remove(&vip.address);
+                }
+            }
+            if lost || leader.is_none() {
+                self.due.entry(group.id.clone()).or_insert(now);
+            }
+        }
+    }
+
+    fn report(
+        &mut self,
+        speaker: &Speaker,
+        id: &GroupId,
+        now: Duration,
+        wall: u64,
+        writes: &mut Vec<Write>,
+    ) {
+        let group = speaker.group(id);
+        let addresses: BTreeSet<IpAddr> = group
+            .into_iter()
+            .flat_map(|group| group.vips.iter().map(|vip| vip.address))
+            .collect();
+        for gone in self
+            .addresses
+            .remove(id)
+            .unwrap_or_default()
+            .difference(&addresses)
+        {
+            self.said.remove(gone);
+        }
+        let Some(group) = group else {
+            self.leaderless.remove(id);
+            return;
+        };
+        self.addresses.insert(id.clone(), addresses);
+
+        let election = speaker.election();
+        let view = election.view(id).cloned().unwrap_or_default();
+        let mine = view.leader.as_ref() == Some(election.me());
+        let nobody = view.leader.is_none() && view.eligible == 0 && election.is_reporter();
+        if !mine && !nobody {
+            self.leaderless.remove(id);
+            for vip in &group.vips {
+                self.said.remove(&vip.address);
+            }
+            return;
+        }
+        if nobody {
+            // It may be the moment between two leaders.
+            let since = *self.leaderless.entry(id.clone()).or_insert(now);
+            if now.saturating_sub(since) < LEADERLESS {
+                self.due.insert(id.clone(), since + LEADERLESS);
+                return;
+            }
+        } else {
+            self.leaderless.remove(id);
+        }
+        let verdicts = if nobody {
+            election.explain(group, speaker.index())
+        } else {
+            BTreeMap::new()
+        };
+        for vip in &group.vips {
+            let status = status(speaker, group, vip, &verdicts);
+            self.say(speaker, group, vip, status, now, wall, writes);
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step of `report`, cut out to be read alone")]
+    fn say(
+        &mut self,
+        speaker: &Speaker,
+        group: &Group,
+        vip: &GroupVip,
+        status: Status,
+        now: Duration,
+        wall: u64,
+        writes: &mut Vec<Write>,
+    ) {
+        let before = self.said.get(&vip.address);
+        if before.is_some_and(|before| before.status == status) {
+            return;
+        }
+        if let Some(before) = before
+            && status.is_minor_change_of(&before.status)
+            && now.saturating_sub(before.at) < MINOR_EVERY
+        {
+            self.due
+                .entry(group.id.clone())
+                .or_insert(before.at + MINOR_EVERY);
+            return;
+        }
+        let same = before.filter(|before| before.status.announced.holds == status.announced.holds);
+        let transition = same.map_or(wall, |before| before.transition);
+        if status.announced.reason == announced::ADDRESS_CONFLICT
+            && before.is_none_or(|before| before.status.announced.reason != status.announced.reason)
+        {
+            writes.extend(group.services.iter().map(|service| Write::Event {
+                service: service.key.clone(),
+                reason: announced::ADDRESS_CONFLICT,
+                note: status.announced.message.clone(),
+            }));
+        }
+        if !is_observed(speaker, vip.address, &status) {
+            writes.push(Write::Status {
+                name: virtual_ip_name(vip.address),
+                patch: status.patch(transition),
+            });
+        }
+        self.said.insert(
+            vip.address,
+            Said {
+                status,
+                at: now,
+                transition,
+            },
+        );
+    }
+}
+
+/// Whether an address is known to be leaderless already, in the same words: the next reporter need not repeat it.
+fn is_observed(speaker: &Speaker, address: IpAddr, status: &Status) -> bool {
+    status.leader.is_none()
+        && speaker.index().virtual_ip(address).is_some_and(|vip| {
+            vip.leader.is_none()
+                && vip.conditions.iter().any(|condition| {
+                    condition.kind == VIRTUAL_IP_ANNOUNCED
+                        && condition.reason == status.announced.reason
+                        && condition.message == status.announced.message
+                })
+        })
+}
+
+fn status(
+    speaker: &Speaker,
+    group: &Group,
+    vip: &GroupVip,
+    verdicts: &BTreeMap<NodeName, Verdict>,
+) -> Status {
+    let view = speaker
+        .election()
+        .view(&group.id)
+        .cloned()
+        .unwrap_or_default();
+    let place = speaker
+        .election()
+        .leadership(&group.id)
+        .and_then(|lead| lead.interfaces.get(&vip.address));
+    let endpoint_nodes: BTreeSet<String> = group
+        .services
+        .iter()
+        .flat_map(|service| service.endpoint_nodes.iter().map(ToString::to_string))
+        .collect();
+    let announced = if view.leader.is_none() {
+        Announced {
+            holds: false,
+            reason: announced::NO_ELIGIBLE_NODE,
+            message: node_by_node(verdicts),
+        }
+    } else if let Some(conflict) = speaker.conflict_of(vip.address) {
+        let hint = if conflict.held_back {
+            "it is not announced until that one is gone"
+        } else {
+            "clients reach one or the other"
+        };
+        Announced {
+            holds: false,
+            reason: announced::ADDRESS_CONFLICT,
+            message: format!(
+                "{} answers for {} too: {hint}; remove the address there, or from the pool",
+                conflict.by, vip.address
+            ),
+        }
+    } else if let Some(place) = place.filter(|place| place.default_route) {
+        Announced {
+            holds: true,
+            reason: announced::DEFAULT_ROUTE,
+            message: format!(
+                "{} is in no node's subnet: announced on {}, which has the default route",
+                vip.address, place.name
+            ),
+        }
+    } else {
+        Announced {
+            holds: true,
+            reason: announced::LEADER_ELECTED,
+            message: String::new(),
+        }
+    };
+    Status {
+        leader: view.leader,
+        since: view.since,
+        epoch: view.epoch,
+        interface: place.map(|place| place.name.to_string()),
+        mac: place
+            .and_then(|place| speaker.mac_of(&place.name))
+            .map(|mac| mac.to_string()),
+        announced,
+        standby: view.standby,
+        endpoint_nodes: endpoint_nodes.into_iter().collect(),
+    }
+}
+
+/// Why each node could not lead.
+fn node_by_node(verdicts: &BTreeMap<NodeName, Verdict>) -> String {
+    let mut parts: Vec<String> = verdicts
+        .iter()
+        .filter_map(|(node, verdict)| Some(format!("{node}: {}", verdict.as_ref().err()?)))
+        .collect();
+    let more = parts.len().saturating_sub(MAX_NODES);
+    parts.truncate(MAX_NODES);
+    if more > 0 {
+        parts.push(format!("and {more} more"));
+    }
+    if parts.is_empty() {
+        return "no node is known".to_owned();
+    }
+    parts.join("; ")
+}
