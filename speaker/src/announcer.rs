@@ -3,8 +3,15 @@
 //! The loop says which addresses this node answers for and on which interface; the announcer does the
 //! answering, the gratuitous announcements, the probing and the watching of links, and reports facts.
 
+mod frame;
+mod groups;
 mod handle;
+mod interfaces;
+mod links;
 mod metrics;
+mod packets;
+mod probe;
+mod schedule;
 mod task;
 pub mod twin;
 
@@ -22,7 +29,7 @@ pub use handle::Handle;
 const EVENTS: usize = 1024;
 
 /// How to announce.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// How long after its first repeats an address is announced again, and again: switch tables age.
     pub refresh: Duration,
@@ -50,13 +57,18 @@ pub fn start(
 ) -> anyhow::Result<(Handle, mpsc::Receiver<AnnouncerEvent>)> {
     let (commands, receiver) = mpsc::unbounded_channel();
     let (events, event_receiver) = mpsc::channel(EVENTS);
-    let task = task::Task {
-        config,
-        metrics: metrics::Metrics::register(registry),
+    let metrics = metrics::Metrics::register(registry);
+    let (change_sender, changes) = mpsc::channel(1);
+    let watch = interfaces::watch(metrics.clone(), change_sender)?;
+    let (task, frames) = task::Task::new(config, metrics, events);
+    let ears = task::Ears {
         commands: receiver,
-        events,
+        changes,
     };
-    tokio::spawn(task.run());
+    tokio::spawn(async move {
+        let _watch = watch; // ends with the task
+        task.run(ears, frames).await;
+    });
     Ok((Handle { commands }, event_receiver))
 }
 
