@@ -1,0 +1,55 @@
+//! Asks VIPs as a client does.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use landfall_lab::Netns;
+use landfall_lab::server::{TCP_PORT, UDP_PORT};
+
+/// Sends datagrams every 5 ms until one is answered: which pod answered, and how long it took. Nothing, if none
+/// was within `patience`.
+pub fn first_answer(from: &Netns, vip: IpAddr, patience: Duration) -> Option<(String, Duration)> {
+    from.run(|| {
+        let begun = Instant::now();
+        let any: SocketAddr = match vip {
+            IpAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
+            IpAddr::V6(_) => ([0_u16; 8], 0).into(),
+        };
+        let mut buffer = [0; 256];
+        while begun.elapsed() < patience {
+            // A new socket each time, so that no stale conntrack entry decides.
+            let socket = UdpSocket::bind(any).ok()?;
+            socket
+                .set_read_timeout(Some(Duration::from_millis(5)))
+                .ok()?;
+            // Until the client's neighbour is resolved, or there is a route, sending may fail.
+            let _ = socket.send_to(b"who", (vip, UDP_PORT));
+            if let Ok((length, _)) = socket.recv_from(&mut buffer) {
+                return Some((pod(&buffer[..length]), begun.elapsed()));
+            }
+        }
+        None
+    })
+}
+
+/// Opens a TCP connection and asks who is there.
+pub fn who(from: &Netns, vip: IpAddr, patience: Duration) -> std::io::Result<String> {
+    from.run(|| {
+        let mut stream = TcpStream::connect_timeout(&(vip, TCP_PORT).into(), patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.write_all(b"who\n")?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        Ok(pod(line.as_bytes()))
+    })
+}
+
+/// The pod's name, which stands before its answer.
+fn pod(answer: &[u8]) -> String {
+    String::from_utf8_lossy(answer)
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
