@@ -43,6 +43,7 @@
 
 pub mod address;
 pub mod error;
+pub mod failover;
 pub mod fault;
 mod frame;
 mod lab;
@@ -53,6 +54,7 @@ pub mod netns;
 mod ping;
 pub mod process;
 pub mod raw;
+pub mod report;
 pub mod server;
 pub mod speakers;
 pub mod stand_in;

@@ -105,6 +105,11 @@ impl Netns {
         Ok(netns)
     }
 
+    /// A namespace that somebody else made; dropping what this returns leaves it there.
+    pub fn existing(name: &str) -> Result<Self> {
+        Self::open(name.to_owned(), false)
+    }
+
     fn open(name: String, owned: bool) -> Result<Self> {
         let path = PathBuf::from("/run/netns").join(&name);
         let file = File::open(&path).context(|| format!("opening {}", path.display()))?;
