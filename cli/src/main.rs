@@ -1,1 +1,30 @@
-fn main() {}
+//! The `landfall` command line: arguments, dispatch and exit codes. Each subcommand is a module.
+#![forbid(unsafe_code)]
+
+mod exit;
+mod lab;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Landfall from the command line.
+#[derive(Debug, Parser)]
+#[command(name = "landfall", version, after_help = exit::HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A LAN in network namespaces, with real speakers, to watch fail-overs on.
+    Lab(lab::Args),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Lab(args) => lab::run(args),
+    };
+    exit::code(outcome)
+}

@@ -1,0 +1,49 @@
+//! Exit codes: what a script may rely on.
+
+use std::process::ExitCode;
+
+use landfall_lab::LabError;
+
+/// What `--help` says about exit codes.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0  done
+  1  it failed; standard error says what
+  2  the arguments were wrong
+  3  this machine lacks something; standard error says what to install or do
+  130, 143  ended by Ctrl-C or SIGTERM, everything cleaned up";
+
+const FAILED: u8 = 1;
+const LACKING: u8 = 3;
+
+/// The exit code for an outcome, whose error is printed.
+pub(crate) fn code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if lacks(&error) { LACKING } else { FAILED })
+        }
+    }
+}
+
+/// Whether the machine is at fault, not Landfall.
+fn lacks(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<LabError>() {
+        Some(
+            LabError::NotRoot
+            | LabError::MissingTool { .. }
+            | LabError::MissingBinary { .. }
+            | LabError::Kernel { .. },
+        ) => true,
+        Some(
+            LabError::Command { .. }
+            | LabError::Io { .. }
+            | LabError::Timeout { .. }
+            | LabError::Unknown { .. }
+            | LabError::Closing
+            | LabError::Invalid(_),
+        )
+        | None => false,
+    }
+}

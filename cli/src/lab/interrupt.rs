@@ -1,0 +1,37 @@
+//! Ctrl-C and SIGTERM remove the lab before the process ends.
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// From now on SIGINT, SIGTERM and SIGHUP remove everything this process has made, then end it.
+pub(super) fn clean_up_on_signals() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the signal handler")?;
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            let code = runtime.block_on(async {
+                let mut interrupt = signal(SignalKind::interrupt())?;
+                let mut terminate = signal(SignalKind::terminate())?;
+                let mut hangup = signal(SignalKind::hangup())?;
+                Ok::<i32, std::io::Error>(tokio::select! {
+                    _ = interrupt.recv() => 130,
+                    _ = terminate.recv() => 143,
+                    _ = hangup.recv() => 129,
+                })
+            });
+            let Ok(code) = code else {
+                // Without handlers a signal ends the process at once; `landfall lab down` removes the rest.
+                return;
+            };
+            eprintln!("\nremoving the lab");
+            for error in landfall_lab::ledger::close() {
+                eprintln!("error: {error}");
+            }
+            std::process::exit(code);
+        })
+        .context("starting the signal handler")?;
+    Ok(())
+}
