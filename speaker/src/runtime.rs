@@ -142,10 +142,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn objects(
-    args: &Args,
-    client: Option<&kube::Client>,
-) -> anyhow::Result<(Objects, Vec<Event>)> {
+fn objects(args: &Args, client: Option<&kube::Client>) -> anyhow::Result<(Objects, Vec<Event>)> {
     if let Some(directory) = &args.manifests {
         let kinds: Vec<Kind> = KINDS
             .into_iter()
@@ -221,9 +218,9 @@ async fn peers(args: &Args) -> anyhow::Result<Vec<SocketAddr>> {
             } else {
                 format!("{text}:{}", args.gossip_port)
             };
-            let found = tokio::net::lookup_host(target)
-                .await
-                .with_context(|| format!("--peers: {text:?} is no address and cannot be resolved"))?;
+            let found = tokio::net::lookup_host(target).await.with_context(|| {
+                format!("--peers: {text:?} is no address and cannot be resolved")
+            })?;
             peers.extend(found);
         }
     }
@@ -364,7 +361,9 @@ impl Loop {
         if let Some(allocator) = &mut objects.allocator {
             let own = |event: &Event| match event {
                 Event::Synced(kind) => *kind == Kind::VirtualIp,
-                Event::Apply(object) => matches!(object, landfall_core::model::Object::VirtualIp(_)),
+                Event::Apply(object) => {
+                    matches!(object, landfall_core::model::Object::VirtualIp(_))
+                }
                 Event::Delete(_) => false,
             };
             for event in events {

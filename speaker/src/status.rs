@@ -242,7 +242,10 @@ impl Reporter {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one step of `report`, cut out to be read alone")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one step of `report`, cut out to be read alone"
+    )]
     fn say(
         &mut self,
         speaker: &Speaker,

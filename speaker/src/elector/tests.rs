@@ -1,1 +1,427 @@
+//! The loop's owner with all four seams in memory, under virtual time.
 
+use std::sync::{Mutex, PoisonError};
+
+use landfall_core::groups::KINDS;
+use landfall_core::model::{
+    Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectKey, Pool, Protocol, Service,
+    ServicePort, VirtualIp,
+};
+use prometheus_client::registry::Registry;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::*;
+use crate::announcer::twin::{Twin as Announcing, twin};
+use crate::datapath::{Attachment, DataPathState, VipCount};
+use crate::membership::twin::{Hub, Twin as Member};
+use crate::node_rules::Rules;
+
+const STEP: Duration = Duration::from_millis(20);
+const KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+
+/// Node rules and data path that note what they are told.
+#[derive(Default)]
+struct Lower {
+    rules: Mutex<Rules>,
+    state: Mutex<DataPathState>,
+}
+
+impl Lower {
+    fn rules(&self) -> Rules {
+        self.rules
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl NodeRules for Lower {
+    fn apply(&self, rules: Rules) {
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = rules;
+    }
+
+    fn kube_proxy_serves(&self, _: IpAddr, _: Protocol, _: u16) -> Option<bool> {
+        None
+    }
+}
+
+impl DataPath for Lower {
+    fn apply(&self, state: DataPathState) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
+        BTreeMap::new()
+    }
+
+    fn attachments(&self) -> BTreeMap<u32, Attachment> {
+        BTreeMap::new()
+    }
+}
+
+struct Host {
+    speaker: Speaker,
+    announcing: Announcing,
+    lower: Arc<Lower>,
+    news: UnboundedReceiver<MembershipEvent>,
+    told: usize,
+}
+
+struct World {
+    now: Duration,
+    hub: Hub,
+    hosts: BTreeMap<NodeName, Host>,
+    objects: Vec<Object>,
+}
+
+fn mk_interface(node: u8) -> Interface {
+    Interface {
+        index: 2,
+        name: "eth0".into(),
+        mac: MacAddr([2, 0, 0, 0, 0, node]),
+        mtu: 1500,
+        up: true,
+        enslaved: false,
+        addresses: vec![format!("10.88.0.{}/24", 10 + node).parse().unwrap()],
+        default_route: (true, false),
+    }
+}
+
+fn mk_objects(vips: u16) -> Vec<Object> {
+    let mut objects: Vec<Object> = (1..=3)
+        .map(|n| {
+            Object::Node(Node {
+                name: format!("n{n}").as_str().into(),
+                labels: BTreeMap::new(),
+                addresses: vec![format!("10.88.0.{}", 10 + n).parse().unwrap()],
+                pod_cidrs: Vec::new(),
+                network_unavailable: false,
+            })
+        })
+        .collect();
+    objects.push(Object::Pool(Pool {
+        name: "lan".into(),
+        generation: 0,
+        labels: BTreeMap::new(),
+        ranges: vec!["10.88.0.200-10.88.0.250".parse().unwrap()],
+        auto_assign: true,
+        avoid_buggy_ips: false,
+        allocation: None,
+        quarantine: Duration::ZERO,
+        retain_assigned: false,
+    }));
+    objects.extend((0..vips).map(|n| {
+        let address: IpAddr = format!("10.88.0.{}", 200 + n).parse().unwrap();
+        Object::VirtualIp(VirtualIp {
+            address,
+            pool: "lan".into(),
+            group: address.to_string().as_str().into(),
+            services: vec![ObjectKey::new("default", format!("s{n}"))],
+            former: Vec::new(),
+            retain: false,
+            leader: None,
+            conditions: Vec::new(),
+        })
+    }));
+    objects
+}
+
+impl World {
+    fn new(vips: u16) -> Self {
+        let mut world = Self {
+            now: Duration::from_secs(10),
+            hub: Hub::default(),
+            hosts: BTreeMap::new(),
+            objects: mk_objects(vips),
+        };
+        for n in 1..=3 {
+            world.boot(n, u64::from(n));
+        }
+        world
+    }
+
+    fn boot(&mut self, n: u8, boot: u64) {
+        let name = NodeName::from(format!("n{n}").as_str());
+        let (member, news): (Member, _) = self.hub.join(name.clone(), BootId(boot));
+        let (announcing, _events) = twin();
+        let lower = Arc::new(Lower::default());
+        let parts = Parts {
+            announcer: Arc::new(announcing.clone()),
+            rules: lower.clone(),
+            datapath: lower.clone(),
+            membership: Arc::new(member),
+        };
+        let identity = Identity {
+            node: name.clone(),
+            boot: BootId(boot),
+            manifests: true,
+            gossip: "10.88.0.1:7950".parse().unwrap(),
+            peers: Vec::new(),
+        };
+        let metrics = Metrics::register(&mut Registry::default());
+        let mut speaker = Speaker::new(identity, parts, Keys::parse(KEY).unwrap(), metrics);
+        for object in &self.objects {
+            speaker.source(Event::Apply(object.clone()));
+        }
+        for kind in KINDS {
+            speaker.source(Event::Synced(kind));
+        }
+        let interfaces: Arc<[Interface]> = Arc::new([mk_interface(n)]);
+        speaker.announcer(AnnouncerEvent::Interfaces(interfaces), self.now);
+        let host = Host {
+            speaker,
+            announcing,
+            lower,
+            news,
+            told: 0,
+        };
+        self.hosts.insert(name, host);
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        let mut said: Vec<(NodeName, Vec<u8>)> = Vec::new();
+        for (name, host) in &mut self.hosts {
+            while let Ok(event) = host.news.try_recv() {
+                host.speaker.membership(event, self.now);
+            }
+            host.speaker.settle(self.now, 0);
+            let hellos = host.announcing.asked().hellos;
+            said.extend(
+                hellos[host.told..]
+                    .iter()
+                    .map(|(_, payload)| (name.clone(), payload.clone())),
+            );
+            host.told = hellos.len();
+        }
+        for (from, payload) in said {
+            for (to, host) in &mut self.hosts {
+                if *to != from {
+                    let event = AnnouncerEvent::Hello {
+                        interface: 2,
+                        from: MacAddr([2; 6]),
+                        payload: payload.clone(),
+                    };
+                    host.speaker.announcer(event, self.now);
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.step();
+        }
+    }
+
+    fn announcers(&self) -> BTreeMap<IpAddr, Vec<String>> {
+        let mut all: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+        for (name, host) in &self.hosts {
+            for vip in host.announcing.asked().announced.into_keys() {
+                all.entry(vip).or_default().push(name.to_string());
+            }
+        }
+        all
+    }
+
+    fn assert_one_owner_each(&self, vips: usize) {
+        let all = self.announcers();
+        assert_eq!(all.len(), vips);
+        for (vip, owners) in all {
+            assert_eq!(owners.len(), 1, "{vip}: {owners:?}");
+        }
+    }
+
+    fn host(&mut self, name: &str) -> &mut Host {
+        self.hosts.get_mut(&NodeName::from(name)).unwrap()
+    }
+
+    fn tell(&mut self, object: &Object) {
+        for host in self.hosts.values_mut() {
+            host.speaker.source(Event::Apply(object.clone()));
+        }
+        self.objects.push(object.clone());
+    }
+}
+
+#[test]
+fn one_announces_each_and_a_dead_one_is_replaced() {
+    let mut world = World::new(30);
+    world.run(Duration::from_secs(2));
+    world.assert_one_owner_each(30);
+    let first = world.announcers();
+    assert!(world.hosts.values().all(|host| host.speaker.is_ready()));
+    world.hosts.remove(&NodeName::from("n2"));
+    world.hub.lose(&"n2".into());
+    world.run(Duration::from_secs(2));
+    world.assert_one_owner_each(30);
+    let second = world.announcers();
+    for (vip, owners) in &first {
+        if owners[0] != "n2" {
+            assert_eq!(second[vip], *owners, "{vip} moved for nothing");
+        }
+    }
+    world.boot(2, 99);
+    world.run(Duration::from_secs(3));
+    assert_eq!(world.announcers(), second, "a returning node takes nothing");
+}
+
+#[test]
+fn a_stopping_speaker_hands_over_without_a_gap_and_falls_silent() {
+    let mut world = World::new(12);
+    world.run(Duration::from_secs(2));
+    world.host("n1").speaker.leave();
+    for _ in 0..50 {
+        world.step();
+        assert_eq!(world.announcers().len(), 12, "a gap");
+    }
+    assert!(world.host("n1").speaker.is_drained());
+    world.host("n1").speaker.silence();
+    let before = world.host("n1").announcing.asked().hellos.len();
+    world.run(Duration::from_secs(1));
+    let asked = world.host("n1").announcing.asked();
+    assert!(asked.announced.is_empty() && asked.listening.is_empty());
+    assert_eq!(asked.hellos.len(), before);
+    world.assert_one_owner_each(12);
+}
+
+#[test]
+fn rules_and_data_path_follow() {
+    let mut world = World::new(2);
+    world.run(Duration::from_secs(2));
+    let host = world.host("n1");
+    let rules = host.lower.rules();
+    assert_eq!(rules.vips.len(), 2);
+    assert!(rules.uplinks.values().all(|uplink| uplink == "eth0"));
+    let state = host
+        .lower
+        .state
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    assert_eq!(state.uplinks, BTreeSet::from([2]));
+    assert_eq!(host.announcing.asked().listening, [2]);
+}
+
+#[test]
+fn processes_of_nodes_are_delivered_to_and_lead() {
+    let mut world = World::new(1);
+    let key = ObjectKey::new("default", "s0");
+    world.tell(&Object::Service(Service {
+        ports: vec![ServicePort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 6443,
+            node_port: None,
+        }],
+        ..mk_service(&key)
+    }));
+    world.tell(&Object::EndpointSlice(EndpointSlice {
+        key: ObjectKey::new("default", "s0-1"),
+        service: key,
+        family: landfall_core::ip::Family::V4,
+        ports: vec![EndpointPort {
+            name: String::new(),
+            protocol: Protocol::Tcp,
+            port: 6443,
+        }],
+        endpoints: (1..=3)
+            .map(|n| Endpoint {
+                address: format!("10.88.0.{}", 10 + n).parse().unwrap(),
+                node: None,
+                ready: true,
+                serving: true,
+                terminating: false,
+            })
+            .collect(),
+    }));
+    world.run(Duration::from_secs(1));
+    let own: SocketAddr = "10.88.0.12:6443".parse().unwrap();
+    let now = world.now;
+    let host = world.host("n2");
+    assert_eq!(host.speaker.questions().hosts, BTreeSet::from([own]));
+    host.speaker.host_endpoint(own, true, now);
+    world.run(Duration::from_secs(1));
+    assert_eq!(
+        world.announcers().into_values().collect::<Vec<_>>(),
+        [["n2"]],
+        "the one whose process answers leads"
+    );
+    let rules = world.host("n2").lower.rules();
+    let targets = rules.host_services.values().next().unwrap();
+    assert_eq!((targets.local, targets.remote.len()), (Some(own), 2));
+    let rules = world.host("n1").lower.rules();
+    let targets = rules.host_services.values().next().unwrap();
+    assert_eq!((targets.local, targets.remote.len()), (None, 2));
+}
+
+#[test]
+fn another_station_that_answers_is_shown() {
+    let mut world = World::new(1);
+    world.run(Duration::from_secs(2));
+    let vip: IpAddr = "10.88.0.200".parse().unwrap();
+    let owner = world.announcers()[&vip][0].clone();
+    let now = world.now;
+    let event = AnnouncerEvent::Conflict {
+        vip,
+        by: MacAddr([6; 6]),
+        interface: "eth0".into(),
+    };
+    world.host(&owner).speaker.announcer(event, now);
+    let mut reporter = crate::status::Reporter::default();
+    let touched = BTreeSet::from(["10.88.0.200".into()]);
+    let later = now + Duration::from_secs(1);
+    let speaker = &world.host(&owner).speaker;
+    assert!(reporter.look(speaker, touched, now, 0).is_empty());
+    let writes = reporter.look(speaker, BTreeSet::new(), later, 0);
+    let text = format!("{writes:?}");
+    assert!(text.contains("AddressConflict"), "{text}");
+    assert_eq!(writes.len(), 2, "an Event and a status: {text}");
+    assert!(
+        reporter
+            .look(speaker, BTreeSet::from(["10.88.0.200".into()]), later * 2, 0)
+            .iter()
+            .all(|write| !matches!(write, crate::status::Write::Event { .. })),
+        "told once"
+    );
+}
+
+#[test]
+fn idle_speakers_write_nothing_more() {
+    let mut world = World::new(5);
+    let mut reporters: BTreeMap<NodeName, crate::status::Reporter> = BTreeMap::new();
+    let mut writes = 0;
+    for _ in 0..250 {
+        world.step();
+        for (name, host) in &mut world.hosts {
+            let touched = host.speaker.settle(world.now, 0);
+            let reporter = reporters.entry(name.clone()).or_default();
+            let groups = host.speaker.index().groups().keys().cloned();
+            let touched: BTreeSet<_> = groups.chain(touched).collect();
+            writes += reporter.look(&host.speaker, touched, world.now, 0).len();
+        }
+    }
+    assert_eq!(writes, 5, "one write an address");
+}
+
+fn mk_service(key: &ObjectKey) -> Service {
+    Service {
+        key: key.clone(),
+        uid: String::new(),
+        labels: BTreeMap::new(),
+        created: 0,
+        load_balancer: true,
+        class: None,
+        ports: Vec::new(),
+        selector: BTreeMap::new(),
+        traffic_policy: landfall_core::model::TrafficPolicy::Cluster,
+        health_check_node_port: 0,
+        families: Vec::new(),
+        family_policy: landfall_core::model::FamilyPolicy::SingleStack,
+        request: landfall_core::model::AddressRequest::default(),
+        ingress: Vec::new(),
+        conditions: Vec::new(),
+        assigned_pool: None,
+    }
+}
