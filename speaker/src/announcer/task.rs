@@ -265,7 +265,9 @@ impl Task {
             .links
             .iter()
             .filter(|(index, link)| {
-                let same = before.get(index).is_some_and(|before| unstirred(before, link));
+                let same = before
+                    .get(index)
+                    .is_some_and(|before| unstirred(before, link));
                 link.interface.up && (!same || notify.contains(index))
             })
             .map(|(index, _)| *index)
@@ -390,6 +392,8 @@ impl Task {
 /// Whether nothing changed that the neighbours should hear of.
 fn unstirred(before: &Link, now: &Link) -> bool {
     let (old, new) = (&before.interface, &now.interface);
-    old.up && old.mac == new.mac && old.addresses == new.addresses
+    old.up
+        && old.mac == new.mac
+        && old.addresses == new.addresses
         && before.link_local == now.link_local
 }
