@@ -1,9 +1,26 @@
-//! The seam to this node's packet filter and routing rules.
+//! This node's packet filter and routing rules: the seam, and the nftables table `landfall` behind it.
+//!
+//! The table guards (what still carries a VIP as destination is not forwarded), delivers Services whose endpoints
+//! are processes of nodes, and marks answers that must leave by a VIP's uplink. It stays when the speaker stops.
+
+mod kube_proxy;
+mod metrics;
+mod routes;
+mod ruleset;
+mod tool;
+mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use landfall_core::model::Protocol;
+use prometheus_client::registry::Registry;
+use tokio::sync::{Notify, watch};
+use tokio_util::task::AbortOnDropHandle;
+
+use kube_proxy::Served;
+pub use tool::ToolError;
 
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,4 +60,109 @@ pub trait NodeRules: Send + Sync {
     /// Whether kube-proxy on this node has rules for this Service port already (the element of its nftables map);
     /// `None` when no kube-proxy table in nftables mode can be read here.
     fn kube_proxy_serves(&self, vip: IpAddr, protocol: Protocol, port: u16) -> Option<bool>;
+}
+
+/// How the rules are made.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Whether to install policy routes.
+    pub policy_routes: bool,
+    /// The routers of uplinks that carry no default route, by interface name.
+    pub gateways: Vec<(String, IpAddr)>,
+    /// The bits of the packet mark that are ours, one run of them.
+    pub mark_mask: u32,
+    /// The number of the first routing table that is ours.
+    pub table: u32,
+    /// The priority of the first routing rule that is ours.
+    pub priority: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            policy_routes: true,
+            gateways: Vec::new(),
+            // Free of kube-proxy (0xc000), Cilium (0x0f00) and Calico (0xffff0000).
+            mark_mask: 0x3000,
+            table: 7950,
+            priority: 7950,
+        }
+    }
+}
+
+impl Config {
+    /// The mark of the uplink with this index; `None` when the mask has no room for it.
+    fn mark(&self, index: u32) -> Option<u32> {
+        let mark = index
+            .checked_add(1)?
+            .checked_mul(1 << self.mark_mask.trailing_zeros())?;
+        (mark & !self.mark_mask == 0).then_some(mark)
+    }
+}
+
+/// What the handle and the task share.
+#[derive(Debug, Default)]
+struct Shared {
+    served: Mutex<Option<Served>>,
+    asked: Notify,
+}
+
+/// The node's rules. Dropping it ends the task; the rules stay.
+#[derive(Debug)]
+pub struct Handle {
+    wanted: watch::Sender<Option<Rules>>,
+    shared: Arc<Shared>,
+    _tasks: [AbortOnDropHandle<()>; 2],
+}
+
+/// Starts the task that keeps this node's rules. Nothing is written before the first [`NodeRules::apply`].
+pub fn start(config: Config, registry: &mut Registry) -> Handle {
+    let metrics = metrics::Metrics::default();
+    metrics.register(registry);
+    let (sender, receiver) = watch::channel(None);
+    let shared = Arc::new(Shared::default());
+    let worker = worker::Worker {
+        config,
+        wanted: receiver,
+        metrics,
+        written: None,
+        routes: BTreeSet::new(),
+        complaints: Vec::new(),
+    };
+    Handle {
+        wanted: sender,
+        _tasks: [
+            AbortOnDropHandle::new(tokio::spawn(worker.run())),
+            AbortOnDropHandle::new(tokio::spawn(worker::follow_kube_proxy(shared.clone()))),
+        ],
+        shared,
+    }
+}
+
+impl NodeRules for Handle {
+    fn apply(&self, rules: Rules) {
+        self.wanted.send_replace(Some(rules));
+    }
+
+    fn kube_proxy_serves(&self, vip: IpAddr, protocol: Protocol, port: u16) -> Option<bool> {
+        self.shared.asked.notify_one();
+        let served = self
+            .shared
+            .served
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        served
+            .as_ref()
+            .map(|served| served.contains(&(vip, protocol, port)))
+    }
+}
+
+/// Takes the table and the policy routes away: for uninstalling.
+pub async fn remove(config: &Config) -> Result<(), ToolError> {
+    routes::remove(config).await?;
+    let text = format!(
+        "add table inet {0}\ndelete table inet {0}\n",
+        ruleset::TABLE
+    );
+    tool::run("nft", &["-f", "-"], &text).await.map(drop)
 }

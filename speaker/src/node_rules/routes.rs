@@ -1,0 +1,194 @@
+//! Policy routes: an answer of a VIP leaves by the VIP's uplink, though the node's default route is another one.
+//!
+//! Marked answers are looked up in the main table first, default routes left out, so that pods and nodes stay
+//! where they are; what is left goes to the uplink's own router, by a table of ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use landfall_core::ip::Family;
+use serde::Deserialize;
+
+use super::ruleset::Marks;
+use super::tool::{ToolError, run};
+use super::{Config, Rules};
+
+/// A default route, as `ip -j route` prints it.
+#[derive(Debug, Deserialize)]
+struct Route {
+    dst: String,
+    gateway: Option<IpAddr>,
+    dev: Option<String>,
+    #[serde(default)]
+    metric: u32,
+}
+
+/// What should be there for one uplink and family.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PolicyRoute {
+    uplink: String,
+    family: Family,
+    gateway: IpAddr,
+    mark: u32,
+    table: u32,
+}
+
+/// The policy routes that `rules` want on this node, and a word on each that cannot be made.
+pub(super) async fn plan(
+    rules: &Rules,
+    config: &Config,
+) -> Result<(BTreeSet<PolicyRoute>, Vec<String>), ToolError> {
+    let mut wanted = BTreeSet::new();
+    let mut missing = Vec::new();
+    if !config.policy_routes {
+        return Ok((wanted, missing));
+    }
+    let uplinks: BTreeSet<(&String, Family)> = rules
+        .uplinks
+        .iter()
+        .map(|(vip, uplink)| (uplink, Family::of(*vip)))
+        .collect();
+    let names: Vec<&String> = rules
+        .uplinks
+        .values()
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    let mut defaults = BTreeMap::new();
+    for family in [Family::V4, Family::V6] {
+        if uplinks.iter().any(|(_, of)| *of == family) {
+            defaults.insert(family, default_routes(family).await?);
+        }
+    }
+    for (uplink, family) in uplinks {
+        let routes = &defaults[&family];
+        let preferred = routes.iter().min_by_key(|route| route.metric);
+        if preferred.is_none_or(|route| route.dev.as_ref() == Some(uplink)) {
+            continue;
+        }
+        let configured = config
+            .gateways
+            .iter()
+            .find(|(name, gateway)| name == uplink && Family::of(*gateway) == family)
+            .map(|(_, gateway)| *gateway);
+        let routed = || {
+            routes
+                .iter()
+                .find(|route| route.dev.as_ref() == Some(uplink))
+                .and_then(|route| route.gateway)
+        };
+        let Some(gateway) = configured.or_else(routed) else {
+            missing.push(format!(
+                "{uplink} has no {family} router: answers to clients beyond it leave by {}; \
+                 add a default route with a higher metric on {uplink}, or --uplink-gateway {uplink}=ADDRESS",
+                preferred.and_then(|route| route.dev.as_deref()).unwrap_or("another interface")
+            ));
+            continue;
+        };
+        let index = names
+            .iter()
+            .position(|name| *name == uplink)
+            .unwrap_or_default();
+        let index = u32::try_from(index).unwrap_or(u32::MAX);
+        let Some(mark) = config.mark(index) else {
+            missing.push(format!(
+                "{uplink}: no mark is left for it: widen the mark's mask {:#x}",
+                config.mark_mask
+            ));
+            continue;
+        };
+        wanted.insert(PolicyRoute {
+            uplink: uplink.clone(),
+            family,
+            gateway,
+            mark,
+            table: config.table + index,
+        });
+    }
+    Ok((wanted, missing))
+}
+
+/// The marks by which packets find these routes.
+pub(super) fn marks(routes: &BTreeSet<PolicyRoute>) -> Marks {
+    routes
+        .iter()
+        .map(|route| (route.uplink.clone(), route.mark))
+        .collect()
+}
+
+/// Makes `wanted` so; takes away what was there of ours and is not wanted. Runs only when something changed.
+pub(super) async fn install(
+    wanted: &BTreeSet<PolicyRoute>,
+    config: &Config,
+) -> Result<(), ToolError> {
+    remove(config).await?;
+    for (flag, family) in [("-4", Family::V4), ("-6", Family::V6)] {
+        let mut batch = String::new();
+        for route in wanted.iter().filter(|route| route.family == family) {
+            let PolicyRoute {
+                uplink,
+                gateway,
+                mark,
+                table,
+                ..
+            } = route;
+            let mask = config.mark_mask;
+            let (first, second) = (config.priority, config.priority + 1);
+            batch.push_str(&format!(
+                "route replace default via {gateway} dev {uplink} onlink table {table}\n\
+                 rule add fwmark {mark:#x}/{mask:#x} lookup main suppress_prefixlength 0 priority {first}\n\
+                 rule add fwmark {mark:#x}/{mask:#x} lookup {table} priority {second}\n"
+            ));
+        }
+        if !batch.is_empty() {
+            run("ip", &[flag, "-batch", "-"], &batch).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes every policy route of ours away.
+pub(super) async fn remove(config: &Config) -> Result<(), ToolError> {
+    for flag in ["-4", "-6"] {
+        for priority in [config.priority, config.priority + 1] {
+            // One at a time, until none is left; the bound is the number of marks there can be.
+            for _ in 0..256 {
+                let priority = priority.to_string();
+                if run("ip", &[flag, "rule", "del", "priority", &priority], "")
+                    .await
+                    .is_err()
+                {
+                    break;
+                }
+            }
+        }
+        let mut table = config.table;
+        while config.mark(table - config.table).is_some() {
+            // An absent table cannot be flushed, which is as good.
+            let _ = run(
+                "ip",
+                &[flag, "route", "flush", "table", &table.to_string()],
+                "",
+            )
+            .await;
+            table += 1;
+        }
+    }
+    Ok(())
+}
+
+async fn default_routes(family: Family) -> Result<Vec<Route>, ToolError> {
+    let flag = match family {
+        Family::V4 => "-4",
+        Family::V6 => "-6",
+    };
+    let printed = run(
+        "ip",
+        &[flag, "-j", "route", "show", "table", "all", "default"],
+        "",
+    )
+    .await?;
+    let mut routes: Vec<Route> = serde_json::from_str(&printed).unwrap_or_default();
+    routes.retain(|route| route.dst == "default" && route.dev.is_some());
+    Ok(routes)
+}

@@ -1,0 +1,63 @@
+//! Running `nft` and `ip`.
+
+use std::process::Stdio;
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+
+/// A command of this node that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// It could not be started.
+    #[error("cannot run {tool}: {cause}; install it (Debian: nftables, iproute2)")]
+    Start {
+        /// Which command.
+        tool: &'static str,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// It ended with an error.
+    #[error("{tool} {arguments}: {message}")]
+    Failed {
+        /// Which command.
+        tool: &'static str,
+        /// How it was called.
+        arguments: String,
+        /// What it said.
+        message: String,
+    },
+}
+
+/// Runs `tool` with `input` on its standard input and returns what it printed.
+pub(super) async fn run(
+    tool: &'static str,
+    arguments: &[&str],
+    input: &str,
+) -> Result<String, ToolError> {
+    let start = |cause| ToolError::Start { tool, cause };
+    let mut child = Command::new(tool)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(start)?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A tool that does not want its input says why on standard error.
+        let _ = stdin.write_all(input.as_bytes()).await;
+    }
+    let output = child.wait_with_output().await.map_err(start)?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    Err(ToolError::Failed {
+        tool,
+        arguments: arguments.join(" "),
+        message: String::from_utf8_lossy(&output.stderr)
+            .lines()
+            .take(4)
+            .collect::<Vec<_>>()
+            .join(" | "),
+    })
+}

@@ -1,0 +1,410 @@
+//! The node's rules with real packets, in network namespaces.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use landfall_core::model::Protocol;
+use landfall_lab::{Lab, Netns, Network, Topology};
+use landfall_speaker::node_rules::{self, Config, HostService, HostTargets, NodeRules as _, Rules};
+use prometheus_client::registry::Registry;
+use tokio::sync::oneshot;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn mk_lab(topology: Topology) -> Lab {
+    Lab::build(topology).expect("the lab needs root and Debian's iproute2 and nftables")
+}
+
+fn mk_small() -> Lab {
+    mk_lab(Topology {
+        nodes: 1,
+        management: false,
+        ..Topology::default()
+    })
+}
+
+fn mk_guard() -> Rules {
+    Rules {
+        vips: BTreeSet::from(landfall_lab::address::vips(0)),
+        ..Rules::default()
+    }
+}
+
+/// The rules' task, running in a host until dropped.
+struct Running {
+    host: Netns,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    fn start(host: &Netns, rules: Rules, ready: &str) -> Self {
+        Self::start_with(host, Config::default(), rules, ready)
+    }
+
+    fn start_with(host: &Netns, config: Config, rules: Rules, ready: &str) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let thread = host.spawn("rules", move || {
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap()
+                .block_on(async {
+                    let handle = node_rules::start(config.clone(), &mut Registry::default());
+                    handle.apply(rules);
+                    let _ = stopped.await;
+                    drop(handle);
+                    node_rules::remove(&config).await.unwrap();
+                });
+        });
+        let running = Self {
+            host: host.share(),
+            stop: Some(stop),
+            thread: Some(thread),
+        };
+        until(host, ready);
+        running
+    }
+
+    fn stop(mut self) {
+        self.end();
+        let printed = self.host.exec("nft list ruleset").unwrap();
+        assert!(
+            !printed.contains("inet landfall"),
+            "removed, and still there:\n{printed}"
+        );
+        let rules = self.host.exec("ip rule").unwrap();
+        assert!(
+            !rules.contains("fwmark"),
+            "removed, and still there:\n{rules}"
+        );
+    }
+
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Waits until the ruleset of `host` contains `text`.
+fn until(host: &Netns, text: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let printed = host.exec("nft list ruleset").unwrap();
+        if printed.contains(text) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{text:?} is not in\n{printed}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn dropped(host: &Netns, counter: &str) -> u64 {
+    let printed = host
+        .exec(&format!("nft list counter inet landfall {counter}"))
+        .unwrap();
+    let mut words = printed.split_whitespace();
+    assert!(words.any(|word| word == "packets"), "{printed}");
+    words.next().unwrap().parse().unwrap()
+}
+
+/// Sends a datagram each 10 ms from one socket and returns after how many the first answer came.
+fn ask(
+    from: &Netns,
+    to: SocketAddr,
+    at_most: u32,
+    mut before_each: impl FnMut(u32) + Send,
+) -> Option<u32> {
+    from.run(|| {
+        let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }
+            .parse()
+            .unwrap();
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.connect(to).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(10)))
+            .unwrap();
+        let mut buffer = [0; 64];
+        for number in 0..at_most {
+            before_each(number);
+            let _ = socket.send(b"hello");
+            if socket.recv(&mut buffer).is_ok() {
+                return Some(number);
+            }
+        }
+        None
+    })
+}
+
+/// An echo server for datagrams on a node's own address; ends with the namespace's last datagram "end".
+fn serve_datagrams(host: &Netns, address: SocketAddr) {
+    let socket = host.run(|| UdpSocket::bind(address).unwrap());
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..length], from);
+        }
+    });
+}
+
+/// A TCP server that says who it is and whom it sees.
+fn serve(host: &Netns, address: SocketAddr, name: &str) {
+    let listener = host.run(|| TcpListener::bind(address).unwrap());
+    let name = name.to_owned();
+    thread::spawn(move || {
+        while let Ok((mut stream, from)) = listener.accept() {
+            let _ = write!(stream, "{name} {}", from.ip());
+        }
+    });
+}
+
+fn connect(from: &Netns, to: SocketAddr) -> Option<String> {
+    from.run(|| {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(3)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(3))).ok()?;
+        let mut said = String::new();
+        stream.read_to_string(&mut said).ok()?;
+        Some(said)
+    })
+}
+
+#[test]
+fn guard_keeps_a_flow_that_began_too_early_from_being_pinned() {
+    for guarded in [true, false] {
+        let lab = mk_small();
+        let node = &lab.nodes()[0];
+        let netns = lab.host(&node.name).unwrap();
+        let [vip, _] = landfall_lab::address::vips(0);
+        let [own, _] = node.addresses(Network::Lan);
+        serve_datagrams(netns, SocketAddr::new(own, 5300));
+        lab.client()
+            .ip(&format!("route add {vip}/32 via {own}"))
+            .unwrap();
+        // As with kube-proxy, something is translated all the time: else no connection is tracked.
+        netns
+            .nft(&format!(
+                "add table ip late\n\
+                 add chain ip late pre {{ type nat hook prerouting priority dstnat; }}\n\
+                 add rule ip late pre ip daddr 10.96.0.1 udp dport 53 dnat to {own}:5300\n"
+            ))
+            .unwrap();
+        let running = guarded.then(|| Running::start(netns, mk_guard(), &vip.to_string()));
+        let served = ask(lab.client(), SocketAddr::new(vip, 53), 60, |number| {
+            if number == 20 {
+                // Now the Service exists.
+                netns
+                    .nft(&format!(
+                        "add rule ip late pre ip daddr {vip} udp dport 53 dnat to {own}:5300\n"
+                    ))
+                    .unwrap();
+            }
+        });
+        if guarded {
+            assert!(served.is_some_and(|number| number >= 20), "{served:?}");
+            assert!(dropped(netns, "guard4") >= 15);
+        } else {
+            assert_eq!(
+                served, None,
+                "without the guard the flow stays untranslated"
+            );
+        }
+        drop(running);
+    }
+}
+
+#[test]
+fn guard_drops_both_families_and_leaves_the_rest() {
+    let lab = mk_small();
+    let node = &lab.nodes()[0];
+    let netns = lab.host(&node.name).unwrap();
+    let [vip4, vip6] = landfall_lab::address::vips(0);
+    let [own4, own6] = node.addresses(Network::Lan);
+    lab.client()
+        .ip(&format!("route add {vip4}/32 via {own4}"))
+        .unwrap();
+    lab.client()
+        .ip(&format!("-6 route add {vip6}/128 via {own6}"))
+        .unwrap();
+    let running = Running::start(netns, mk_guard(), &vip6.to_string());
+    for vip in [vip4, vip6] {
+        assert_eq!(
+            ask(lab.client(), SocketAddr::new(vip, 53), 10, |_| ()),
+            None
+        );
+    }
+    assert_eq!(dropped(netns, "guard4"), 10);
+    assert_eq!(dropped(netns, "guard6"), 10);
+    // Pods are forwarded to as ever.
+    let pod = lab.pods().next().unwrap();
+    lab.client()
+        .ip(&format!("route add {}/32 via {own4}", pod.addresses[0]))
+        .unwrap();
+    landfall_lab::ping(lab.client(), pod.addresses[0], PATIENCE).unwrap();
+    running.stop();
+}
+
+#[test]
+fn a_flushed_table_is_put_back() {
+    let lab = mk_small();
+    let netns = lab.host(&lab.nodes()[0].name).unwrap();
+    let running = Running::start(netns, mk_guard(), "guard6");
+    for _ in 0..2 {
+        netns.nft("flush ruleset\n").unwrap();
+        until(netns, "counter name \"guard6\" drop");
+        until(netns, &landfall_lab::address::vips(0)[0].to_string());
+        thread::sleep(Duration::from_millis(500));
+    }
+    running.stop();
+}
+
+#[test]
+fn host_endpoints_are_delivered_on_the_leader_and_from_every_node() {
+    let lab = mk_lab(Topology {
+        management: false,
+        ..Topology::default()
+    });
+    let [vip, _] = landfall_lab::address::vips(0);
+    let own = |index: usize| lab.nodes()[index].addresses(Network::Lan)[0];
+    let endpoints: Vec<SocketAddr> = (0..2)
+        .map(|index| SocketAddr::new(own(index), 6443))
+        .collect();
+    // The third node has no API server of its own.
+    let mut running = Vec::new();
+    for (index, node) in lab.nodes().iter().enumerate() {
+        let netns = lab.host(&node.name).unwrap();
+        let local = endpoints.get(index).copied();
+        if let Some(local) = local {
+            serve(netns, local, &node.name);
+        }
+        let service = HostService {
+            vip,
+            protocol: Protocol::Tcp,
+            port: 443,
+        };
+        let targets = HostTargets {
+            local,
+            remote: endpoints
+                .iter()
+                .copied()
+                .filter(|other| Some(*other) != local)
+                .collect(),
+        };
+        let rules = Rules {
+            host_services: BTreeMap::from([(service, targets)]),
+            ..mk_guard()
+        };
+        running.push(Running::start(netns, rules, "dport 443 dnat"));
+    }
+    let to = SocketAddr::new(vip, 443);
+    for (index, node) in lab.nodes().iter().enumerate() {
+        let netns = lab.host(&node.name).unwrap();
+        let said =
+            connect(netns, to).unwrap_or_else(|| panic!("{} reaches no endpoint", node.name));
+        match endpoints.get(index) {
+            Some(_) => assert!(said.starts_with(&node.name), "{said}"),
+            None => assert!(
+                said.starts_with("node1") || said.starts_with("node2"),
+                "{said}"
+            ),
+        }
+        let addresses = netns.exec("ip -o addr").unwrap();
+        assert!(
+            !addresses.contains(&vip.to_string()),
+            "the VIP is on an interface"
+        );
+    }
+    // From outside, by whichever node leads: its own endpoint sees the client, another's sees the leader.
+    let client: IpAddr = Network::Lan.both(100)[0];
+    for (leader, sees) in [(0, client), (1, client), (2, own(2))] {
+        lab.client()
+            .ip(&format!("route replace {vip}/32 via {}", own(leader)))
+            .unwrap();
+        let said =
+            connect(lab.client(), to).unwrap_or_else(|| panic!("no answer by node {leader}"));
+        assert!(
+            said.ends_with(&format!(" {sees}")),
+            "by node {leader}: {said}"
+        );
+    }
+    // Nobody answers for the address: that is the announcer's to do, on the leader alone.
+    lab.client().ip(&format!("route del {vip}/32")).unwrap();
+    assert_eq!(connect(lab.client(), to), None);
+    for each in running {
+        each.stop();
+    }
+}
+
+#[test]
+fn answers_leave_by_the_uplink_of_the_vip() {
+    let lab = mk_lab(Topology {
+        nodes: 1,
+        management: false,
+        second_nic: true,
+        ..Topology::default()
+    });
+    let node = &lab.nodes()[0];
+    let netns = lab.host(&node.name).unwrap();
+    let vip: IpAddr = Network::SecondLan.both(200)[0];
+    let own = node.addresses(Network::SecondLan)[0];
+    let router = Network::SecondLan.both(1)[0];
+    serve(netns, SocketAddr::new(own, 8080), "node1");
+    lab.router()
+        .ip(&format!("route add {vip}/32 via {own}"))
+        .unwrap();
+    // What leaves by the default route, eth0, is a wrong answer: the router takes none from there.
+    lab.router()
+        .nft(&format!(
+            "add table ip strict\n\
+             add chain ip strict pre {{ type filter hook prerouting priority raw; }}\n\
+             add rule ip strict pre iifname eth0 ip saddr {vip} counter drop\n"
+        ))
+        .unwrap();
+    let service = HostService {
+        vip,
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
+    let rules = Rules {
+        vips: BTreeSet::from([vip]),
+        uplinks: BTreeMap::from([(vip, "eth1".to_owned())]),
+        host_services: BTreeMap::from([(
+            service,
+            HostTargets {
+                local: Some(SocketAddr::new(own, 8080)),
+                remote: Vec::new(),
+            },
+        )]),
+    };
+    let to = SocketAddr::new(vip, 80);
+    let without = Config {
+        policy_routes: false,
+        ..Config::default()
+    };
+    let running = Running::start_with(netns, without, rules.clone(), "dport 80 dnat");
+    assert_eq!(
+        connect(lab.remote(), to),
+        None,
+        "the test's router lets a wrong answer through"
+    );
+    running.stop();
+
+    let config = Config {
+        gateways: vec![("eth1".to_owned(), router)],
+        ..Config::default()
+    };
+    let running = Running::start_with(netns, config, rules, "ct direction reply");
+    assert!(connect(lab.remote(), to).is_some_and(|said| said.starts_with("node1")));
+    running.stop();
+}
