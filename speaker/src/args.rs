@@ -42,7 +42,7 @@ pub struct Args {
     #[arg(long, env = "LANDFALL_NODE_NAME")]
     pub node_name: Option<String>,
 
-    /// The namespace this speaker runs in; Events about VirtualIPs go there.
+    /// The namespace this speaker runs in.
     #[arg(long, env = "LANDFALL_NAMESPACE", default_value = "landfall-system")]
     pub namespace: String,
 
@@ -78,7 +78,7 @@ pub struct Args {
     )]
     pub class_less: bool,
 
-    /// The address to gossip at. [default: the InternalIP of this Node object]
+    /// The address to gossip at. [default: the `InternalIP` of this Node object]
     #[arg(long, env = "LANDFALL_GOSSIP_ADDRESS")]
     pub gossip_address: Option<IpAddr>,
 

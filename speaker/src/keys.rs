@@ -17,11 +17,11 @@ pub struct Key(pub [u8; KEY_LENGTH]);
 impl Key {
     /// A short name of the key that tells nothing of it.
     pub fn id(&self) -> String {
-        let digest = Sha256::digest(self.0);
-        digest[..4]
+        let digest: [u8; 32] = Sha256::digest(self.0).into();
+        let number = digest[..4]
             .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+            .fold(0, |n, byte| n << 8 | u32::from(*byte));
+        format!("{number:08x}")
     }
 }
 

@@ -380,7 +380,12 @@ fn another_station_that_answers_is_shown() {
     assert_eq!(writes.len(), 2, "an Event and a status: {text}");
     assert!(
         reporter
-            .look(speaker, BTreeSet::from(["10.88.0.200".into()]), later * 2, 0)
+            .look(
+                speaker,
+                BTreeSet::from(["10.88.0.200".into()]),
+                later * 2,
+                0
+            )
             .iter()
             .all(|write| !matches!(write, crate::status::Write::Event { .. })),
         "told once"
