@@ -127,9 +127,18 @@ mod tests {
         Ipv6Addr::new(0xfd00, 0x88, 0, 0, 0, 0, 1, number)
     }
 
+    fn mk_link(netns: &Netns) -> u32 {
+        netns
+            .ip_batch(
+                "link add eth0 type veth peer name peer0\nlink set eth0 up\nlink set peer0 up\n",
+            )
+            .expect("veth links exist");
+        netns.interface_index("eth0").expect("just made")
+    }
+
     fn solicited(netns: &Netns) -> usize {
         netns
-            .ip("-6 maddress show dev dummy0")
+            .ip("-6 maddress show dev eth0")
             .expect("the link is there")
             .matches("ff02::1:ff01:")
             .count()
@@ -138,10 +147,7 @@ mod tests {
     #[test]
     fn a_thousand_groups_are_joined_and_left() {
         let netns = Netns::create("groups").expect("namespaces need root");
-        netns
-            .ip("link add dummy0 up type dummy")
-            .expect("dummy links exist");
-        let interface = netns.interface_index("dummy0").expect("just made");
+        let interface = mk_link(&netns);
         let mut groups = Groups::default();
         netns.run(|| {
             for number in 0..1000 {
@@ -159,10 +165,7 @@ mod tests {
     #[test]
     fn addresses_that_end_alike_share_a_group() {
         let netns = Netns::create("shared").expect("namespaces need root");
-        netns
-            .ip("link add dummy0 up type dummy")
-            .expect("dummy links exist");
-        let interface = netns.interface_index("dummy0").expect("just made");
+        let interface = mk_link(&netns);
         let other = Ipv6Addr::new(0xfd00, 0x89, 0, 0, 0, 0, 1, 7);
         let mut groups = Groups::default();
         netns.run(|| {
