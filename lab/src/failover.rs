@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::manifests::{ECHO, LINES, Manifests, Policy};
 use crate::measure::census::{Census, Flows};
 use crate::measure::neighbours::{self, Watch};
 use crate::measure::{connects, datagrams, stream};
+use crate::process::Program;
 use crate::report::Run;
 use crate::speakers::{ADMIN, http_get};
 use crate::stand_in::StandIn;
@@ -60,12 +62,15 @@ pub struct Scene {
     _stand_in: StandIn,
     lab: Lab,
     vips: [IpAddr; 2],
+    played: AtomicU32,
 }
 
 impl Scene {
     /// Builds the lab, starts everything and waits until the Service is served.
     pub fn start(topology: Topology, policy: Policy, notify: Notify<'_>) -> Result<Self> {
         let step = |text: &str| notify(Progress::Step(text.to_owned()));
+        // Missing binaries are better noticed before anything is built.
+        Program::landfall("landfall-speaker")?;
         step("building the LAN");
         let lab = Lab::build(topology)?;
         lab.serve_pods()?;
@@ -76,12 +81,18 @@ impl Scene {
         manifests.write_service(SERVICE, vips, policy)?;
         manifests.write_endpoints(SERVICE, lab.pods())?;
         let stand_in = StandIn::start(&lab)?;
+        for node in lab.nodes() {
+            // See `fresh_ports`.
+            node.netns
+                .sysctl("net.netfilter.nf_conntrack_tcp_timeout_established", "120")?;
+        }
         step("starting the speakers");
         lab.start_speakers()?;
         let scene = Self {
             _stand_in: stand_in,
             lab,
             vips,
+            played: AtomicU32::new(0),
         };
         scene.await_ready()?;
         step("waiting for a leader");
@@ -165,7 +176,7 @@ impl Scene {
         for node in self.lab.nodes() {
             let log = self.lab.log(&node.name, SPEAKER).unwrap_or_default();
             for line in log.lines().rev().take(3).collect::<Vec<_>>().iter().rev() {
-                hint += &format!("\n  {}: {line}", node.name);
+                hint.extend(["\n  ", &node.name, ": ", line]);
             }
         }
         hint
@@ -179,6 +190,7 @@ impl Scene {
             node: leader_before.clone(),
             after: None,
         });
+        self.fresh_ports()?;
         let probes = Probes::start(&self.lab, vip)?;
         thread::sleep(BEFORE);
         notify(Progress::Step(format!("{fault} of {leader_before}")));
@@ -186,6 +198,18 @@ impl Scene {
         self.lab.inject(&leader_before, fault)?;
         let leader_after = self.await_takeover(&probes, &leader_before, fault, struck, notify)?;
         Ok(probes.stop(&self.lab, struck, leader_before, leader_after))
+    }
+
+    /// Gives the client source ports that no recent run has used. A flow that was reset by a new leader is still
+    /// established in the connection tracking of the old one, and a new flow of the same ports would be taken
+    /// for it when that node leads again.
+    fn fresh_ports(&self) -> Result<()> {
+        let window = self.played.fetch_add(1, Ordering::Relaxed) % 28;
+        let first = 32_768 + window * 1000;
+        self.lab.client().sysctl(
+            "net.ipv4.ip_local_port_range",
+            &format!("{first} {}", first + 999),
+        )
     }
 
     /// Waits until another node leads and all clients have been served for a while; that node.

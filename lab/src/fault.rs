@@ -110,11 +110,10 @@ impl Lab {
         let host = self.node(node)?;
         match fault {
             Fault::PowerOff => {
-                let down: String = self
-                    .topology
-                    .nics()
-                    .map(|nic| format!("link set {} down\n", wiring::port(node, nic)))
-                    .collect();
+                let mut down = String::new();
+                for nic in self.topology.nics() {
+                    down.extend(["link set ", &wiring::port(node, nic), " down\n"]);
+                }
                 self.switch.ip_batch(&down)?;
                 self.powered_off
                     .lock()

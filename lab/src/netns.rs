@@ -126,6 +126,7 @@ impl Netns {
     }
 
     /// The same namespace for another thread to use; dropping what this returns removes nothing.
+    #[must_use]
     pub fn share(&self) -> Self {
         Self {
             name: self.name.clone(),

@@ -1,6 +1,7 @@
 //! The processes of a lab: each runs on a host, under a name, with a log, and can be started again.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -45,13 +46,13 @@ impl Program {
 
     /// Adds an option and its value.
     #[must_use]
-    pub fn option(self, name: &str, value: impl ToString) -> Self {
+    pub fn option(self, name: &str, value: impl fmt::Display) -> Self {
         self.arg(name).arg(value.to_string())
     }
 
     /// Adds a variable.
     #[must_use]
-    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+    pub fn env(mut self, name: &str, value: impl fmt::Display) -> Self {
         self.env.push((name.to_owned(), value.to_string()));
         self
     }

@@ -105,10 +105,6 @@ pub fn to_millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 10_000.0).round() / 10.0
 }
 
-#[expect(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde hands a reference to the field"
-)]
 fn millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_f64(to_millis(*duration))
 }
@@ -135,8 +131,7 @@ mod tests {
         assert_eq!(summary.p99_gap_ms, None);
         let summary = Summary::of(mk_gaps(1..=100)).unwrap();
         assert_eq!(summary.p99_gap_ms, Some(99.0));
-        assert_eq!(summary.median_gap_ms, 50.5);
-        assert_eq!(summary.max_gap_ms, 100.0);
+        assert_eq!((summary.median_gap_ms, summary.max_gap_ms), (50.5, 100.0));
     }
 
     #[test]

@@ -54,7 +54,8 @@ struct ServiceSpec {
 struct Port {
     name: String,
     protocol: String,
-    port: u16,
+    #[serde(rename = "port")]
+    number: u16,
 }
 
 #[derive(Deserialize, Default)]
@@ -178,7 +179,7 @@ impl Objects {
                     .iter()
                     .filter(|address| address.is_ipv4() == v4)
                 {
-                    found.push((*address, target.port, endpoint.node_name.as_str()));
+                    found.push((*address, target.number, endpoint.node_name.as_str()));
                 }
             }
         }
@@ -223,7 +224,7 @@ impl Objects {
                     service.metadata.namespace, service.metadata.name, port.name
                 );
                 for vip in &vips {
-                    let key = format!("{vip} . {protocol} . {}", port.port);
+                    let key = format!("{vip} . {protocol} . {}", port.number);
                     if !all.is_empty() {
                         elements.push(format!("{key} : goto external-LANDFALL-{name}"));
                     }
@@ -317,7 +318,7 @@ pub struct StandIn {
 }
 
 impl StandIn {
-    /// Loads the rules, and follows changes of the manifests within [`INTERVAL`].
+    /// Loads the rules, and follows changes of the manifests within 200 ms.
     pub fn start(lab: &Lab) -> Result<Self> {
         let directory = lab.manifests_dir();
         let nodes: Vec<(String, Netns)> = lab

@@ -1,4 +1,5 @@
 //! The probes measure what really happened: a responder that is cut off for a known time.
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::net::{IpAddr, SocketAddr};
 use std::thread;

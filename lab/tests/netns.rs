@@ -8,7 +8,7 @@ use std::time::Duration;
 use landfall_lab::{LabId, Netns, ping};
 
 fn exists(name: &str) -> bool {
-    fs::exists(format!("/run/netns/{name}")).unwrap()
+    std::path::Path::new("/run/netns").join(name).exists()
 }
 
 #[test]

@@ -28,6 +28,8 @@ pub(super) fn up(size: Size) -> anyhow::Result<ExitCode> {
         );
     }
     fs::create_dir_all(STATE_DIR).with_context(|| format!("creating {STATE_DIR}"))?;
+    // A socket nobody listens at is of a lab that was killed.
+    let _ = fs::remove_file(control::socket());
     let log = File::create(control::log())
         .with_context(|| format!("creating {}", control::log().display()))?;
     let mut command = Command::new(std::env::current_exe().context("finding this executable")?);

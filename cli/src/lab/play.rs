@@ -208,11 +208,10 @@ pub(super) fn down() -> anyhow::Result<ExitCode> {
     for pid in &swept.in_use_by {
         println!("left alone: the lab of process {pid}, which still runs");
     }
-    if swept.in_use_by.is_empty() {
-        let _ = fs::remove_file(control::socket());
-        let _ = fs::remove_file(control::log());
-        let _ = fs::remove_dir(STATE_DIR);
-    }
+    let _ = fs::remove_file(control::socket());
+    let _ = fs::remove_file(control::log());
+    // Stays while labs of other processes have their ledgers there.
+    let _ = fs::remove_dir(STATE_DIR);
     for error in &swept.failed {
         eprintln!("error: {error}");
     }
