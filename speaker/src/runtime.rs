@@ -329,9 +329,13 @@ impl Loop {
                     }
                 }
                 _ = beat.tick() => {
-                    let questions = self.shared.lock().questions();
-                    self.probes.ask(questions, self.start.elapsed());
-                    self.source(&mut objects, Vec::new(), false);
+                    let now = self.now();
+                    let questions = self.shared.lock().questions(self.probes.asks_hosts(now));
+                    self.probes.ask(questions, now);
+                    let wakeup = objects.allocator.as_ref().and_then(Allocator::next_wakeup);
+                    if wakeup.is_some_and(|at| at <= now) {
+                        self.source(&mut objects, Vec::new(), false);
+                    }
                 }
                 _ = keys.tick() => self.read_keys(),
                 _ = show.tick() => self.metrics.take_gossip(&self.counters),

@@ -141,8 +141,8 @@ impl Speaker {
         }
     }
 
-    /// Whom to ask now.
-    pub fn questions(&self) -> Questions {
+    /// Whom to ask now; `hosts` says whether processes of this node are among them.
+    pub fn questions(&self, hosts: bool) -> Questions {
         let mut questions = Questions::default();
         for id in self.checks.keys() {
             let Some(group) = self.index.groups().get(id) else {
@@ -161,7 +161,7 @@ impl Speaker {
                     .insert((id.clone(), service.health_check_node_port));
             }
         }
-        if self.identity.manifests {
+        if hosts && self.identity.manifests {
             questions.hosts = self
                 .index
                 .groups()

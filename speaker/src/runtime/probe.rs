@@ -50,6 +50,11 @@ impl Prober {
         }
     }
 
+    /// Whether processes of this node are to be asked again.
+    pub(super) fn asks_hosts(&self, now: Duration) -> bool {
+        now >= self.hosts_at
+    }
+
     /// Asks what is not being asked already.
     pub(super) fn ask(&mut self, questions: Questions, now: Duration) {
         for (id, port) in questions.health {
