@@ -44,6 +44,11 @@ lint: ## Format check, clippy with warnings denied, docs with warnings denied
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
+.PHONY: bench-speaker
+bench-speaker: setup-lab ## Idle cost of a speaker with 1 000 VIPs (release build, in the lab)
+	cargo build --release --workspace --bins
+	cargo run --release -q -p landfall-tests --example bench-speaker
+
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)
 	cargo deny check bans licenses sources
