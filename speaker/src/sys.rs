@@ -184,7 +184,7 @@ impl AsRawFd for PacketSocket {
 /// Whether the metadata of a received message tell of a VLAN tag.
 fn tagged(message: &libc::msghdr) -> bool {
     // SAFETY: the kernel has filled the control buffer, which is still alive, and `CMSG_FIRSTHDR` yields null or
-    // a header within it. `read_unaligned` asks nothing of its place; the length was checked.
+    // a header within it. The data are bytes, asked for no alignment; that they are there was checked.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(message);
         if header.is_null()
@@ -194,8 +194,9 @@ fn tagged(message: &libc::msghdr) -> bool {
         {
             return false;
         }
-        let data = libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>();
-        data.read_unaligned().tp_status & libc::TP_STATUS_VLAN_VALID != 0
+        // `tp_status` is the first field.
+        let status = libc::CMSG_DATA(header).cast::<[u8; 4]>().read();
+        u32::from_ne_bytes(status) & libc::TP_STATUS_VLAN_VALID != 0
     }
 }
 

@@ -581,6 +581,36 @@ fn interfaces_are_reported_as_they_change() {
 }
 
 #[test]
+fn frames_of_another_vlan_are_not_answered() {
+    let segment = Segment::build();
+    let announcer = Running::start(&segment.node);
+    let [vip, _] = vips();
+    announcer.announce(vip, false);
+    assert!(segment.client.resolves(vip, &segment.node));
+    let asked = || announcer.metric("announcer_asked_total{family=\"IPv4\"}");
+    let before = asked();
+    let request = |tag: &[u8]| {
+        let mut frame = vec![0xff; 6];
+        frame.extend(segment.client.mac().0);
+        frame.extend(tag);
+        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        frame.extend(segment.client.mac().0);
+        frame.extend([10, 88, 0, 100, 0, 0, 0, 0, 0, 0, 10, 88, 0, 200]);
+        let index = segment.client.index();
+        segment
+            .client
+            .netns
+            .run(|| landfall_lab::raw::send_frame(index, &frame))
+            .expect("sent");
+    };
+    request(&[0x81, 0, 0, 7]);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(asked(), before);
+    request(&[]);
+    assert!(eventually(|| asked() == before + 1));
+}
+
+#[test]
 fn hellos_reach_who_listens() {
     let segment = Segment::build();
     let sender = Running::start(&segment.node);

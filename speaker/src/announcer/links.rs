@@ -296,3 +296,6 @@ fn interfaces(route: &RouteMessage) -> impl Iterator<Item = u32> + '_ {
             _ => vec![],
         })
 }
+
+#[cfg(test)]
+mod tests;
