@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 
 use crate::address::{self, Network};
@@ -354,9 +355,27 @@ impl Lab {
         Ok(())
     }
 
-    /// Where the speakers of this lab may pin eBPF objects, one directory a node below it.
+    /// Where the speakers of this lab pin eBPF objects, one directory a node below it: a bpf file system of the
+    /// lab's own, which [`Lab::speaker`] mounts.
     pub fn bpf_directory(&self) -> PathBuf {
-        Path::new("/sys/fs/bpf").join(self.id.name("bpf"))
+        self.directory.join(ledger::PINS)
+    }
+
+    /// Mounts it, when first asked to.
+    pub(crate) fn mount_pins(&self) -> Result<PathBuf> {
+        let path = self.bpf_directory();
+        if !path.exists() {
+            fs::create_dir(&path).context(|| format!("creating {}", path.display()))?;
+            mount(
+                Some("bpf"),
+                &path,
+                Some("bpf"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .context(|| format!("mounting a bpf file system on {}", path.display()))?;
+        }
+        Ok(path)
     }
 
     /// Ends a pod's servers.
@@ -388,10 +407,8 @@ impl Drop for Lab {
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
         self.processes.kill_all();
-        for directory in [self.directory.clone(), self.bpf_directory()] {
-            if !directory.exists() || fs::remove_dir_all(&directory).is_ok() {
-                ledger::strike_directory(&directory);
-            }
+        if ledger::remove_directory(&self.directory).is_ok() {
+            ledger::strike_directory(&self.directory);
         }
         // The namespaces remove themselves.
     }

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -152,10 +153,7 @@ impl Ledger {
             }
         }
         for directory in &self.directories {
-            if directory.exists()
-                && let Err(error) = fs::remove_dir_all(directory)
-                    .context(|| format!("removing {}", directory.display()))
-            {
+            if let Err(error) = remove_directory(directory) {
                 failed.push(error);
             }
         }
@@ -165,6 +163,19 @@ impl Ledger {
         let _ = self.save();
         failed
     }
+}
+
+/// The part of a lab's directory that a bpf file system is mounted on.
+pub(crate) const PINS: &str = "pins";
+
+/// Removes a lab's directory, and the file system mounted in it.
+pub(crate) fn remove_directory(directory: &Path) -> Result<()> {
+    if !directory.exists() {
+        return Ok(());
+    }
+    // Most directories have none mounted.
+    let _ = umount2(&directory.join(PINS), MntFlags::MNT_DETACH);
+    fs::remove_dir_all(directory).context(|| format!("removing {}", directory.display()))
 }
 
 /// Whether a network namespace of this name is mounted.

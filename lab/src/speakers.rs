@@ -40,8 +40,7 @@ impl Lab {
 
     /// The speaker of a node with all flags but where its objects come from (`--manifests` or `--kubeconfig`).
     pub fn speaker(&self, node: &str) -> Result<Program> {
-        let pins = self.bpf_directory();
-        crate::ledger::enter_directory(&pins)?;
+        let pins = self.mount_pins()?;
         Ok(Program::landfall("landfall-speaker")?
             .option("--node-name", node)
             .option("--admin-address", ADMIN)
