@@ -5,21 +5,23 @@
 
 mod kube_proxy;
 mod metrics;
+mod netfilter;
+mod netlink;
 mod routes;
 mod ruleset;
 mod tool;
 mod worker;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use landfall_core::model::Protocol;
 use prometheus_client::registry::Registry;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use kube_proxy::Served;
+use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
 /// What this node's nftables table `landfall` and routing rules should say.
@@ -98,21 +100,24 @@ impl Config {
             .checked_mul(1 << self.mark_mask.trailing_zeros())?;
         (mark & !self.mark_mask == 0).then_some(mark)
     }
+
+    /// Whether a routing table is ours.
+    fn owns(&self, table: u32) -> bool {
+        table
+            .checked_sub(self.table)
+            .is_some_and(|index| self.mark(index).is_some())
+    }
 }
 
-/// What the handle and the task share.
-#[derive(Debug, Default)]
-struct Shared {
-    served: Mutex<Option<Served>>,
-    asked: Notify,
-}
+/// What the task knows of kube-proxy, for the handle.
+type Shared = Arc<Mutex<KubeProxy>>;
 
 /// The node's rules. Dropping it ends the task; the rules stay.
 #[derive(Debug)]
 pub struct Handle {
     wanted: watch::Sender<Option<Rules>>,
-    shared: Arc<Shared>,
-    _tasks: [AbortOnDropHandle<()>; 2],
+    kube_proxy: Shared,
+    _task: AbortOnDropHandle<()>,
 }
 
 /// Starts the task that keeps this node's rules. Nothing is written before the first [`NodeRules::apply`].
@@ -120,22 +125,21 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
     let metrics = metrics::Metrics::default();
     metrics.register(registry);
     let (sender, receiver) = watch::channel(None);
-    let shared = Arc::new(Shared::default());
+    let kube_proxy = Shared::default();
     let worker = worker::Worker {
         config,
         wanted: receiver,
         metrics,
+        kube_proxy: kube_proxy.clone(),
         written: None,
-        routes: BTreeSet::new(),
+        routes: None,
         complaints: Vec::new(),
+        own: VecDeque::new(),
     };
     Handle {
         wanted: sender,
-        _tasks: [
-            AbortOnDropHandle::new(tokio::spawn(worker.run())),
-            AbortOnDropHandle::new(tokio::spawn(worker::follow_kube_proxy(shared.clone()))),
-        ],
-        shared,
+        kube_proxy,
+        _task: AbortOnDropHandle::new(tokio::spawn(worker.run())),
     }
 }
 
@@ -145,15 +149,10 @@ impl NodeRules for Handle {
     }
 
     fn kube_proxy_serves(&self, vip: IpAddr, protocol: Protocol, port: u16) -> Option<bool> {
-        self.shared.asked.notify_one();
-        let served = self
-            .shared
-            .served
+        self.kube_proxy
             .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        served
-            .as_ref()
-            .map(|served| served.contains(&(vip, protocol, port)))
+            .unwrap_or_else(PoisonError::into_inner)
+            .serves(vip, protocol, port)
     }
 }
 

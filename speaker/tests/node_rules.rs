@@ -1,4 +1,5 @@
 //! The node's rules with real packets, in network namespaces.
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
@@ -407,4 +408,175 @@ fn answers_leave_by_the_uplink_of_the_vip() {
     let running = Running::start_with(netns, config, rules, "ct direction reply");
     assert!(connect(lab.remote(), to).is_some_and(|said| said.starts_with("node1")));
     running.stop();
+}
+
+/// Waits until `seen` holds.
+fn until_seen(what: &str, mut seen: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !seen() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Two NICs with routers, as a node has them: the default by eth0 is preferred by its metric.
+fn mk_two_nics() -> Netns {
+    let netns = Netns::create("nics").unwrap();
+    netns
+        .ip_batch(
+            "link add eth0 type veth peer name peer0\nlink add eth1 type veth peer name peer1\n\
+             link set eth0 up\nlink set peer0 up\nlink set eth1 up\nlink set peer1 up\n\
+             addr add 10.88.0.11/24 dev eth0\naddr add 10.89.0.11/24 dev eth1\n\
+             addr add fd00:88::11/64 dev eth0 nodad\naddr add fd00:89::11/64 dev eth1 nodad\n\
+             route add default via 10.88.0.1 dev eth0 metric 100\n\
+             route add default via 10.89.0.1 dev eth1 metric 200\n\
+             route add default via fd00:88::1 dev eth0 metric 100\n\
+             route add default via fd00:89::1 dev eth1 metric 200\n",
+        )
+        .unwrap();
+    netns
+}
+
+fn mk_policy(vips: &[&str]) -> Rules {
+    let vips = vips.iter().map(|vip| vip.parse::<IpAddr>().unwrap());
+    Rules {
+        vips: vips.clone().collect(),
+        uplinks: vips.map(|vip| (vip, "eth1".to_owned())).collect(),
+        ..Rules::default()
+    }
+}
+
+fn has_policy_routes(netns: &Netns) -> bool {
+    ["-4", "-6"].iter().all(|family| {
+        netns
+            .ip(&format!("{family} route show table 7950"))
+            .is_ok_and(|routes| routes.contains("dev eth1"))
+            && netns
+                .ip(&format!("{family} rule"))
+                .is_ok_and(|rules| rules.matches("fwmark").count() == 2)
+    })
+}
+
+/// Runs `work` beside the rules' task, in its namespace.
+fn beside<T: Send>(netns: &Netns, work: impl FnOnce(&node_rules::Handle) -> T + Send) -> T {
+    netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let handle = {
+            let _inside = runtime.enter();
+            node_rules::start(Config::default(), &mut Registry::default())
+        };
+        work(&handle)
+    })
+}
+
+#[test]
+fn policy_routes_outlive_other_changes_and_come_back_with_their_link() {
+    let netns = mk_two_nics();
+    beside(&netns, |handle| {
+        handle.apply(mk_policy(&["10.89.0.200", "fd00:89::200"]));
+        until_seen("the policy routes are made", || has_policy_routes(&netns));
+        // Another VIP, another look at the routes: ours must not pass for the node's preferred one.
+        let more = ["10.89.0.200", "10.89.0.201", "fd00:89::200"];
+        handle.apply(mk_policy(&more));
+        until(&netns, "10.89.0.201");
+        thread::sleep(Duration::from_millis(300));
+        assert!(has_policy_routes(&netns), "taken away by the second VIP");
+
+        netns
+            .ip_batch("link set eth1 down\nlink set eth1 up\n")
+            .unwrap();
+        // What configured the link adds its routes again.
+        netns
+            .ip_batch("route replace default via 10.89.0.1 dev eth1 metric 200\nroute replace default via fd00:89::1 dev eth1 metric 200\n")
+            .unwrap();
+        until_seen("they come back with the link", || has_policy_routes(&netns));
+
+        netns.ip("rule flush").unwrap();
+        netns
+            .ip_batch("rule add lookup main priority 32766\n")
+            .unwrap();
+        until_seen("they come back after a flush", || has_policy_routes(&netns));
+
+        // Now the node prefers the uplink itself: nothing of ours is needed.
+        netns
+            .ip_batch("route del default dev eth0\nroute del default via fd00:88::1 dev eth0\n")
+            .unwrap();
+        until_seen("not needed any more", || {
+            netns
+                .ip("-4 rule")
+                .is_ok_and(|rules| !rules.contains("fwmark"))
+        });
+    });
+}
+
+#[test]
+fn a_single_flushed_chain_or_set_is_put_back() {
+    let netns = Netns::create("chain").unwrap();
+    let [vip, _] = landfall_lab::address::vips(0);
+    let service = HostService {
+        vip,
+        protocol: Protocol::Tcp,
+        port: 443,
+    };
+    let targets = HostTargets {
+        local: Some("10.88.0.11:6443".parse().unwrap()),
+        remote: Vec::new(),
+    };
+    let rules = Rules {
+        host_services: BTreeMap::from([(service, targets)]),
+        ..mk_guard()
+    };
+    let running = Running::start(&netns, rules, "dport 443 dnat");
+    netns
+        .nft("flush chain inet landfall deliver-own\n")
+        .unwrap();
+    until_seen("deliver-own is put back", || {
+        netns
+            .exec("nft list chain inet landfall deliver-own")
+            .is_ok_and(|chain| chain.contains("dnat"))
+    });
+    netns.nft("flush set inet landfall vips4\n").unwrap();
+    until_seen("the VIPs are put back", || {
+        netns
+            .exec("nft list set inet landfall vips4")
+            .is_ok_and(|set| set.contains(&vip.to_string()))
+    });
+    running.stop();
+}
+
+#[test]
+fn kube_proxys_map_is_followed() {
+    let netns = Netns::create("kube").unwrap();
+    let [vip4, vip6] = landfall_lab::address::vips(0);
+    let script = |verb: &str, family: &str, vip: IpAddr| {
+        format!(
+            "{verb} element {family} kube-proxy service-ips {{ {vip} . tcp . 80 : goto web }}\n"
+        )
+    };
+    let map = |family: &str, kind: &str| {
+        format!(
+            "add table {family} kube-proxy\nadd chain {family} kube-proxy web\n\
+             add map {family} kube-proxy service-ips {{ type {kind} . inet_proto . inet_service : verdict; }}\n"
+        )
+    };
+    beside(&netns, |handle| {
+        let serves = |vip| handle.kube_proxy_serves(vip, Protocol::Tcp, 80);
+        assert_eq!(serves(vip4), None);
+        netns.nft(&map("ip", "ipv4_addr")).unwrap();
+        until_seen("there is a map", || serves(vip4) == Some(false));
+        assert_eq!(serves(vip6), None, "not for IPv6");
+        netns.nft(&script("add", "ip", vip4)).unwrap();
+        until_seen("it is served", || serves(vip4) == Some(true));
+        netns.nft(&map("ip6", "ipv6_addr")).unwrap();
+        netns.nft(&script("add", "ip6", vip6)).unwrap();
+        until_seen("IPv6 is served", || serves(vip6) == Some(true));
+        netns.nft(&script("delete", "ip", vip4)).unwrap();
+        until_seen("it is served no more", || serves(vip4) == Some(false));
+        netns.nft("flush ruleset\n").unwrap();
+        until_seen("kube-proxy is gone", || serves(vip6).is_none());
+    });
 }

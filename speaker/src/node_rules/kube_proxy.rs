@@ -1,65 +1,85 @@
-//! What kube-proxy serves on this node: the keys of its nftables map `service-ips`.
+//! What kube-proxy serves on this node: the keys of its nftables map `service-ips`, read once and followed by events.
 
-use std::collections::HashSet;
+use std::io;
 use std::net::IpAddr;
 
 use landfall_core::model::Protocol;
-use serde_json::Value;
 
-use super::tool::run;
+use super::netfilter::{Event, Query, Served, TableFamily};
 
-/// A port of an address that kube-proxy has rules for.
-pub(super) type Served = HashSet<(IpAddr, Protocol, u16)>;
+const TABLE: &str = "kube-proxy";
+const MAP: &str = "service-ips";
 
-/// Reads the maps of both families; `None` when there is no kube-proxy in nftables mode here.
-pub(super) async fn read() -> Option<Served> {
-    let mut served = None;
-    for family in ["ip", "ip6"] {
-        if let Ok(printed) = run(
-            "nft",
-            &["-j", "list", "map", family, "kube-proxy", "service-ips"],
-            "",
-        )
-        .await
-        {
-            parse(&printed, served.get_or_insert_default());
-        }
-    }
-    served
+/// The keys by family; `None` where kube-proxy in nftables mode has no table.
+#[derive(Debug, Default)]
+pub(super) struct KubeProxy {
+    ip: Option<Served>,
+    ip6: Option<Served>,
 }
 
-/// Keys are `address . protocol . port`.
-fn parse(printed: &str, served: &mut Served) {
-    let Ok(document) = serde_json::from_str::<Value>(printed) else {
-        return;
-    };
-    let elements = document["nftables"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|object| object["map"]["elem"].as_array())
-        .flatten();
-    for element in elements {
-        let key = &element[0];
-        // An element with a comment or a timeout is wrapped once more.
-        let key = if key["elem"].is_object() {
-            &key["elem"]["val"]
-        } else {
-            key
+impl KubeProxy {
+    /// Reads both families.
+    pub(super) fn read(query: &Query) -> io::Result<Self> {
+        Ok(Self {
+            ip: query.keys(TableFamily::Ip, TABLE, MAP)?,
+            ip6: query.keys(TableFamily::Ip6, TABLE, MAP)?,
+        })
+    }
+
+    /// Follows a change. Events older than what was read do no harm: the last one about a key decides.
+    pub(super) fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Table {
+                family,
+                table,
+                there,
+            } if table == TABLE => {
+                let Some(served) = self.family(*family) else {
+                    return;
+                };
+                if *there {
+                    served.get_or_insert_default();
+                } else {
+                    *served = None;
+                }
+            }
+            Event::Keys {
+                family,
+                table,
+                map,
+                keys,
+                there,
+            } if table == TABLE && map == MAP => {
+                let Some(served) = self.family(*family) else {
+                    return;
+                };
+                let served = served.get_or_insert_default();
+                for key in keys {
+                    if *there {
+                        served.insert(*key);
+                    } else {
+                        served.remove(key);
+                    }
+                }
+            }
+            Event::Table { .. } | Event::Keys { .. } | Event::Taken { .. } | Event::Lost => {}
+        }
+    }
+
+    /// Whether it has rules for this port; `None` without its table.
+    pub(super) fn serves(&self, vip: IpAddr, protocol: Protocol, port: u16) -> Option<bool> {
+        let served = match vip {
+            IpAddr::V4(_) => &self.ip,
+            IpAddr::V6(_) => &self.ip6,
         };
-        let Some([address, protocol, port]) = key["concat"].as_array().map(Vec::as_slice) else {
-            continue;
-        };
-        let protocol = match protocol.as_str() {
-            Some("tcp") => Protocol::Tcp,
-            Some("udp") => Protocol::Udp,
-            Some("sctp") => Protocol::Sctp,
-            _ => continue,
-        };
-        let address = address.as_str().and_then(|text| text.parse().ok());
-        let port = port.as_u64().and_then(|port| u16::try_from(port).ok());
-        if let (Some(address), Some(port)) = (address, port) {
-            served.insert((address, protocol, port));
+        Some(served.as_ref()?.contains(&(vip, protocol, port)))
+    }
+
+    fn family(&mut self, family: TableFamily) -> Option<&mut Option<Served>> {
+        match family {
+            TableFamily::Inet => None,
+            TableFamily::Ip => Some(&mut self.ip),
+            TableFamily::Ip6 => Some(&mut self.ip6),
         }
     }
 }
@@ -68,29 +88,34 @@ fn parse(printed: &str, served: &mut Served) {
 mod tests {
     use super::*;
 
-    #[test]
-    fn reads_plain_and_commented_elements() {
-        let printed = r#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"map": {"family": "ip", "name": "service-ips",
-            "table": "kube-proxy", "type": ["ipv4_addr", "inet_proto", "inet_service"], "handle": 9, "map": "verdict",
-            "elem": [
-              [{"concat": ["10.88.0.200", "tcp", 80]}, {"goto": {"target": "external-x"}}],
-              [{"elem": {"val": {"concat": ["10.88.0.201", "udp", 53]}, "comment": "dns"}}, {"goto": {"target": "y"}}]
-            ]}}]}"#;
-        let mut served = Served::new();
-        parse(printed, &mut served);
-        assert!(served.contains(&("10.88.0.200".parse().unwrap(), Protocol::Tcp, 80)));
-        assert!(served.contains(&("10.88.0.201".parse().unwrap(), Protocol::Udp, 53)));
-        assert_eq!(served.len(), 2);
+    fn mk_keys(there: bool) -> Event {
+        Event::Keys {
+            family: TableFamily::Ip,
+            table: TABLE.to_owned(),
+            map: MAP.to_owned(),
+            keys: vec![("10.88.0.200".parse().unwrap(), Protocol::Tcp, 80)],
+            there,
+        }
     }
 
     #[test]
-    fn nonsense_is_nothing() {
-        let mut served = Served::new();
-        parse("not json", &mut served);
-        parse(
-            r#"{"nftables": [{"map": {"elem": [[{"concat": [1]}], 7]}}]}"#,
-            &mut served,
-        );
-        assert!(served.is_empty());
+    fn follows_keys_and_tables() {
+        let mut proxy = KubeProxy::default();
+        let serves =
+            |proxy: &KubeProxy| proxy.serves("10.88.0.200".parse().unwrap(), Protocol::Tcp, 80);
+        assert_eq!(serves(&proxy), None);
+        let table = |there| Event::Table {
+            family: TableFamily::Ip,
+            table: TABLE.to_owned(),
+            there,
+        };
+        proxy.apply(&table(true));
+        assert_eq!(serves(&proxy), Some(false));
+        proxy.apply(&mk_keys(true));
+        assert_eq!(serves(&proxy), Some(true));
+        proxy.apply(&mk_keys(false));
+        assert_eq!(serves(&proxy), Some(false));
+        proxy.apply(&table(false));
+        assert_eq!(serves(&proxy), None);
     }
 }

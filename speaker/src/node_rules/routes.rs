@@ -4,6 +4,7 @@
 //! where they are; what is left goes to the uplink's own router, by a table of ours.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use landfall_core::ip::Family;
@@ -21,6 +22,27 @@ struct Route {
     dev: Option<String>,
     #[serde(default)]
     metric: u32,
+    /// Left out for the main table.
+    table: Option<String>,
+}
+
+impl Route {
+    fn is_main(&self) -> bool {
+        self.table.is_none()
+    }
+
+    /// The number of its table, if it has no name.
+    fn number(&self) -> Option<u32> {
+        self.table.as_ref()?.parse().ok()
+    }
+}
+
+/// A routing rule, as `ip -j rule` prints it.
+#[derive(Debug, Deserialize)]
+struct Rule {
+    priority: u32,
+    fwmark: Option<String>,
+    table: Option<String>,
 }
 
 /// What should be there for one uplink and family.
@@ -62,8 +84,11 @@ pub(super) async fn plan(
     }
     for (uplink, family) in uplinks {
         let routes = &defaults[&family];
-        let preferred = routes.iter().min_by_key(|route| route.metric);
-        if preferred.is_none_or(|route| route.dev.as_ref() == Some(uplink)) {
+        let preferred = routes
+            .iter()
+            .filter(|route| route.is_main())
+            .min_by_key(|route| route.metric);
+        if preferred.is_some_and(|route| route.dev.as_ref() == Some(uplink)) {
             continue;
         }
         let configured = config
@@ -74,7 +99,8 @@ pub(super) async fn plan(
         let routed = || {
             routes
                 .iter()
-                .find(|route| route.dev.as_ref() == Some(uplink))
+                .filter(|route| route.number().is_none_or(|table| !config.owns(table)))
+                .find(|route| route.dev.as_ref() == Some(uplink) && route.gateway.is_some())
                 .and_then(|route| route.gateway)
         };
         let Some(gateway) = configured.or_else(routed) else {
@@ -134,11 +160,12 @@ pub(super) async fn install(
             } = route;
             let mask = config.mark_mask;
             let (first, second) = (config.priority, config.priority + 1);
-            batch.push_str(&format!(
+            let _ = write!(
+                batch,
                 "route replace default via {gateway} dev {uplink} onlink table {table}\n\
                  rule add fwmark {mark:#x}/{mask:#x} lookup main suppress_prefixlength 0 priority {first}\n\
                  rule add fwmark {mark:#x}/{mask:#x} lookup {table} priority {second}\n"
-            ));
+            );
         }
         if !batch.is_empty() {
             run("ip", &[flag, "-batch", "-"], &batch).await?;
@@ -175,6 +202,48 @@ pub(super) async fn remove(config: &Config) -> Result<(), ToolError> {
         }
     }
     Ok(())
+}
+
+/// Whether `wanted` is there still: the kernel takes routes away with their link, and others flush rules.
+pub(super) async fn are_there(
+    wanted: &BTreeSet<PolicyRoute>,
+    config: &Config,
+) -> Result<bool, ToolError> {
+    for (flag, family) in [("-4", Family::V4), ("-6", Family::V6)] {
+        if wanted.iter().all(|route| route.family != family) {
+            continue;
+        }
+        let routes = default_routes(family).await?;
+        let printed = run("ip", &[flag, "-j", "rule", "show"], "").await?;
+        let rules: Vec<Rule> = serde_json::from_str(&printed).unwrap_or_default();
+        let is_there = |wanted: &PolicyRoute| {
+            let mark = format!("{:#x}", wanted.mark);
+            let table = wanted.table.to_string();
+            routes.iter().any(|route| {
+                route.number() == Some(wanted.table)
+                    && route.dev.as_ref() == Some(&wanted.uplink)
+                    && route.gateway == Some(wanted.gateway)
+            }) && [
+                (config.priority, "main"),
+                (config.priority + 1, table.as_str()),
+            ]
+            .iter()
+            .all(|(priority, table)| {
+                rules.iter().any(|rule| {
+                    rule.priority == *priority
+                        && rule.fwmark.as_ref() == Some(&mark)
+                        && rule.table.as_deref() == Some(*table)
+                })
+            })
+        };
+        if !wanted
+            .iter()
+            .all(|route| route.family != family || is_there(route))
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 async fn default_routes(family: Family) -> Result<Vec<Route>, ToolError> {

@@ -34,6 +34,21 @@ pub(super) async fn run(
     arguments: &[&str],
     input: &str,
 ) -> Result<String, ToolError> {
+    let (printed, _) = run_as(tool, arguments, input).await?;
+    Ok(printed)
+}
+
+/// Has `nft` load a script, and returns the id of that process: the netlink port of the changes it made.
+pub(super) async fn load(script: &str) -> Result<u32, ToolError> {
+    let (_, process) = run_as("nft", &["-f", "-"], script).await?;
+    Ok(process)
+}
+
+async fn run_as(
+    tool: &'static str,
+    arguments: &[&str],
+    input: &str,
+) -> Result<(String, u32), ToolError> {
     let start = |cause| ToolError::Start { tool, cause };
     let mut child = Command::new(tool)
         .args(arguments)
@@ -43,13 +58,15 @@ pub(super) async fn run(
         .kill_on_drop(true)
         .spawn()
         .map_err(start)?;
+    let process = child.id().unwrap_or_default();
     if let Some(mut stdin) = child.stdin.take() {
         // A tool that does not want its input says why on standard error.
         let _ = stdin.write_all(input.as_bytes()).await;
     }
     let output = child.wait_with_output().await.map_err(start)?;
     if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        return Ok((printed, process));
     }
     Err(ToolError::Failed {
         tool,

@@ -1,196 +1,240 @@
 //! The task that makes [`Rules`] so, and keeps them so.
 
-use std::collections::BTreeSet;
-use std::process::Stdio;
-use std::sync::{Arc, PoisonError};
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::sync::PoisonError;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::kube_proxy::KubeProxy;
 use super::metrics::{ByFamily, Metrics};
+use super::netfilter::{Event, Query, TableFamily, Watch};
+use super::netlink::Listener;
 use super::routes::{self, PolicyRoute};
 use super::ruleset::{self, TABLE};
-use super::tool::{ToolError, run};
-use super::{Config, Rules, Shared, kube_proxy};
+use super::tool::{self, ToolError};
+use super::{Config, Rules, Shared};
 
 /// How long after a failure to try again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the kernel's counters are read for the metrics.
 const COUNTERS: Duration = Duration::from_secs(15);
-/// How long after a sign of interference the table is looked at.
+/// How long after a sign of interference the table is put back: others flush and load in several steps.
 const SETTLE: Duration = Duration::from_millis(200);
-/// How old an answer about kube-proxy may be.
-const FRESH: Duration = Duration::from_millis(400);
+/// How long after a change of a route ours are looked at.
+const ROUTES_SETTLE: Duration = Duration::from_millis(500);
+/// Links, addresses, routes and rules of both families (`RTNLGRP_…`), as a mask.
+const ROUTES: u32 = 1 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 18;
+/// How many of our own changes are remembered; their events come within milliseconds.
+const OWN: usize = 64;
 
 pub(super) struct Worker {
     pub(super) config: Config,
     pub(super) wanted: watch::Receiver<Option<Rules>>,
     pub(super) metrics: Metrics,
+    pub(super) kube_proxy: Shared,
     /// What the table says now, as far as we wrote it.
     pub(super) written: Option<Rules>,
-    pub(super) routes: BTreeSet<PolicyRoute>,
+    /// The policy routes there are; unknown at first, as an earlier speaker may have left some.
+    pub(super) routes: Option<BTreeSet<PolicyRoute>>,
     pub(super) complaints: Vec<String>,
+    /// The processes that made our last changes.
+    pub(super) own: VecDeque<u32>,
 }
 
 impl Worker {
     pub(super) async fn run(mut self) {
-        let mut monitor = Monitor::start();
+        loop {
+            let problem = match Sockets::open() {
+                Ok(mut sockets) => match self.work(&mut sockets).await {
+                    Ok(()) => return,
+                    Err(problem) => problem,
+                },
+                Err(problem) => problem,
+            };
+            tracing::error!(%problem, "netlink cannot be read; trying again");
+            self.metrics.failures.inc();
+            sleep(RETRY).await;
+        }
+    }
+
+    /// Ends well when nobody can want other rules any more, and with an error when a socket broke.
+    async fn work(&mut self, sockets: &mut Sockets) -> io::Result<()> {
+        // What happened before these sockets were there is unknown.
+        self.written = None;
+        self.read_kube_proxy(&sockets.query)?;
+        let mut write = Some(Instant::now());
+        let mut look = None;
         let mut counters = Instant::now() + COUNTERS;
-        let mut check: Option<Instant> = None;
-        let mut retry: Option<Instant> = None;
         loop {
             tokio::select! {
                 changed = self.wanted.changed() => {
                     if changed.is_err() {
-                        return;
+                        return Ok(());
                     }
-                    retry = self.write_or_retry().await;
+                    write = self.write_or_retry().await;
                 }
-                () = at(retry) => {
-                    retry = self.write_or_retry().await;
+                () = at(write) => {
+                    write = self.write_or_retry().await;
                 }
-                () = monitor.disturbed() => {
-                    check.get_or_insert(Instant::now() + SETTLE);
+                events = sockets.ruleset.next() => {
+                    if self.follow(&events?, &sockets.query)? {
+                        write.get_or_insert(Instant::now() + SETTLE);
+                    }
                 }
-                () = at(check) => {
-                    check = None;
-                    if self.written.is_some() && !self.is_whole().await {
-                        tracing::warn!("the nftables table inet {TABLE} was taken away by somebody else; putting it back");
-                        self.metrics.restored.inc();
+                changed = sockets.routes.next() => {
+                    changed?;
+                    if self.config.policy_routes {
+                        look.get_or_insert(Instant::now() + ROUTES_SETTLE);
+                    }
+                }
+                () = at(look) => {
+                    look = None;
+                    if !self.are_routes_right().await {
                         self.written = None;
-                        retry = self.write_or_retry().await;
+                        self.routes = None;
+                        write = self.write_or_retry().await;
                     }
                 }
                 () = sleep_until(counters) => {
                     counters = Instant::now() + COUNTERS;
-                    self.read_counters().await;
+                    self.read_counters(&sockets.query);
                 }
             }
         }
     }
 
+    /// Takes in what happened to the ruleset; whether our table has to be written anew.
+    fn follow(&mut self, events: &[Event], query: &Query) -> io::Result<bool> {
+        let mut disturbed = false;
+        for event in events {
+            match event {
+                Event::Taken { table, by } => {
+                    if table == TABLE && !self.own.contains(by) && self.written.take().is_some() {
+                        tracing::warn!(
+                            process = by,
+                            "somebody else took from the nftables table inet {TABLE}; putting it back"
+                        );
+                        self.metrics.restored.inc();
+                        disturbed = true;
+                    }
+                }
+                Event::Lost => {
+                    self.read_kube_proxy(query)?;
+                    disturbed |= self.written.take().is_some();
+                }
+                Event::Table { .. } | Event::Keys { .. } => self.kube_proxy().apply(event),
+            }
+        }
+        Ok(disturbed)
+    }
+
+    fn read_kube_proxy(&self, query: &Query) -> io::Result<()> {
+        let read = KubeProxy::read(query)?;
+        *self.kube_proxy() = read;
+        Ok(())
+    }
+
+    fn kube_proxy(&self) -> std::sync::MutexGuard<'_, KubeProxy> {
+        self.kube_proxy
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn write_or_retry(&mut self) -> Option<Instant> {
-        let problem = self.write().await.err()?;
+        let rules = self.wanted.borrow_and_update().clone()?;
+        let problem = self.write(rules).await.err()?;
         tracing::error!(%problem, "this node's rules are not what they should be; trying again");
         self.metrics.failures.inc();
         self.written = None;
         Some(Instant::now() + RETRY)
     }
 
-    async fn write(&mut self) -> Result<(), ToolError> {
-        let Some(rules) = self.wanted.borrow_and_update().clone() else {
-            return Ok(());
-        };
-        let (planned, complaints) = routes::plan(&rules, &self.config).await?;
+    /// The table is written even if routes cannot be: the guard must not wait for them.
+    async fn write(&mut self, rules: Rules) -> Result<(), ToolError> {
+        let routed = self.route(&rules).await;
+        let change = routed
+            .as_ref()
+            .is_ok_and(|changed| !changed)
+            .then_some(self.written.as_ref())
+            .flatten()
+            .and_then(|written| ruleset::change(written, &rules));
+        let text = change.unwrap_or_else(|| {
+            let marks = self.routes.as_ref().map(routes::marks).unwrap_or_default();
+            ruleset::whole(&rules, &marks, self.config.mark_mask)
+        });
+        if !text.is_empty() {
+            let process = tool::load(&text).await?;
+            self.own.push_front(process);
+            self.own.truncate(OWN);
+        }
+        self.written = Some(rules);
+        routed.map(drop)
+    }
+
+    /// Makes the policy routes so; whether they changed.
+    async fn route(&mut self, rules: &Rules) -> Result<bool, ToolError> {
+        let (planned, complaints) = routes::plan(rules, &self.config).await?;
         if complaints != self.complaints {
             for complaint in &complaints {
                 tracing::warn!("{complaint}");
             }
             self.complaints = complaints;
         }
-        let rerouted = planned != self.routes;
-        if rerouted {
-            routes::install(&planned, &self.config).await?;
-            self.routes = planned;
+        if self.routes.as_ref() == Some(&planned) {
+            return Ok(false);
         }
-        let change = self
-            .written
-            .as_ref()
-            .filter(|_| !rerouted)
-            .and_then(|written| ruleset::change(written, &rules));
-        let text = change.unwrap_or_else(|| {
-            ruleset::whole(&rules, &routes::marks(&self.routes), self.config.mark_mask)
-        });
-        if !text.is_empty() {
-            run("nft", &["-f", "-"], &text).await?;
-        }
-        self.written = Some(rules);
-        Ok(())
+        self.routes = None;
+        routes::install(&planned, &self.config).await?;
+        self.routes = Some(planned);
+        Ok(true)
     }
 
-    /// Whether the table still has its guard; the rest comes and goes with it.
-    async fn is_whole(&self) -> bool {
-        let printed = run("nft", &["list", "chain", "inet", TABLE, "forward"], "").await;
-        printed.is_ok_and(|text| text.contains("guard4") && text.contains("guard6"))
+    /// Whether the routes still are what they should be, now that some route, rule or link changed.
+    async fn are_routes_right(&self) -> bool {
+        let Some(rules) = &self.written else {
+            return true; // about to be written anyway
+        };
+        let Ok((planned, _)) = routes::plan(rules, &self.config).await else {
+            return false;
+        };
+        self.routes.as_ref() == Some(&planned)
+            && routes::are_there(&planned, &self.config)
+                .await
+                .unwrap_or(false)
     }
 
-    async fn read_counters(&self) {
+    fn read_counters(&self, query: &Query) {
         for (name, family) in [("guard4", "IPv4"), ("guard6", "IPv6")] {
-            let Ok(printed) = run("nft", &["list", "counter", "inet", TABLE, name], "").await
-            else {
-                continue;
-            };
-            let mut words = printed.split_whitespace();
-            if words.any(|word| word == "packets")
-                && let Some(packets) = words.next().and_then(|word| word.parse().ok())
-            {
+            if let Ok(packets) = query.counter(TableFamily::Inet, TABLE, name) {
                 self.metrics
                     .guard_drops
                     .get_or_create(&ByFamily { family })
-                    .set(packets);
+                    .set(i64::try_from(packets).unwrap_or(i64::MAX));
             }
         }
     }
 }
 
-/// Answers questions about kube-proxy: reads its map when somebody asked, at most once in [`FRESH`].
-pub(super) async fn follow_kube_proxy(shared: Arc<Shared>) {
-    loop {
-        let served = kube_proxy::read().await;
-        *shared.served.lock().unwrap_or_else(PoisonError::into_inner) = served;
-        sleep(FRESH).await;
-        shared.asked.notified().await;
-    }
+/// What the task listens to.
+struct Sockets {
+    query: Query,
+    ruleset: Watch,
+    /// Hears that some link, address, route or rule changed; not which: it is looked up when it matters.
+    routes: Listener,
 }
 
-/// `nft monitor`: a line for each rule, chain or table that goes.
-struct Monitor {
-    child: Option<(Child, Lines<BufReader<ChildStdout>>)>,
-}
-
-impl Monitor {
-    fn start() -> Self {
-        let mut command = Command::new("nft");
-        command
-            .args(["monitor", "destroy"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true);
-        let child = command.spawn().ok().and_then(|mut child| {
-            let lines = BufReader::new(child.stdout.take()?).lines();
-            Some((child, lines))
-        });
-        Self { child }
+impl Sockets {
+    fn open() -> io::Result<Self> {
+        Ok(Self {
+            query: Query::open()?,
+            ruleset: Watch::open()?,
+            routes: Listener::open(NETLINK_ROUTE, ROUTES)?,
+        })
     }
-
-    /// Returns when something of our table may have gone, or when the monitor ended and events may be lost.
-    async fn disturbed(&mut self) {
-        loop {
-            let Some((_, lines)) = &mut self.child else {
-                sleep(RETRY).await;
-                *self = Self::start();
-                return;
-            };
-            match lines.next_line().await {
-                Ok(Some(line)) => {
-                    if is_ours(&line) {
-                        return;
-                    }
-                }
-                Ok(None) | Err(_) => self.child = None,
-            }
-        }
-    }
-}
-
-fn is_ours(line: &str) -> bool {
-    ["table", "chain", "rule"]
-        .iter()
-        .any(|what| line.starts_with(&format!("delete {what} inet {TABLE}")))
 }
 
 async fn at(when: Option<Instant>) {
