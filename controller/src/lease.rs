@@ -157,9 +157,8 @@ impl Candidate {
             }
             match tokio::time::timeout_at(until, self.attempt(election, origin)).await {
                 Ok(Ok(true)) => term.extend(election.valid_until()),
-                Ok(Ok(false)) => break,
+                Ok(Ok(false)) | Err(_) => break,
                 Ok(Err(error)) => tracing::warn!(%error, "cannot renew the Lease, trying on"),
-                Err(_) => break,
             }
         }
         election.lost();

@@ -2,6 +2,13 @@
 //!
 //! The loop says which addresses this node answers for and on which interface; the announcer does the
 //! answering, the gratuitous announcements, the probing and the watching of links, and reports facts.
+//!
+//! - `handle`: what the loop holds; [`twin`]: its likeness in memory for the loop's tests.
+//! - `task`: holds what is to be announced, answers and notes claims.
+//! - `schedule`, `probe`: when to announce and when to probe; pure.
+//! - `interfaces`, `links`: netlink, and what it has told.
+//! - `packets`, `frame`: packet sockets, and the frames that go through them.
+//! - `groups`: solicited-node groups.
 
 mod frame;
 mod groups;

@@ -1,4 +1,5 @@
 //! Real speakers in network namespaces: who leads, and what moves it.
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -1,4 +1,5 @@
 //! What a speaker costs that has a thousand addresses and nothing to do.
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};

@@ -122,7 +122,7 @@ impl ControlPlane {
         let path = self.directory.join(format!("{name}.kubeconfig"));
         pki::write_kubeconfig(
             &path,
-            &self.server(),
+            &Self::server(),
             self.authority.certificate(),
             &Proof::Token(token),
         )?;
@@ -166,7 +166,7 @@ impl ControlPlane {
     }
 
     /// The API server's URL inside the lab.
-    fn server(&self) -> String {
+    fn server() -> String {
         format!("https://{}:{PORT}", Network::Management.v4(HOST_NUMBER))
     }
 
@@ -192,8 +192,8 @@ impl ControlPlane {
         let outside = format!("https://{}", self.forward.address());
         for (file, server, identity) in [
             ("admin.kubeconfig", &outside, &admin),
-            ("manager.kubeconfig", &self.server(), &admin),
-            ("kube-proxy.kubeconfig", &self.server(), &proxy),
+            ("manager.kubeconfig", &Self::server(), &admin),
+            ("kube-proxy.kubeconfig", &Self::server(), &proxy),
         ] {
             pki::write_kubeconfig(
                 Path::new(&self.path(file)),

@@ -3,6 +3,8 @@
 //! One control plane serves all scenarios, one after the other; each begins without Services and pools and with
 //! a controller of its own.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
+
 #[path = "controller/env.rs"]
 mod env;
 #[path = "controller/lifecycle.rs"]

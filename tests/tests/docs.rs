@@ -1,4 +1,5 @@
 //! README tells of every flag, metric and reason there is, and of none that there is not.
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::collections::BTreeSet;
 use std::fs;

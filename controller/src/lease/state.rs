@@ -121,19 +121,19 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    fn mk_lease(holder: &str, version: &str) -> Option<LeaseView> {
-        Some(LeaseView {
+    fn mk_lease(holder: &str, version: &str) -> LeaseView {
+        LeaseView {
             holder: (!holder.is_empty()).then(|| holder.into()),
             version: version.into(),
             duration: TIMING.duration,
-        })
+        }
     }
 
     #[test]
     fn a_missing_or_released_lease_is_taken_at_once() {
         let mut election = Election::new("a".into(), TIMING);
         assert_eq!(election.observe(None, at(0)), Step::Create);
-        assert_eq!(election.observe(mk_lease("", "1"), at(1)), Step::Take);
+        assert_eq!(election.observe(Some(mk_lease("", "1")), at(1)), Step::Take);
     }
 
     #[test]
@@ -147,7 +147,7 @@ mod tests {
             (123, "2", Step::Take),
         ] {
             assert_eq!(
-                election.observe(mk_lease("b", version), at(seconds)),
+                election.observe(Some(mk_lease("b", version)), at(seconds)),
                 step,
                 "{seconds}"
             );
@@ -157,7 +157,10 @@ mod tests {
     #[test]
     fn a_process_that_returns_under_its_name_goes_on() {
         let mut election = Election::new("a".into(), TIMING);
-        assert_eq!(election.observe(mk_lease("a", "1"), at(0)), Step::Take);
+        assert_eq!(
+            election.observe(Some(mk_lease("a", "1")), at(0)),
+            Step::Take
+        );
         assert_eq!(election.valid_until(), None, "but leads only once it wrote");
     }
 
@@ -168,7 +171,7 @@ mod tests {
         election.written(at(1));
         assert_eq!(election.valid_until(), Some(at(9)));
         assert!(TIMING.deadline + TIMING.write_timeout() < TIMING.duration);
-        election.observe(mk_lease("b", "7"), at(3));
+        election.observe(Some(mk_lease("b", "7")), at(3));
         assert_eq!(election.valid_until(), None, "another's name ends it");
     }
 
@@ -184,13 +187,13 @@ mod tests {
             for second in 0..60 {
                 // `a` renews every 2 s, but not while it is frozen or cut off.
                 if second % 2 == 0 && !(10..10 + pause).contains(&second) {
-                    let step = a.observe(lease.clone(), at(second));
+                    let step = a.observe(Some(lease.clone()), at(second));
                     if step == Step::Take {
                         lease = mk_lease("a", &second.to_string());
                         a.written(at(second));
                     }
                 }
-                if b.observe(lease.clone(), at(second)) == Step::Take {
+                if b.observe(Some(lease.clone()), at(second)) == Step::Take {
                     lease = mk_lease("b", &second.to_string());
                     b.written(at(second));
                 }

@@ -15,10 +15,10 @@ use landfall_tests::PATIENCE;
 use landfall_tests::chart::NAMESPACE;
 use serde_json::{Value, json};
 
-pub use crate::plane::Env;
+pub(crate) use crate::plane::Env;
 
 /// Waits until `look` gives something that `enough` accepts, and returns it.
-pub async fn eventually<T: Debug, F: Future<Output = T>>(
+pub(crate) async fn eventually<T: Debug, F: Future<Output = T>>(
     what: &str,
     mut look: impl FnMut() -> F,
     enough: impl Fn(&T) -> bool,
@@ -35,20 +35,20 @@ pub async fn eventually<T: Debug, F: Future<Output = T>>(
 }
 
 impl Env {
-    pub fn services(&self, namespace: &str) -> Api<Service> {
+    pub(crate) fn services(&self, namespace: &str) -> Api<Service> {
         Api::namespaced(self.client.clone(), namespace)
     }
 
-    pub fn pools(&self) -> Api<IPAddressPool> {
+    pub(crate) fn pools(&self) -> Api<IPAddressPool> {
         Api::all(self.client.clone())
     }
 
-    pub fn virtual_ips(&self) -> Api<VirtualIP> {
+    pub(crate) fn virtual_ips(&self) -> Api<VirtualIP> {
         Api::all(self.client.clone())
     }
 
     /// Removes what scenarios make.
-    pub async fn clear(&self) {
+    pub(crate) async fn clear(&self) {
         let all = ListParams::default();
         let services: Api<Service> = Api::all(self.client.clone());
         for service in services.list(&all).await.unwrap() {
@@ -80,7 +80,7 @@ impl Env {
     }
 
     /// Creates or relabels a namespace.
-    pub async fn namespace(&self, name: &str, labels: &Value) {
+    pub(crate) async fn namespace(&self, name: &str, labels: &Value) {
         let api: Api<Namespace> = Api::all(self.client.clone());
         let body = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } });
         api.patch(
@@ -93,7 +93,7 @@ impl Env {
     }
 
     /// Creates or replaces a pool.
-    pub async fn pool(&self, name: &str, mut spec: Value) {
+    pub(crate) async fn pool(&self, name: &str, mut spec: Value) {
         if spec.get("quarantine").is_none() {
             spec["quarantine"] = "1s".into();
         }
@@ -111,7 +111,7 @@ impl Env {
             .unwrap();
     }
 
-    pub async fn delete_pool(&self, name: &str) {
+    pub(crate) async fn delete_pool(&self, name: &str) {
         self.pools()
             .delete(name, &DeleteParams::default())
             .await
@@ -119,7 +119,7 @@ impl Env {
     }
 
     /// Creates a Service `namespace/name` (or `name` in `default`) with port 80; `spec` and `annotations` are added.
-    pub async fn service(&self, name: &str, spec: Value, annotations: Value) {
+    pub(crate) async fn service(&self, name: &str, spec: Value, annotations: Value) {
         let (namespace, name) = split(name);
         let mut whole = json!({
             "type": "LoadBalancer",
@@ -143,7 +143,7 @@ impl Env {
     }
 
     /// Merges `patch` into a Service.
-    pub async fn edit(&self, name: &str, patch: Value) {
+    pub(crate) async fn edit(&self, name: &str, patch: Value) {
         let (namespace, name) = split(name);
         self.services(namespace)
             .patch(name, &PatchParams::default(), &Patch::Merge(patch))
@@ -152,7 +152,7 @@ impl Env {
     }
 
     /// Merges `status` into a Service's status, as another controller would.
-    pub async fn edit_status(&self, name: &str, status: Value) {
+    pub(crate) async fn edit_status(&self, name: &str, status: Value) {
         let (namespace, name) = split(name);
         self.services(namespace)
             .patch_status(
@@ -164,7 +164,7 @@ impl Env {
             .unwrap();
     }
 
-    pub async fn delete(&self, name: &str) {
+    pub(crate) async fn delete(&self, name: &str) {
         let (namespace, name) = split(name);
         self.services(namespace)
             .delete(name, &DeleteParams::default())
@@ -173,18 +173,18 @@ impl Env {
     }
 
     /// The addresses in its status.
-    pub async fn shown(&self, name: &str) -> Vec<String> {
+    pub(crate) async fn shown(&self, name: &str) -> Vec<String> {
         let (namespace, name) = split(name);
         addresses_of(&self.services(namespace).get_status(name).await.unwrap())
     }
 
     /// `True Assigned: message`, or nothing.
-    pub async fn condition(&self, name: &str) -> String {
+    pub(crate) async fn condition(&self, name: &str) -> String {
         self.condition_of(name, "landfall.dev/AddressAssigned")
             .await
     }
 
-    pub async fn condition_of(&self, name: &str, kind: &str) -> String {
+    pub(crate) async fn condition_of(&self, name: &str, kind: &str) -> String {
         let (namespace, name) = split(name);
         let service = self.services(namespace).get_status(name).await.unwrap();
         let conditions = service
@@ -200,12 +200,12 @@ impl Env {
     }
 
     /// Waits until the Service's status shows these addresses.
-    pub async fn expect(&self, name: &str, addresses: &[&str]) {
+    pub(crate) async fn expect(&self, name: &str, addresses: &[&str]) {
         eventually(name, || self.shown(name), |shown| shown == addresses).await;
     }
 
     /// Waits until its condition begins so, and returns it whole.
-    pub async fn expect_condition(&self, name: &str, start: &str) -> String {
+    pub(crate) async fn expect_condition(&self, name: &str, start: &str) -> String {
         eventually(
             name,
             || self.condition(name),
@@ -215,7 +215,7 @@ impl Env {
     }
 
     /// The addresses of every Service of type `LoadBalancer`.
-    pub async fn assignments(&self) -> BTreeMap<String, Vec<String>> {
+    pub(crate) async fn assignments(&self) -> BTreeMap<String, Vec<String>> {
         let services: Api<Service> = Api::all(self.client.clone());
         let lb = ListParams::default().fields("spec.type=LoadBalancer");
         let list = services.list(&lb).await.unwrap();
@@ -230,7 +230,7 @@ impl Env {
     }
 
     /// The reasons of our Events about a Service of namespace `default`, sorted.
-    pub async fn events(&self, name: &str) -> Vec<String> {
+    pub(crate) async fn events(&self, name: &str) -> Vec<String> {
         let api: Api<Event> = Api::namespaced(self.client.clone(), "default");
         let events = api.list(&ListParams::default()).await.unwrap();
         let is_about_it = |event: &Event| {
@@ -247,7 +247,7 @@ impl Env {
     }
 }
 
-pub fn addresses_of(service: &Service) -> Vec<String> {
+pub(crate) fn addresses_of(service: &Service) -> Vec<String> {
     let ingress = service
         .status
         .as_ref()

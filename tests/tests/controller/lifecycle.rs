@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::env::{Env, eventually};
 
-pub async fn quarantine(env: &Env) {
+pub(crate) async fn quarantine(env: &Env) {
     env.pool(
         "main",
         json!({ "addresses": ["192.0.2.0/32"], "quarantine": "15s" }),
@@ -32,7 +32,7 @@ pub async fn quarantine(env: &Env) {
     assert!(freed.elapsed() > Duration::from_secs(15));
 }
 
-pub async fn type_change(env: &Env) {
+pub(crate) async fn type_change(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);
@@ -59,7 +59,7 @@ pub async fn type_change(env: &Env) {
     .await;
 }
 
-pub async fn killed_in_a_burst(env: &Env) {
+pub(crate) async fn killed_in_a_burst(env: &Env) {
     const COUNT: usize = 120;
     env.pool("main", json!({ "addresses": ["10.88.0.0/16"] }))
         .await;
@@ -120,7 +120,7 @@ pub async fn killed_in_a_burst(env: &Env) {
     }
 }
 
-pub async fn two_replicas(env: &Env) {
+pub(crate) async fn two_replicas(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/24"] }))
         .await;
     let first = env.controller(&["--identity", "one"]);
@@ -158,7 +158,7 @@ pub async fn two_replicas(env: &Env) {
     }
 }
 
-pub async fn announced_is_mirrored(env: &Env) {
+pub(crate) async fn announced_is_mirrored(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);

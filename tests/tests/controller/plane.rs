@@ -10,27 +10,27 @@ use landfall_tests::{CONTROL_HOST, ControlPlane, PATIENCE, chart};
 use nix::sys::signal::Signal;
 
 /// A control plane and an admin's client for it.
-pub struct Env {
-    pub client: Client,
+pub(crate) struct Env {
+    pub(crate) client: Client,
     lab: Arc<Lab>,
     kubeconfig: PathBuf,
     started: AtomicUsize,
 }
 
 /// A running controller; killed when dropped.
-pub struct Controller {
+pub(crate) struct Controller {
     lab: Arc<Lab>,
     name: String,
 }
 
 impl Controller {
     /// SIGKILL.
-    pub fn kill(self) {
+    pub(crate) fn kill(self) {
         drop(self);
     }
 
     /// SIGTERM, and waits until it is gone.
-    pub fn terminate(self) {
+    pub(crate) fn terminate(self) {
         self.lab
             .signal(CONTROL_HOST, &self.name, Signal::SIGTERM)
             .unwrap();
@@ -46,7 +46,7 @@ impl Drop for Controller {
 
 impl Env {
     /// Starts a control plane with the chart's CRDs and RBAC, and does `work` with it.
-    pub fn run<F: Future<Output = ()>>(work: impl FnOnce(Self) -> F) {
+    pub(crate) fn run<F: Future<Output = ()>>(work: impl FnOnce(Self) -> F) {
         let topology = Topology {
             nodes: 1,
             pods_per_node: 0,
@@ -69,7 +69,7 @@ impl Env {
     }
 
     /// Starts a controller with its `ServiceAccount`'s kubeconfig and short Lease times.
-    pub fn controller(&self, args: &[&str]) -> Controller {
+    pub(crate) fn controller(&self, args: &[&str]) -> Controller {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let name = format!("controller-{number}");
         let mut program = Program::landfall("landfall-controller")

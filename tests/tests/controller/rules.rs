@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::env::{Env, eventually};
 
-pub async fn families(env: &Env) {
+pub(crate) async fn families(env: &Env) {
     env.pool(
         "main",
         json!({ "addresses": ["192.0.2.0/28", "2001:db8::/124"] }),
@@ -60,7 +60,7 @@ pub async fn families(env: &Env) {
     }
 }
 
-pub async fn prefer_dual_stack_goes_up_and_down(env: &Env) {
+pub(crate) async fn prefer_dual_stack_goes_up_and_down(env: &Env) {
     env.pool("four", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);
@@ -91,7 +91,7 @@ pub async fn prefer_dual_stack_goes_up_and_down(env: &Env) {
     env.expect("web", &["192.0.2.0"]).await;
 }
 
-pub async fn sharing(env: &Env) {
+pub(crate) async fn sharing(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);
@@ -134,7 +134,7 @@ pub async fn sharing(env: &Env) {
     env.expect("s5", &["192.0.2.0"]).await;
 }
 
-pub async fn explicit_requests(env: &Env) {
+pub(crate) async fn explicit_requests(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     env.pool(
@@ -196,7 +196,7 @@ pub async fn explicit_requests(env: &Env) {
     env.expect("pool", &["198.51.100.5"]).await;
 }
 
-pub async fn tenancy(env: &Env) {
+pub(crate) async fn tenancy(env: &Env) {
     env.pool(
         "red",
         json!({ "addresses": ["192.0.2.0/28"], "serviceAllocation": { "namespaces": ["red"] } }),
@@ -245,7 +245,7 @@ pub async fn tenancy(env: &Env) {
     env.expect("blue/web", &[]).await;
 }
 
-pub async fn priorities(env: &Env) {
+pub(crate) async fn priorities(env: &Env) {
     let rules = |priority: u32| json!({ "priority": priority, "namespaces": ["default"] });
     env.pool("a-open", json!({ "addresses": ["192.0.2.0/32"] }))
         .await;
@@ -272,7 +272,7 @@ pub async fn priorities(env: &Env) {
     env.expect_condition("s4", "False PoolExhausted").await;
 }
 
-pub async fn classes(env: &Env) {
+pub(crate) async fn classes(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let controller = env.controller(&["--class-less=false"]);
@@ -298,7 +298,7 @@ pub async fn classes(env: &Env) {
     env.expect("ours", &["192.0.2.0"]).await;
 }
 
-pub async fn foreign_ingress(env: &Env) {
+pub(crate) async fn foreign_ingress(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let theirs =
@@ -320,7 +320,7 @@ pub async fn foreign_ingress(env: &Env) {
     env.expect("web", &["203.0.113.9"]).await;
 }
 
-pub async fn pool_edits(env: &Env) {
+pub(crate) async fn pool_edits(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);
@@ -346,7 +346,7 @@ pub async fn pool_edits(env: &Env) {
     .await;
 }
 
-pub async fn retained(env: &Env) {
+pub(crate) async fn retained(env: &Env) {
     env.pool(
         "main",
         json!({ "addresses": ["192.0.2.0/28"], "retainAssigned": true }),
@@ -373,7 +373,7 @@ pub async fn retained(env: &Env) {
     env.expect("new", &["198.51.100.0"]).await;
 }
 
-pub async fn overlaps(env: &Env) {
+pub(crate) async fn overlaps(env: &Env) {
     env.pool("a", json!({ "addresses": ["192.0.2.0/31"] }))
         .await;
     env.pool("b", json!({ "addresses": ["192.0.2.1-192.0.2.2"] }))
@@ -420,7 +420,7 @@ pub async fn overlaps(env: &Env) {
     assert_eq!(env.assignments().await.len(), 3);
 }
 
-pub async fn malformed(env: &Env) {
+pub(crate) async fn malformed(env: &Env) {
     env.pool("main", json!({ "addresses": ["192.0.2.0/28"] }))
         .await;
     let _controller = env.controller(&[]);
