@@ -24,7 +24,7 @@ mod tests;
 mod wire;
 
 pub use decide::{Candidate, HASH, rank, score};
-pub use elector::{Change, Config, Elector, Leadership, Outgoing, PeerView, Tick, View};
+pub use elector::{Change, Config, Elector, Leadership, Lost, Outgoing, PeerView, Tick, View};
 pub use eligibility::{Ineligible, InterfaceChoice, Verdict};
 pub use peer::{
     BootId, Capabilities, Claim, ClaimMode, GroupRegister, InterfaceFact, NodeRegister,

@@ -12,6 +12,7 @@
 mod debug;
 mod desired;
 pub mod ready;
+mod shown;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +32,7 @@ use crate::datapath::DataPath;
 use crate::hello::{Hello, HelloError, Opener, seal};
 use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
-use crate::metrics::{KeyLabels, Metrics, PeerLabels, VipLabels, reason_labels};
+use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
 use ready::Check;
 
@@ -260,18 +261,6 @@ impl Speaker {
         self.show_keys();
     }
 
-    fn show_keys(&mut self) {
-        self.metrics.keys.clear();
-        for (at, key) in self.keys.all().iter().enumerate() {
-            let role = if at == 0 { "primary" } else { "secondary" };
-            let labels = KeyLabels {
-                key: key.id(),
-                role: role.into(),
-            };
-            self.metrics.keys.get_or_create(&labels).set(1);
-        }
-    }
-
     /// Begins to stop: hands over what others can take.
     pub fn leave(&mut self) {
         self.election.leave();
@@ -309,6 +298,10 @@ impl Speaker {
         self.check_ready(&changed, now);
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
+        for lost in tick.lost {
+            self.metrics.detection.observe(lost.unheard.as_secs_f64());
+            tracing::warn!(peer = %lost.node, unheard = ?lost.unheard, "a speaker is heard on no interface any more");
+        }
         let mut touched = changed;
         touched.append(&mut self.stale);
         for change in tick.changes {
@@ -476,50 +469,6 @@ impl Speaker {
     /// Calls the speakers that are known at the start.
     pub fn call(&mut self) {
         self.update_expected();
-    }
-
-    fn show_groups(&self) {
-        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-        let groups = self.index.groups();
-        self.metrics.groups.set(count(groups.len()));
-        self.metrics.led_groups.set(count(self.announced.len()));
-        let leaderless = groups
-            .keys()
-            .filter(|id| self.election.leader(id).is_none())
-            .count();
-        self.metrics.leaderless_groups.set(count(leaderless));
-    }
-
-    fn show_peers(&self) {
-        let mut counts: BTreeMap<&str, i64> =
-            BTreeMap::from([("alive", 0), ("heard", 0), ("gossip", 0), ("known", 0)]);
-        for peer in self.election.peers() {
-            let facts = [
-                ("alive", peer.alive),
-                ("heard", !peer.heard.is_empty()),
-                ("gossip", peer.gossip),
-                ("known", true),
-            ];
-            for (fact, _) in facts.into_iter().filter(|(_, holds)| *holds) {
-                *counts.entry(fact).or_default() += 1;
-            }
-            let labels = PeerLabels {
-                peer: peer.name.to_string(),
-            };
-            self.metrics
-                .heard
-                .get_or_create(&labels)
-                .set(i64::try_from(peer.heard.len()).unwrap_or(i64::MAX));
-        }
-        for (fact, count) in counts {
-            self.metrics
-                .peers
-                .get_or_create(&reason_labels(fact))
-                .set(count);
-        }
-        self.metrics
-            .frames_refused
-            .set(i64::try_from(self.election.refused_frames()).unwrap_or(i64::MAX));
     }
 
     /// The groups, for those who write statuses.

@@ -56,7 +56,7 @@ pub struct Metrics {
     pub leaderless_groups: Gauge,
     /// Leaderships taken and given up.
     pub transitions: Family<ReasonLabels, Counter>,
-    /// From a leader's last sign of life to the verdict.
+    /// From a peer's last hello to the verdict.
     pub detection: Histogram,
     /// From the verdict to this node's claim.
     pub takeover: Histogram,
@@ -127,7 +127,7 @@ impl Metrics {
             "groups", groups, "Groups of VIPs that exist";
             "leaderless_groups", leaderless_groups, "Groups of VIPs that nobody leads, as this node sees it";
             "transitions", transitions, "Leaderships that this node took, gave up, or announced anew after a contest";
-            "detection_seconds", detection, "Seconds from a leader's last hello to the verdict that it is gone, where this node took over";
+            "detection_seconds", detection, "Seconds from a peer's last hello to the verdict that it is heard no more, of peers that did not leave";
             "takeover_seconds", takeover, "Seconds that a group had no leader before this node took it";
             "peers", peers, "Other speakers: alive, heard on the LAN, known to the gossip, all that are known";
             "peer_heard", heard, "Interfaces of this node on which the peer's hellos are heard";

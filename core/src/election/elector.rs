@@ -3,23 +3,25 @@
 //! Facts come in by methods that return at once; [`Elector::tick`] draws the conclusions. It looks at groups
 //! whose inputs changed, and at those that wait for a time to pass; all others cost nothing.
 
+mod claims;
 mod gossiping;
 mod liveness;
 mod load;
+mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::decide::{Candidate, beats, rank, score};
 use super::eligibility::{Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge};
 use super::gossip::Registers;
 use super::peer::{BootId, Claim, ClaimMode, GroupRegister, InterfaceFact, NodeRegister};
 use crate::groups::{Group, GroupId, GroupIndex};
 use crate::model::NodeName;
 use liveness::Peer;
-pub use liveness::PeerView;
+pub use liveness::{Lost, PeerView};
+use table::Table;
 
 /// The times and bounds of the election.
 #[derive(Clone, Debug)]
@@ -105,6 +107,8 @@ pub struct Tick {
     pub changes: Vec<Change>,
     /// What to send.
     pub frames: Vec<Outgoing>,
+    /// Peers that fell silent without having left.
+    pub lost: Vec<Lost>,
 }
 
 /// A group this node leads.
@@ -181,6 +185,7 @@ pub struct Elector {
     overloaded_since: Option<Duration>,
     next_rebalance: Duration,
     refused_frames: u64,
+    lost: Vec<Lost>,
 }
 
 impl Elector {
@@ -209,6 +214,7 @@ impl Elector {
             overloaded_since: None,
             next_rebalance: Duration::ZERO,
             refused_frames: 0,
+            lost: Vec::new(),
         }
     }
 
@@ -329,6 +335,7 @@ impl Elector {
         let mut tick = Tick::default();
         self.dirty.extend(changed.iter().cloned());
         self.refresh(now);
+        tick.lost = std::mem::take(&mut self.lost);
         self.rebalance(now, index);
         self.last_tick = now;
 
@@ -502,159 +509,6 @@ impl Elector {
         self.own.set_group(id, Some(register));
         self.local.insert(id.clone(), local);
     }
-
-    /// Whether a claim of this node stays; it may begin or end to yield.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one step of `evaluate`, cut out to be read alone"
-    )]
-    fn keep(
-        &self,
-        id: &GroupId,
-        group: &Group,
-        table: &Table<'_>,
-        mine: &mut Claim,
-        now: Duration,
-        local: &mut Local,
-        changes: &mut Vec<Change>,
-    ) -> bool {
-        let Some(me) = table.me.map(|at| &table.entries[at]) else {
-            return false;
-        };
-        let rival = table.best_held(id, Some(&self.me));
-        if let Some((node, epoch)) = rival {
-            if !mine.held() || beats(id, (node, epoch), (&self.me, mine.epoch)) {
-                return false;
-            }
-            if !local.contested {
-                changes.push(Change::Reannounce(id.clone()));
-            }
-            local.contested = true;
-        } else if std::mem::take(&mut local.contested) {
-            changes.push(Change::Reannounce(id.clone()));
-        }
-        let ranked = table.ranked(id, Some(&self.me));
-        match me.refusal {
-            Some(reason) if !reason.is_soft() => return false,
-            Some(reason) => {
-                let stays = matches!(reason, Ineligible::Leaving | Ineligible::Odd);
-                if ranked.is_empty() {
-                    // Nobody could take it: stopping or differing, this node is better than none.
-                    mine.mode = ClaimMode::Held;
-                    local.yield_since = None;
-                    return stays;
-                }
-                mine.mode = ClaimMode::Yielding { to: None };
-                let since = *local.yield_since.get_or_insert(now);
-                return stays || now.saturating_sub(since) < self.config.yield_at_most;
-            }
-            None => {}
-        }
-        if let ClaimMode::Yielding { to } = &mine.mode {
-            let since = *local.yield_since.get_or_insert(now);
-            if to.is_none() || now.saturating_sub(since) >= self.config.yield_at_most {
-                mine.mode = ClaimMode::Held;
-                local.yield_since = None;
-            }
-            return true;
-        }
-        if group.failback() && !self.leaving {
-            let all = table.ranked(id, None);
-            let best = all
-                .first()
-                .filter(|best| *best.node != self.me && best.ready);
-            match best {
-                Some(best) => {
-                    let since = match &local.better_since {
-                        Some((node, since)) if node == best.node => *since,
-                        _ => now,
-                    };
-                    local.better_since = Some((best.node.clone(), since));
-                    if now.saturating_sub(since) >= self.config.failback_after {
-                        mine.mode = ClaimMode::Yielding {
-                            to: Some(best.node.clone()),
-                        };
-                        local.yield_since = Some(now);
-                        local.better_since = None;
-                    }
-                }
-                None => local.better_since = None,
-            }
-        }
-        true
-    }
-
-    /// Whether this node should claim now.
-    fn take(&self, id: &GroupId, table: &Table<'_>, now: Duration, local: &mut Local) -> bool {
-        let held = table.best_held(id, None);
-        let in_peace = held.is_some_and(|(node, _)| table.refusal(node).is_none());
-        if in_peace {
-            local.vacant_since = None;
-            return false;
-        }
-        let since = *local.vacant_since.get_or_insert(now);
-        let settled = self
-            .heard_out
-            .is_some_and(|at| now.saturating_sub(at) >= self.config.settle);
-        if !settled || self.leaving {
-            return false;
-        }
-        let ranked = table.ranked(id, None);
-        let named = table.named_successor();
-        let mut order: Vec<&Candidate<'_>> = ranked;
-        if let Some(named) = named {
-            order.sort_by_key(|candidate| candidate.node != named);
-        }
-        let Some(at) = order
-            .iter()
-            .position(|candidate| *candidate.node == self.me)
-        else {
-            local.vacant_since = None;
-            return false;
-        };
-        let config = &self.config;
-        let steps = u32::try_from(at).unwrap_or(u32::MAX);
-        let mut delay = config.stand_in.saturating_mul(steps);
-        if held.is_some() {
-            delay += config.stand_in; // Its leader should yield by itself.
-        }
-        let hash_first = order
-            .iter()
-            .max_by_key(|candidate| score(id, candidate.node, candidate.weight))
-            .is_some_and(|candidate| *candidate.node == self.me);
-        if !order[at].ready {
-            delay += config.ready_grace;
-        } else if local.seen == 0 && !hash_first && at == 0 {
-            delay += config.settle;
-        }
-        now.saturating_sub(since) >= delay
-    }
-
-    /// Whether this node's inputs have differed from the majority's for too long.
-    fn is_odd(
-        &self,
-        id: &GroupId,
-        group: &Group,
-        names: &[NodeName],
-        now: Duration,
-        local: &mut Local,
-    ) -> bool {
-        let mut votes: BTreeMap<u64, usize> = BTreeMap::from([(group.digest, 1)]);
-        for node in names.iter().filter(|node| **node != self.me) {
-            if let Some(theirs) = self.registers(node).and_then(|r| r.group(id)) {
-                *votes.entry(theirs.digest).or_default() += 1;
-            }
-        }
-        let all: usize = votes.values().sum();
-        let differs = votes
-            .iter()
-            .any(|(digest, count)| *digest != group.digest && count * 2 > all);
-        if !differs {
-            local.odd_since = None;
-            return false;
-        }
-        now.saturating_sub(*local.odd_since.get_or_insert(now)) >= self.config.odd_after
-    }
 }
 
 impl Local {
@@ -664,156 +518,6 @@ impl Local {
             || self.yield_since.is_some()
             || self.odd_since.is_some()
             || self.better_since.is_some()
-    }
-}
-
-/// A living node in the election of one group.
-struct Entry<'a> {
-    node: &'a NodeName,
-    claim: Option<&'a Claim>,
-    refusal: Option<&'a Ineligible>,
-    places: Option<&'a BTreeMap<IpAddr, InterfaceChoice>>,
-}
-
-/// All of them.
-struct Table<'a> {
-    entries: Vec<Entry<'a>>,
-    candidates: Vec<Candidate<'a>>,
-    me: Option<usize>,
-    /// Damping ends by itself, so the group is looked at again.
-    waiting: bool,
-}
-
-impl<'a> Table<'a> {
-    fn new(
-        elector: &'a Elector,
-        group: &Group,
-        names: &'a [NodeName],
-        verdicts: &'a [Verdict],
-        ready: bool,
-        now: Duration,
-    ) -> Self {
-        let mut table = Self {
-            entries: Vec::with_capacity(names.len()),
-            candidates: Vec::new(),
-            me: None,
-            waiting: false,
-        };
-        for (node, verdict) in names.iter().zip(verdicts) {
-            let register = elector.registers(node).and_then(|r| r.group(&group.id));
-            let claim = register.and_then(|register| register.claim.as_ref());
-            if *node == elector.me {
-                table.me = Some(table.entries.len());
-            }
-            table.entries.push(Entry {
-                node,
-                claim,
-                refusal: verdict.as_ref().err(),
-                places: verdict.as_ref().ok(),
-            });
-            if verdict.is_ok() {
-                let ready = if *node == elector.me {
-                    ready
-                } else {
-                    register.is_some_and(|register| register.ready)
-                };
-                let damped = elector.is_damped(node, now);
-                table.candidates.push(Candidate {
-                    node,
-                    weight: group.weight(node),
-                    ready,
-                    damped,
-                    claim,
-                    unwilling: claim.is_some_and(|claim| !claim.held()),
-                });
-            }
-        }
-        table
-    }
-
-    fn refusal(&self, node: &NodeName) -> Option<&Ineligible> {
-        self.entries
-            .iter()
-            .find(|entry| entry.node == node)
-            .and_then(|entry| entry.refusal)
-    }
-
-    /// The claim that stands, of nodes other than `except`.
-    fn best_held(&self, id: &str, except: Option<&NodeName>) -> Option<(&'a NodeName, u64)> {
-        let mut best: Option<(&NodeName, u64)> = None;
-        for entry in &self.entries {
-            if Some(entry.node) == except || entry.refusal.is_some_and(|reason| !reason.is_soft()) {
-                continue;
-            }
-            if let Some(claim) = entry.claim.filter(|claim| claim.held())
-                && best.is_none_or(|best| beats(id, (entry.node, claim.epoch), best))
-            {
-                best = Some((entry.node, claim.epoch));
-            }
-        }
-        best
-    }
-
-    fn ranked(&self, id: &str, except: Option<&NodeName>) -> Vec<&Candidate<'a>> {
-        let mut ranked = rank(id, &self.candidates);
-        ranked.retain(|candidate| Some(candidate.node) != except);
-        ranked
-    }
-
-    /// Next in rank once all serve the group: by the hash alone, so that it does not change while they come to.
-    fn standby(&self, id: &str, leader: Option<&NodeName>) -> Option<NodeName> {
-        self.candidates
-            .iter()
-            .filter(|candidate| Some(candidate.node) != leader && !candidate.unwilling)
-            .max_by_key(|candidate| {
-                (
-                    !candidate.damped,
-                    score(id, candidate.node, candidate.weight),
-                )
-            })
-            .map(|candidate| candidate.node.clone())
-    }
-
-    fn named_successor(&self) -> Option<&'a NodeName> {
-        self.entries.iter().find_map(|entry| match entry.claim {
-            Some(Claim {
-                mode: ClaimMode::Yielding { to },
-                ..
-            }) => to.as_ref(),
-            _ => None,
-        })
-    }
-
-    fn view(&self, elector: &Elector, id: &str, own: Option<&Claim>) -> View {
-        let mut leading: Option<(&NodeName, &Claim)> = None;
-        for entry in &self.entries {
-            if entry.refusal.is_some_and(|reason| !reason.is_soft()) {
-                continue;
-            }
-            let claim = if *entry.node == elector.me {
-                own
-            } else {
-                entry.claim
-            };
-            let Some(claim) = claim else { continue };
-            // A claim that stays goes before one that yields, whatever their epochs.
-            let better = leading.is_none_or(|(node, best)| {
-                (claim.held(), true) > (best.held(), true)
-                    || (claim.held() == best.held()
-                        && beats(id, (entry.node, claim.epoch), (node, best.epoch)))
-            });
-            if better {
-                leading = Some((entry.node, claim));
-            }
-        }
-        let leader = leading.map(|(node, _)| node);
-        View {
-            leader: leader.cloned(),
-            standby: self.standby(id, leader),
-            epoch: leading.map_or(0, |(_, claim)| claim.epoch),
-            since: leading.map_or(0, |(_, claim)| claim.since),
-            eligible: self.candidates.len(),
-        }
     }
 }
 

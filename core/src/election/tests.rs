@@ -194,3 +194,28 @@ fn weights_shift_the_odds_exactly() {
         .collect();
     assert_eq!(seen.len(), 100);
 }
+
+#[test]
+fn a_silent_peer_is_reported_once_with_the_age_of_its_last_hello() {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    let ms = Duration::from_millis;
+    let index = crate::groups::GroupIndex::default();
+    let mut elector = Elector::new("me".into(), BootId(1), Config::default());
+    let lan: Arc<str> = "eth0".into();
+    let lost = |elector: &mut Elector, at| elector.tick(at, 0, &index, &BTreeSet::new()).lost;
+
+    elector.hello(&"peer".into(), BootId(2), &lan, ms(1_000));
+    assert!(lost(&mut elector, ms(1_100)).is_empty());
+    elector.hello(&"peer".into(), BootId(2), &lan, ms(1_300));
+    for at in (1_400..2_300).step_by(100) {
+        assert!(lost(&mut elector, ms(at)).is_empty(), "at {at} ms");
+    }
+    let expected = Lost {
+        node: "peer".into(),
+        unheard: ms(1_000),
+    };
+    assert_eq!(lost(&mut elector, ms(2_300)), [expected]);
+    assert!(lost(&mut elector, ms(2_400)).is_empty());
+}

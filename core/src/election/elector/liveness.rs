@@ -52,6 +52,15 @@ impl Peer {
     }
 }
 
+/// A peer that is heard no more, on no interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// Its name.
+    pub node: NodeName,
+    /// How long ago its last hello was.
+    pub unheard: Duration,
+}
+
 /// A peer, for display.
 #[expect(
     clippy::struct_excessive_bools,
@@ -179,11 +188,18 @@ impl Elector {
         }
         let lost = self.config.hello_lost;
         let mut changed = false;
-        for peer in self.peers.values_mut() {
+        for (name, peer) in &mut self.peers {
             let before = peer.hellos.len();
+            let last = peer.hellos.values().max().copied();
             peer.hellos
                 .retain(|_, heard| now.saturating_sub(*heard) < lost);
             changed |= peer.hellos.len() != before;
+            if let Some(last) = last.filter(|_| peer.hellos.is_empty()) {
+                self.lost.push(Lost {
+                    node: name.clone(),
+                    unheard: now.saturating_sub(last),
+                });
+            }
             let alive = peer.swim || !peer.hellos.is_empty();
             if alive != peer.alive {
                 peer.alive = alive;
