@@ -49,6 +49,12 @@ bench-speaker: setup-lab ## Idle cost of a speaker with 1 000 VIPs (release buil
 	cargo build --release --workspace --bins
 	cargo run --release -q -p landfall-tests --example bench-speaker
 
+.PHONY: bench-controller
+bench-controller: setup ## What it takes to give 1 000 and 10 000 Services addresses (release build, real API server)
+	cargo build --release --workspace --bins
+	cargo run --release -q -p landfall-tests --example bench-controller 1000
+	cargo run --release -q -p landfall-tests --example bench-controller 10000
+
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)
 	cargo deny check bans licenses sources

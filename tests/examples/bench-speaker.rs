@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use landfall_lab::manifests::Manifests;
 use landfall_lab::{Lab, Topology};
+use landfall_tests::usage::{Usage, value};
 use serde_json::json;
 
 const VIPS: u32 = 1000;
@@ -28,7 +29,7 @@ fn main() -> anyhow::Result<()> {
         led.clear();
         for node in lab.nodes() {
             let metrics = lab.speaker_metrics(&node.name).unwrap_or_default();
-            led.push(value(&metrics, "landfall_led_groups "));
+            led.push(value(&metrics, "landfall_led_groups ").unwrap_or(0.0));
         }
         if led.iter().sum::<f64>() >= f64::from(VIPS) {
             break;
@@ -57,7 +58,7 @@ fn main() -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for (index, node) in lab.nodes().iter().enumerate() {
         let cpu = after[index].cpu - before[index].cpu;
-        let (rss, peak) = (after[index].rss, after[index].peak);
+        let (rss, peak) = (after[index].rss, after[index].peak_rss);
         println!(
             "{:<8} {:>6} {cpu:>14.2} {rss:>9.1} {peak:>14.1}",
             node.name, led[index]
@@ -71,53 +72,11 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What one process has used so far.
-struct Usage {
-    cpu: f64,
-    rss: f64,
-    peak: f64,
-}
-
 fn usage(lab: &Lab) -> anyhow::Result<Vec<Usage>> {
     lab.nodes()
         .iter()
-        .map(|node| {
-            let pid = lab.pid(&node.name, "speaker").context("the speaker runs")?;
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-            // Behind the name in parentheses: state is field 3, utime 14, stime 15, in ticks of 10 ms.
-            let fields: Vec<&str> = stat
-                .rsplit(") ")
-                .next()
-                .unwrap_or_default()
-                .split(' ')
-                .collect();
-            let ticks = |index: usize| {
-                fields
-                    .get(index)
-                    .and_then(|text| text.parse::<f64>().ok())
-                    .unwrap_or(0.0)
-            };
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-            Ok(Usage {
-                cpu: (ticks(11) + ticks(12)) / 100.0,
-                rss: value(&status, "VmRSS:") / 1024.0,
-                peak: value(&status, "VmHWM:") / 1024.0,
-            })
-        })
+        .map(|node| Usage::of(lab.pid(&node.name, "speaker").context("the speaker runs")?))
         .collect()
-}
-
-/// The number behind `name` at the beginning of a line.
-fn value(text: &str, name: &str) -> f64 {
-    text.lines()
-        .find_map(|line| {
-            line.strip_prefix(name)?
-                .split_whitespace()
-                .next()?
-                .parse()
-                .ok()
-        })
-        .unwrap_or(0.0)
 }
 
 fn services() -> anyhow::Result<String> {

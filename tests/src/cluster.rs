@@ -31,6 +31,15 @@ impl Cluster {
     /// Builds the lab, starts the control plane, installs the chart, reports nodes and pods, starts kube-proxy on
     /// each node. Landfall's own processes do not run yet. Not to be called from async code.
     pub fn build(topology: Topology) -> anyhow::Result<Self> {
+        let cluster = Self::build_without_kube_proxy(topology)?;
+        for node in cluster.lab().nodes() {
+            cluster.plane.start_kube_proxy(&node.name)?;
+        }
+        Ok(cluster)
+    }
+
+    /// The same, but VIPs are not delivered.
+    pub fn build_without_kube_proxy(topology: Topology) -> anyhow::Result<Self> {
         let lab = Arc::new(Lab::build(topology)?);
         lab.serve_pods()?;
         let plane = ControlPlane::start(&lab)?;
@@ -45,9 +54,6 @@ impl Cluster {
             objects::create_pods(&client, &lab).await?;
             anyhow::Ok(())
         })?;
-        for node in lab.nodes() {
-            plane.start_kube_proxy(&node.name)?;
-        }
         let bpffs = Bpffs::mount(&lab.directory().join("bpf"))?;
         let gossip_key = lab.directory().join("gossip.key");
         let cluster = Self {

@@ -14,6 +14,7 @@
 //! - [`objects`]: Nodes and Pods as a kubelet would report them, and the tests' Services.
 //! - [`Cluster`]: all of it with the real speakers and controller.
 //! - [`client`]: asks VIPs as a client does.
+//! - [`usage`]: what a process costs.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -46,6 +47,7 @@ mod control_plane;
 mod forward;
 pub mod objects;
 mod pki;
+pub mod usage;
 
 pub use cluster::Cluster;
 pub use control_plane::{ControlPlane, HOST as CONTROL_HOST};

@@ -13,10 +13,11 @@ use serde_json::{Value, json};
 const POOL: &str = "
 apiVersion: landfall.dev/v1alpha1
 kind: IPAddressPool
+# Each Service has addresses that no client has heard of.
 metadata: {name: lan}
 spec:
   addresses: [10.88.0.200-10.88.0.240, 'fd00:88::200-fd00:88::240']
-  quarantine: 1s
+  quarantine: 1h
 ";
 
 #[test]
