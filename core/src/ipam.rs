@@ -25,6 +25,7 @@ mod decide;
 mod emit;
 mod free;
 mod ledger;
+mod pick;
 mod pool;
 mod pools;
 #[cfg(test)]

@@ -42,7 +42,8 @@ pub struct Args {
     #[arg(long, env = "LANDFALL_NODE_NAME")]
     pub node_name: Option<String>,
 
-    /// The namespace this speaker runs in.
+    /// The namespace this speaker runs in. Nothing that it writes is there; taken so that both programs are
+    /// started alike.
     #[arg(long, env = "LANDFALL_NAMESPACE", default_value = "landfall-system")]
     pub namespace: String,
 
