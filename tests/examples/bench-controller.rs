@@ -16,7 +16,7 @@ use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, Resource as _};
 use landfall_api::IPAddressPool;
 use landfall_lab::Topology;
-use landfall_tests::usage::Usage;
+use landfall_tests::usage::{Usage, value};
 use landfall_tests::{CONTROL_HOST, Cluster};
 use serde_json::json;
 
@@ -83,8 +83,18 @@ async fn run(cluster: &Cluster, number: usize) -> anyhow::Result<()> {
     let writes = difference(&writes_before, &until_quiet(&client, began).await?);
     let settled = controller()?;
     let mut speakers = 0.0_f64;
+    let mut transitions = BTreeMap::new();
     for node in cluster.lab().nodes() {
         speakers = speakers.max(Usage::of(pid(&node.name, "speaker")?)?.peak_rss);
+        let metrics = cluster.lab().speaker_metrics(&node.name)?;
+        for (what, reason) in [
+            ("leaderships taken", "taken"),
+            ("leaderships given up", "given-up"),
+            ("leaderships contested", "contested"),
+        ] {
+            let line = format!("landfall_transitions_total{{reason=\"{reason}\"}}");
+            *transitions.entry(what).or_default() += value(&metrics, &line).unwrap_or(0.0);
+        }
     }
     report(&Outcome {
         number,
@@ -94,6 +104,7 @@ async fn run(cluster: &Cluster, number: usize) -> anyhow::Result<()> {
         cpu_settled: settled.cpu - before.cpu,
         peak: settled.peak_rss,
         speaker_peak: speakers,
+        transitions,
         writes,
     });
     Ok(())
@@ -107,6 +118,7 @@ struct Outcome {
     cpu_settled: f64,
     peak: f64,
     speaker_peak: f64,
+    transitions: BTreeMap<&'static str, f64>,
     /// By what was written.
     writes: BTreeMap<String, f64>,
 }
@@ -145,6 +157,9 @@ fn report(outcome: &Outcome) {
     for (what, count) in &outcome.writes {
         println!("  {what:<30} {:>12.2}", count / number);
     }
+    for (what, count) in &outcome.transitions {
+        println!("{what:<32} {count:>12}");
+    }
     println!(
         "{}",
         json!({
@@ -158,6 +173,7 @@ fn report(outcome: &Outcome) {
             "speaker_peak_rss_mib": outcome.speaker_peak,
             "writes_per_service": per_service,
             "writes": outcome.writes,
+            "transitions": outcome.transitions,
         })
     );
 }
