@@ -34,6 +34,7 @@ use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
 use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
+use desired::Desired;
 use ready::Check;
 
 /// Time between two hellos.
@@ -100,7 +101,9 @@ pub struct Speaker {
     hosts_alive: BTreeSet<SocketAddr>,
     stale: BTreeSet<GroupId>,
     uplinks: BTreeSet<u32>,
+    desired: Desired,
     apply_at: Option<Duration>,
+    groups_changed: bool,
     hello_at: Duration,
     answer_at: Duration,
     expected: Expected,
@@ -131,7 +134,9 @@ impl Speaker {
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),
             uplinks: BTreeSet::new(),
+            desired: Desired::default(),
             apply_at: None,
+            groups_changed: true,
             hello_at: Duration::ZERO,
             answer_at: Duration::ZERO,
             expected: Expected::new(),
@@ -298,6 +303,11 @@ impl Speaker {
         self.check_ready(&changed, now);
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
+        if tick.all {
+            self.desired.forget();
+            self.apply_at.get_or_insert(now + APPLY_EVERY);
+        }
+        self.desired.touch(&changed);
         for lost in tick.lost {
             self.metrics.detection.observe(lost.unheard.as_secs_f64());
             tracing::warn!(peer = %lost.node, unheard = ?lost.unheard, "a speaker is heard on no interface any more");
@@ -310,9 +320,7 @@ impl Speaker {
         for id in &touched {
             self.announce(id);
         }
-        if !touched.is_empty() {
-            self.show_groups();
-        }
+        self.groups_changed |= !touched.is_empty();
         // Before the sources were listed, what an earlier run left in the kernel is right, and nothing here is.
         if self.index.is_synced() && self.apply_at.is_some_and(|at| now >= at) {
             self.apply_at = None;
@@ -323,6 +331,9 @@ impl Speaker {
             let uplinks: Vec<u32> = self.uplinks.iter().copied().collect();
             self.say_hello(&uplinks);
             self.show_peers();
+            if std::mem::take(&mut self.groups_changed) {
+                self.show_groups();
+            }
         }
         touched
     }

@@ -30,7 +30,7 @@ pub struct Rules {
     /// All VIPs of the cluster: what still carries one as destination in the forward hook is dropped.
     pub vips: BTreeSet<IpAddr>,
     /// The uplink (by name) of each VIP on this node: answers leave by it even when the route to the client does not.
-    pub uplinks: BTreeMap<IpAddr, String>,
+    pub uplinks: BTreeMap<IpAddr, Arc<str>>,
     /// Services whose endpoints are processes of nodes, delivered by Landfall itself.
     pub host_services: BTreeMap<HostService, HostTargets>,
 }
@@ -133,6 +133,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         kube_proxy: kube_proxy.clone(),
         written: None,
         routes: None,
+        routed: BTreeSet::new(),
         complaints: Vec::new(),
         own: VecDeque::new(),
     };

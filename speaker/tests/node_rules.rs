@@ -379,7 +379,7 @@ fn answers_leave_by_the_uplink_of_the_vip() {
     };
     let rules = Rules {
         vips: BTreeSet::from([vip]),
-        uplinks: BTreeMap::from([(vip, "eth1".to_owned())]),
+        uplinks: BTreeMap::from([(vip, "eth1".into())]),
         host_services: BTreeMap::from([(
             service,
             HostTargets {
@@ -441,7 +441,7 @@ fn mk_policy(vips: &[&str]) -> Rules {
     let vips = vips.iter().map(|vip| vip.parse::<IpAddr>().unwrap());
     Rules {
         vips: vips.clone().collect(),
-        uplinks: vips.map(|vip| (vip, "eth1".to_owned())).collect(),
+        uplinks: vips.map(|vip| (vip, "eth1".into())).collect(),
         ..Rules::default()
     }
 }

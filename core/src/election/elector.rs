@@ -105,6 +105,8 @@ pub struct Outgoing {
 pub struct Tick {
     /// What became of groups.
     pub changes: Vec<Change>,
+    /// Every group was looked at: a fact about nodes or interfaces changed.
+    pub all: bool,
     /// What to send.
     pub frames: Vec<Outgoing>,
     /// Peers that fell silent without having left.
@@ -340,7 +342,8 @@ impl Elector {
         self.last_tick = now;
 
         let names: Vec<NodeName> = self.alive().cloned().collect();
-        let due: BTreeSet<GroupId> = if std::mem::take(&mut self.all_dirty) {
+        tick.all = std::mem::take(&mut self.all_dirty);
+        let due: BTreeSet<GroupId> = if tick.all {
             self.segments.forget();
             self.dirty.clear();
             self.pending.clear();

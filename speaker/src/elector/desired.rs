@@ -2,14 +2,86 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use landfall_core::groups::{GroupId, GroupService};
+use landfall_core::groups::{Group, GroupId, GroupService};
 use landfall_core::ip::IpRange;
 
 use super::Speaker;
 use crate::announcer::{Announcement, Interface};
 use crate::datapath::DataPathState;
 use crate::node_rules::{HostService, HostTargets, Rules};
+
+/// What the rules should say, and what each group adds to it, so that a change costs what it changes.
+#[derive(Debug, Default)]
+pub(super) struct Desired {
+    rules: Rules,
+    parts: BTreeMap<GroupId, Rules>,
+    /// How many VIPs each uplink has.
+    uplinks: BTreeMap<Arc<str>, usize>,
+    stale: BTreeSet<GroupId>,
+    all_stale: bool,
+}
+
+impl Desired {
+    /// These groups are to be looked at again.
+    pub(super) fn touch(&mut self, groups: &BTreeSet<GroupId>) {
+        self.stale.extend(groups.iter().cloned());
+    }
+
+    /// All groups are.
+    pub(super) fn forget(&mut self) {
+        self.all_stale = true;
+    }
+
+    fn due<'a>(&mut self, all: impl Iterator<Item = &'a GroupId>) -> BTreeSet<GroupId> {
+        let mut due = std::mem::take(&mut self.stale);
+        if std::mem::take(&mut self.all_stale) {
+            due.extend(self.parts.keys().cloned());
+            due.extend(all.cloned());
+        }
+        due
+    }
+
+    fn remove(&mut self, id: &GroupId) {
+        let Some(part) = self.parts.remove(id) else {
+            return;
+        };
+        for vip in &part.vips {
+            self.rules.vips.remove(vip);
+        }
+        for (vip, uplink) in &part.uplinks {
+            self.rules.uplinks.remove(vip);
+            if let Some(count) = self.uplinks.get_mut(uplink) {
+                *count -= 1;
+                if *count == 0 {
+                    self.uplinks.remove(uplink);
+                }
+            }
+        }
+        for service in part.host_services.keys() {
+            self.rules.host_services.remove(service);
+        }
+    }
+
+    fn insert(&mut self, id: GroupId, part: Rules) {
+        self.rules.vips.extend(&part.vips);
+        for (vip, uplink) in &part.uplinks {
+            self.rules.uplinks.insert(*vip, uplink.clone());
+            *self.uplinks.entry(uplink.clone()).or_default() += 1;
+        }
+        let services = part.host_services.iter();
+        self.rules
+            .host_services
+            .extend(services.map(|(service, targets)| (service.clone(), targets.clone())));
+        self.parts.insert(id, part);
+    }
+
+    /// The uplinks that have VIPs.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.uplinks.keys().map(AsRef::as_ref)
+    }
+}
 
 impl Speaker {
     /// What this node is to announce of a group.
@@ -38,21 +110,27 @@ impl Speaker {
 
     /// Brings rules, data path and listening up to date.
     pub(super) fn apply(&mut self) {
-        let mut rules = Rules::default();
-        let mut uplinks: BTreeSet<u32> = self.likely_uplinks();
-        for group in self.index.groups().values() {
-            let places = self.election.places(group);
-            for vip in &group.vips {
-                rules.vips.insert(vip.address);
-                if let Some(place) = places.get(&vip.address) {
-                    uplinks.extend(self.interface(&place.name).map(|known| known.index));
-                    rules.uplinks.insert(vip.address, place.name.to_string());
-                }
-                for service in &group.services {
-                    self.host_services(vip.address, service, &mut rules.host_services);
-                }
+        let mut desired = std::mem::take(&mut self.desired);
+        let due = desired.due(self.index.groups().keys());
+        // An address may go from one group to another: first what goes, then what comes.
+        for id in &due {
+            desired.remove(id);
+        }
+        for id in due {
+            if let Some(group) = self.index.groups().get(&id) {
+                let part = self.part(group);
+                desired.insert(id, part);
             }
         }
+        self.desired = desired;
+
+        let mut uplinks: BTreeSet<u32> = self.likely_uplinks();
+        uplinks.extend(
+            self.desired
+                .names()
+                .filter_map(|name| Some(self.interface(name)?.index)),
+        );
+        let rules = self.desired.rules.clone();
         let state = DataPathState {
             uplinks: uplinks.clone(),
             vips: rules.vips.clone(),
@@ -65,6 +143,22 @@ impl Speaker {
             self.uplinks = uplinks;
             self.hello_at = std::time::Duration::ZERO;
         }
+    }
+
+    /// What one group adds to the rules.
+    fn part(&self, group: &Group) -> Rules {
+        let mut part = Rules::default();
+        let places = self.election.places(group);
+        for vip in &group.vips {
+            part.vips.insert(vip.address);
+            if let Some(place) = places.get(&vip.address) {
+                part.uplinks.insert(vip.address, place.name.clone());
+            }
+            for service in &group.services {
+                self.host_services(vip.address, service, &mut part.host_services);
+            }
+        }
+        part
     }
 
     fn host_services(

@@ -130,6 +130,7 @@ impl Speaker {
                     .any(|nodes| nodes.values().any(|known| *known == endpoint))
             });
             if concerns {
+                self.desired.touch(&BTreeSet::from([id.clone()]));
                 self.checks.insert(
                     id.clone(),
                     Check {

@@ -293,7 +293,7 @@ fn rules_and_data_path_follow() {
     let host = world.host("n1");
     let rules = host.lower.rules();
     assert_eq!(rules.vips.len(), 2);
-    assert!(rules.uplinks.values().all(|uplink| uplink == "eth0"));
+    assert!(rules.uplinks.values().all(|uplink| &**uplink == "eth0"));
     let state = host
         .lower
         .state

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use landfall_core::ip::Family;
 use serde::Deserialize;
@@ -27,6 +28,10 @@ struct Route {
 }
 
 impl Route {
+    fn is_by(&self, interface: &str) -> bool {
+        self.dev.as_deref() == Some(interface)
+    }
+
     fn is_main(&self) -> bool {
         self.table.is_none()
     }
@@ -48,16 +53,28 @@ struct Rule {
 /// What should be there for one uplink and family.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PolicyRoute {
-    uplink: String,
+    uplink: Arc<str>,
     family: Family,
     gateway: IpAddr,
     mark: u32,
     table: u32,
 }
 
-/// The policy routes that `rules` want on this node, and a word on each that cannot be made.
+/// The uplinks of VIPs, by family.
+pub(super) fn uplinks(rules: &Rules) -> BTreeSet<(Arc<str>, Family)> {
+    let mut uplinks = BTreeSet::new();
+    for (vip, uplink) in &rules.uplinks {
+        let uplink = (uplink.clone(), Family::of(*vip));
+        if !uplinks.contains(&uplink) {
+            uplinks.insert(uplink);
+        }
+    }
+    uplinks
+}
+
+/// The policy routes that these uplinks want on this node, and a word on each that cannot be made.
 pub(super) async fn plan(
-    rules: &Rules,
+    uplinks: &BTreeSet<(Arc<str>, Family)>,
     config: &Config,
 ) -> Result<(BTreeSet<PolicyRoute>, Vec<String>), ToolError> {
     let mut wanted = BTreeSet::new();
@@ -65,17 +82,7 @@ pub(super) async fn plan(
     if !config.policy_routes {
         return Ok((wanted, missing));
     }
-    let uplinks: BTreeSet<(&String, Family)> = rules
-        .uplinks
-        .iter()
-        .map(|(vip, uplink)| (uplink, Family::of(*vip)))
-        .collect();
-    let names: Vec<&String> = rules
-        .uplinks
-        .values()
-        .collect::<BTreeSet<_>>()
-        .into_iter()
-        .collect();
+    let names: BTreeSet<&str> = uplinks.iter().map(|(name, _)| &**name).collect();
     let mut defaults = BTreeMap::new();
     for family in [Family::V4, Family::V6] {
         if uplinks.iter().any(|(_, of)| *of == family) {
@@ -83,24 +90,24 @@ pub(super) async fn plan(
         }
     }
     for (uplink, family) in uplinks {
-        let routes = &defaults[&family];
+        let routes = &defaults[family];
         let preferred = routes
             .iter()
             .filter(|route| route.is_main())
             .min_by_key(|route| route.metric);
-        if preferred.is_some_and(|route| route.dev.as_ref() == Some(uplink)) {
+        if preferred.is_some_and(|route| route.is_by(uplink)) {
             continue;
         }
         let configured = config
             .gateways
             .iter()
-            .find(|(name, gateway)| name == uplink && Family::of(*gateway) == family)
+            .find(|(name, gateway)| **name == **uplink && Family::of(*gateway) == *family)
             .map(|(_, gateway)| *gateway);
         let routed = || {
             routes
                 .iter()
                 .filter(|route| route.number().is_none_or(|table| !config.owns(table)))
-                .find(|route| route.dev.as_ref() == Some(uplink) && route.gateway.is_some())
+                .find(|route| route.is_by(uplink) && route.gateway.is_some())
                 .and_then(|route| route.gateway)
         };
         let Some(gateway) = configured.or_else(routed) else {
@@ -113,7 +120,7 @@ pub(super) async fn plan(
         };
         let index = names
             .iter()
-            .position(|name| *name == uplink)
+            .position(|name| *name == &**uplink)
             .unwrap_or_default();
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let Some(mark) = config.mark(index) else {
@@ -125,7 +132,7 @@ pub(super) async fn plan(
         };
         wanted.insert(PolicyRoute {
             uplink: uplink.clone(),
-            family,
+            family: *family,
             gateway,
             mark,
             table: config.table + index,
@@ -221,7 +228,7 @@ pub(super) async fn are_there(
             let table = wanted.table.to_string();
             routes.iter().any(|route| {
                 route.number() == Some(wanted.table)
-                    && route.dev.as_ref() == Some(&wanted.uplink)
+                    && route.is_by(&wanted.uplink)
                     && route.gateway == Some(wanted.gateway)
             }) && [
                 (config.priority, "main"),

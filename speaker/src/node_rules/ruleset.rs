@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use landfall_core::ip::Family;
 
@@ -12,7 +13,7 @@ use super::{HostService, HostTargets, Rules};
 pub(super) const TABLE: &str = "landfall";
 
 /// An uplink whose answers are marked, and with what.
-pub(super) type Marks = BTreeMap<String, u32>;
+pub(super) type Marks = BTreeMap<Arc<str>, u32>;
 
 /// The chains, empty, and the sets. Idempotent; takes nothing away.
 fn skeleton() -> String {
@@ -38,7 +39,7 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
     let _ = writeln!(text, "flush table inet {TABLE}");
     let _ = writeln!(text, "flush set inet {TABLE} vips4");
     let _ = writeln!(text, "flush set inet {TABLE} vips6");
-    elements(&mut text, "add", &rules.vips);
+    elements(&mut text, "add", "vips", &rules.vips);
     for (protocol, counter, set) in [("ip", "guard4", "vips4"), ("ip6", "guard6", "vips6")] {
         let _ = writeln!(
             text,
@@ -51,49 +52,67 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
 }
 
 /// From `old` to `new`, when only VIPs came or went; `None` when the chains change too.
-pub(super) fn change(old: &Rules, new: &Rules) -> Option<String> {
-    if old.uplinks != new.uplinks || old.host_services != new.host_services {
+pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> {
+    if old.host_services != new.host_services {
         return None;
     }
     let mut text = String::new();
-    elements(&mut text, "delete", &(&old.vips - &new.vips));
-    elements(&mut text, "add", &(&new.vips - &old.vips));
+    replace(&mut text, "vips", &old.vips, &new.vips);
+    for (uplink, mark) in marks {
+        let (old, new) = (old.vips_of(uplink), new.vips_of(uplink));
+        replace(&mut text, &answered(*mark), &old, &new);
+    }
     Some(text)
 }
 
-fn elements(text: &mut String, verb: &str, vips: &BTreeSet<IpAddr>) {
-    for (family, set) in [(Family::V4, "vips4"), (Family::V6, "vips6")] {
-        let list = join(vips.iter().filter(|vip| Family::of(**vip) == family));
+fn replace(text: &mut String, set: &str, old: &BTreeSet<IpAddr>, new: &BTreeSet<IpAddr>) {
+    elements(text, "delete", set, &(old - new));
+    elements(text, "add", set, &(new - old));
+}
+
+/// `set` is named without its family.
+fn elements(text: &mut String, verb: &str, set: &str, vips: &BTreeSet<IpAddr>) {
+    for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
+        let mut list = String::new();
+        for vip in vips.iter().filter(|vip| Family::of(**vip) == family) {
+            let comma = if list.is_empty() { "" } else { ", " };
+            let _ = write!(list, "{comma}{vip}");
+        }
         if !list.is_empty() {
-            let _ = writeln!(text, "{verb} element inet {TABLE} {set} {{ {list} }}");
+            let _ = writeln!(
+                text,
+                "{verb} element inet {TABLE} {set}{suffix} {{ {list} }}"
+            );
         }
     }
+}
+
+/// The set, without its family, of the VIPs whose answers get this mark.
+fn answered(mark: u32) -> String {
+    format!("answered-{mark:x}-")
 }
 
 /// Marks what answers a connection that was made to a VIP of an uplink. The connection is asked, since the packet
 /// of a pod still carries the pod's address when it is routed.
 fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
     for (uplink, mark) in marks {
-        for (family, protocol) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
-            let vips = join(
-                rules
-                    .uplinks
-                    .iter()
-                    .filter(|(vip, name)| *name == uplink && Family::of(**vip) == family)
-                    .map(|(vip, _)| vip),
+        let set = answered(*mark);
+        for (suffix, protocol, kind) in [(4, "ip", "ipv4_addr"), (6, "ip6", "ipv6_addr")] {
+            let _ = writeln!(
+                text,
+                "add set inet {TABLE} {set}{suffix} {{ type {kind}; }}"
             );
-            if vips.is_empty() {
-                continue;
-            }
+            let _ = writeln!(text, "flush set inet {TABLE} {set}{suffix}");
             for chain in ["mark-answers", "mark-own-answers"] {
                 let _ = writeln!(
                     text,
-                    "add rule inet {TABLE} {chain} ct direction reply ct original {protocol} daddr {{ {vips} }} \
+                    "add rule inet {TABLE} {chain} ct direction reply ct original {protocol} daddr @{set}{suffix} \
                      meta mark set meta mark and {:#x} or {mark:#x}",
                     !mask
                 );
             }
         }
+        elements(text, "add", &set, &rules.vips_of(uplink));
     }
 }
 
@@ -156,6 +175,13 @@ fn protocol(address: IpAddr) -> &'static str {
     }
 }
 
-fn join<'a>(vips: impl Iterator<Item = &'a IpAddr>) -> String {
-    vips.map(IpAddr::to_string).collect::<Vec<_>>().join(", ")
+impl Rules {
+    /// The VIPs whose uplink this is.
+    fn vips_of(&self, uplink: &str) -> BTreeSet<IpAddr> {
+        self.uplinks
+            .iter()
+            .filter(|(_, name)| ***name == *uplink)
+            .map(|(vip, _)| *vip)
+            .collect()
+    }
 }

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use landfall_core::ip::Family;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -40,6 +41,8 @@ pub(super) struct Worker {
     pub(super) written: Option<Rules>,
     /// The policy routes there are; unknown at first, as an earlier speaker may have left some.
     pub(super) routes: Option<BTreeSet<PolicyRoute>>,
+    /// What those were planned for.
+    pub(super) routed: BTreeSet<(Arc<str>, Family)>,
     pub(super) complaints: Vec<String>,
     /// The processes that made our last changes.
     pub(super) own: VecDeque<u32>,
@@ -156,16 +159,14 @@ impl Worker {
     /// The table is written even if routes cannot be: the guard must not wait for them.
     async fn write(&mut self, rules: Rules) -> Result<(), ToolError> {
         let routed = self.route(&rules).await;
+        let marks = self.routes.as_ref().map(routes::marks).unwrap_or_default();
         let change = routed
             .as_ref()
             .is_ok_and(|changed| !changed)
             .then_some(self.written.as_ref())
             .flatten()
-            .and_then(|written| ruleset::change(written, &rules));
-        let text = change.unwrap_or_else(|| {
-            let marks = self.routes.as_ref().map(routes::marks).unwrap_or_default();
-            ruleset::whole(&rules, &marks, self.config.mark_mask)
-        });
+            .and_then(|written| ruleset::change(written, &rules, &marks));
+        let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, self.config.mark_mask));
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.own.push_front(process);
@@ -177,7 +178,13 @@ impl Worker {
 
     /// Makes the policy routes so; whether they changed.
     async fn route(&mut self, rules: &Rules) -> Result<bool, ToolError> {
-        let (planned, complaints) = routes::plan(rules, &self.config).await?;
+        let uplinks = routes::uplinks(rules);
+        // Another change of the routes is heard of, and leads to `are_routes_right`.
+        if self.routes.is_some() && self.routed == uplinks {
+            return Ok(false);
+        }
+        let (planned, complaints) = routes::plan(&uplinks, &self.config).await?;
+        self.routed = uplinks;
         if complaints != self.complaints {
             for complaint in &complaints {
                 tracing::warn!("{complaint}");
@@ -195,10 +202,10 @@ impl Worker {
 
     /// Whether the routes still are what they should be, now that some route, rule or link changed.
     async fn are_routes_right(&self) -> bool {
-        let Some(rules) = &self.written else {
+        if self.written.is_none() {
             return true; // about to be written anyway
-        };
-        let Ok((planned, _)) = routes::plan(rules, &self.config).await else {
+        }
+        let Ok((planned, _)) = routes::plan(&self.routed, &self.config).await else {
             return false;
         };
         self.routes.as_ref() == Some(&planned)
