@@ -361,8 +361,8 @@ impl Lab {
         self.directory.join(ledger::PINS)
     }
 
-    /// Mounts it, when first asked to.
-    pub(crate) fn mount_pins(&self) -> Result<PathBuf> {
+    /// A bpf file system of the lab's own, mounted when first asked for: that of the machine may be missing.
+    pub fn mount_pins(&self) -> Result<PathBuf> {
         let path = self.bpf_directory();
         if !path.exists() {
             fs::create_dir(&path).context(|| format!("creating {}", path.display()))?;

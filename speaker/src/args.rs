@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use landfall_runtime::args::KubeArgs;
 use landfall_runtime::telemetry::LogArgs;
 
@@ -26,9 +26,15 @@ Look at it:
   curl -s localhost:7951/metrics
   curl -s localhost:7951/debug/state | jq .groups";
 
+const UNINSTALL_EXAMPLES: &str = "\
+Example, on each node, once the DaemonSet is gone:
+  landfall-speaker uninstall
+
+Exit codes: 0 nothing is left, 1 something could not be removed (the message says what), 2 usage.";
+
 /// Landfall's speaker: elects who announces each virtual IP, and announces it.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "landfall-speaker", version, after_help = EXAMPLES)]
+#[command(name = "landfall-speaker", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Args {
     /// How to reach the API server.
     #[command(flatten)]
@@ -136,6 +142,27 @@ pub struct Args {
     )]
     pub uplink_gateway: Vec<(String, IpAddr)>,
 
+    /// Where it pins.
+    #[command(flatten)]
+    pub pins: PinArgs,
+
+    /// Something else to do than to run.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What a speaker does besides running.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Remove what a speaker leaves on this node when it stops: eBPF programs, maps and pins, the nftables table
+    /// `inet landfall`, policy routes. Stop the speaker first: one that runs puts it all back.
+    #[command(after_help = UNINSTALL_EXAMPLES)]
+    Uninstall(PinArgs),
+}
+
+/// Where things outlive the process.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PinArgs {
     /// Where eBPF programs and maps are pinned.
     #[arg(
         long,

@@ -25,3 +25,4 @@ pub mod node_rules;
 pub mod runtime;
 pub mod status;
 mod sys;
+pub mod uninstall;

@@ -94,7 +94,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         },
         &mut registry,
     );
-    let datapath = datapath::start(datapath::Config::new(&args.bpf_pin_dir), &mut registry);
+    let datapath = datapath::start(datapath::Config::new(&args.pins.bpf_pin_dir), &mut registry);
     let parts = Parts {
         announcer: Arc::new(announcer),
         rules: Arc::new(rules),

@@ -10,13 +10,10 @@ use base64::engine::general_purpose::STANDARD;
 use kube::Client;
 use landfall_lab::{Lab, Program, Topology, fault::SPEAKER};
 
-use crate::bpffs::Bpffs;
 use crate::{ControlPlane, chart, control_plane, objects};
 
 /// The cluster. Dropping it ends all of it.
 pub struct Cluster {
-    // Dropped in this order: the mount goes before the lab's directory.
-    bpffs: Bpffs,
     plane: ControlPlane,
     kubeconfigs: Kubeconfigs,
     gossip_key: PathBuf,
@@ -54,10 +51,8 @@ impl Cluster {
             objects::create_pods(&client, &lab).await?;
             anyhow::Ok(())
         })?;
-        let bpffs = Bpffs::mount(&lab.directory().join("bpf"))?;
         let gossip_key = lab.directory().join("gossip.key");
         let cluster = Self {
-            bpffs,
             plane,
             kubeconfigs,
             gossip_key,
@@ -127,7 +122,10 @@ impl Cluster {
             .option("--node-name", node)
             .option("--namespace", chart::NAMESPACE)
             .option("--gossip-key-file", self.gossip_key.display())
-            .option("--bpf-pin-dir", self.bpffs.directory().join(node).display());
+            .option(
+                "--bpf-pin-dir",
+                self.lab().mount_pins()?.join(node).display(),
+            );
         for arg in args {
             program = program.arg(*arg);
         }

@@ -39,7 +39,6 @@
 //! `target/e2e-results` when a test panics.
 
 mod binaries;
-mod bpffs;
 pub mod chart;
 pub mod client;
 mod cluster;
