@@ -43,16 +43,28 @@ pub struct L2AdvertisementSpec {
         rename = "ipAddressPoolSelectors"
     )]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new(crate::selector::NOT_EMPTY)
+            .message("spec.ipAddressPoolSelectors: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+    )]
     pub ip_address_pool_selectors: Vec<LabelSelector>,
 
     /// Services that this is for; none means all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new(crate::selector::NOT_EMPTY)
+            .message("spec.serviceSelectors: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+    )]
     pub service_selectors: Vec<LabelSelector>,
 
     /// Nodes that may announce; none means all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new(crate::selector::NOT_EMPTY)
+            .message("spec.nodeSelectors: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+    )]
     pub node_selectors: Vec<LabelSelector>,
 
     /// Interfaces to announce on, by name or glob (`bond0`, `eth*`); none means the one with the address's subnet.
@@ -67,6 +79,12 @@ pub struct L2AdvertisementSpec {
     /// Preferences among the nodes that may announce.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new("self.all(p, p.weight >= 1 && p.weight <= 100)")
+            .message("spec.preferredNodeSelectors: weight must be 1 to 100; to express no preference leave the entry out"),
+        validation = Rule::new("self.all(p, (has(p.preference.matchLabels) && p.preference.matchLabels.size() > 0) || (has(p.preference.matchExpressions) && p.preference.matchExpressions.size() > 0))")
+            .message("spec.preferredNodeSelectors: an empty preference prefers every node; give it matchLabels or matchExpressions, or leave the entry out"),
+    )]
     pub preferred_node_selectors: Vec<PreferredNodeSelector>,
 
     /// A better node takes an address back when it returns. By default whoever leads goes on.
@@ -91,7 +109,7 @@ pub struct L2AdvertisementSpec {
 #[serde(rename_all = "camelCase")]
 pub struct PreferredNodeSelector {
     /// Added to the weight of the nodes that match, 1 to 100.
-    #[schemars(with = "i64", range(min = 1, max = 100))]
+    #[schemars(with = "i64")]
     pub weight: u32,
     /// Which nodes.
     pub preference: LabelSelector,

@@ -16,6 +16,7 @@ pub mod annotations;
 pub mod conditions;
 pub mod duration;
 pub mod pool;
+mod selector;
 pub mod virtual_ip;
 
 pub use advertisement::{L2Advertisement, L2AdvertisementSpec};

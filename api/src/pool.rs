@@ -41,8 +41,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 pub struct IPAddressPoolSpec {
     /// The addresses: CIDRs (`192.0.2.0/28`) or inclusive ranges (`192.0.2.10-192.0.2.20`), IPv4 and IPv6.
-    #[schemars(length(min = 1, max = 64), inner(length(min = 3, max = 90)))]
+    #[schemars(length(max = 64), inner(length(max = 90)))]
     #[x_kube(
+        validation = Rule::new("self.size() > 0")
+            .message("spec.addresses is empty: name at least one CIDR such as 192.0.2.0/28 or range such as 192.0.2.10-192.0.2.20"),
         validation = Rule::new("self.all(a, a.contains('-') ? (a.split('-').size() == 2 && a.split('-').all(p, isIP(p.trim()))) : isCIDR(a))")
             .message("spec.addresses: every entry must be a CIDR such as 192.0.2.0/28 or a range such as 192.0.2.10-192.0.2.20; write a single address as 192.0.2.10/32 or fd00::10/128"),
         validation = Rule::new("self.all(a, !a.contains('-') || a.split('-').size() != 2 || !a.split('-').all(p, isIP(p.trim())) || ip(a.split('-')[0].trim()).family() == ip(a.split('-')[1].trim()).family())")
@@ -53,6 +55,10 @@ pub struct IPAddressPoolSpec {
             .message("spec.addresses: an entry stands twice; remove one"),
         validation = Rule::new("self.all(a, !isCIDR(a) || self.all(b, a == b || !isCIDR(b) || !cidr(a).containsCIDR(cidr(b))))")
             .message("spec.addresses: one entry contains another; remove the smaller one"),
+        validation = Rule::new("self.all(a, !a.contains('-') || [a.split('-')].all(r, r.size() != 2 || !isIP(r[0].trim()) || !isIP(r[1].trim()) || self.all(c, !isCIDR(c) || (!cidr(c).containsIP(r[0].trim()) && !cidr(c).containsIP(r[1].trim())))))")
+            .message("spec.addresses: a range overlaps a CIDR; remove or shorten one of them"),
+        validation = Rule::new(reversed_v6())
+            .message("spec.addresses: a range ends before it begins; swap its two addresses"),
     )]
     pub addresses: Vec<String>,
 
@@ -89,25 +95,45 @@ pub struct IPAddressPoolSpec {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("has(self.namespaces) || has(self.namespaceSelectors) || has(self.serviceSelectors) || self.priority > 0")
+    validation = Rule::new("has(self.namespaces) || has(self.namespaceSelectors) || has(self.serviceSelectors) || self.priority != 0")
         .message("spec.serviceAllocation admits nobody in particular: name namespaces, namespaceSelectors or serviceSelectors, or set a priority, or leave serviceAllocation out"),
 )]
 pub struct ServiceAllocation {
     /// Pools with a lower number are tried first; pools with 0 and pools without allocation rules come last.
     #[serde(default)]
-    #[schemars(with = "i64", range(min = 0, max = 1_000_000))]
+    #[schemars(with = "i64")]
+    #[x_kube(
+        validation = Rule::new("self >= 0 && self <= 1000000")
+            .message("spec.serviceAllocation.priority must be 0 to 1000000; write a number in that range, lower is tried first"),
+    )]
     pub priority: u32,
     /// Namespaces by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256), inner(length(min = 1, max = 63)))]
+    #[x_kube(
+        validation = Rule::new("self.size() > 0")
+            .message("spec.serviceAllocation.namespaces is an empty list and would admit nobody: name a namespace or leave the field out"),
+    )]
     pub namespaces: Vec<String>,
     /// Namespaces by label.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new("self.size() > 0")
+            .message("spec.serviceAllocation.namespaceSelectors is an empty list and would admit nobody: write a selector or leave the field out"),
+        validation = Rule::new(crate::selector::NOT_EMPTY)
+            .message("spec.serviceAllocation.namespaceSelectors: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+    )]
     pub namespace_selectors: Vec<LabelSelector>,
     /// Services by label.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
+    #[x_kube(
+        validation = Rule::new("self.size() > 0")
+            .message("spec.serviceAllocation.serviceSelectors is an empty list and would admit nobody: write a selector or leave the field out"),
+        validation = Rule::new(crate::selector::NOT_EMPTY)
+            .message("spec.serviceAllocation.serviceSelectors: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+    )]
     pub service_selectors: Vec<LabelSelector>,
 }
 
@@ -147,4 +173,21 @@ fn yes() -> bool {
 
 fn default_quarantine() -> String {
     "60s".into()
+}
+
+/// Refuses IPv6 ranges that end before they begin. CEL cannot compare addresses, but it knows prefixes: take the
+/// longest prefix of the begin that contains the end; the next bit is the first in which they differ. The begin
+/// is the lower one when it has a zero there, that is when masking by one bit more changes nothing.
+fn reversed_v6() -> String {
+    let lengths = (0..128)
+        .map(|n| n.to_string())
+        .collect::<Vec<_>>()
+        .join(",");
+    format!(
+        "self.all(a, !a.contains('-') || !a.contains(':') || [a.split('-')].all(r, r.size() != 2 \
+         || !isIP(r[0].trim()) || !isIP(r[1].trim()) || ip(r[0].trim()).family() == 4 || ip(r[0].trim()) == ip(r[1].trim()) \
+         || [{lengths}].exists(n, cidr(r[0].trim() + '/' + string(n)).containsIP(r[1].trim()) \
+         && !cidr(r[0].trim() + '/' + string(n + 1)).containsIP(r[1].trim()) \
+         && cidr(r[0].trim() + '/' + string(n)).masked().ip() == cidr(r[0].trim() + '/' + string(n + 1)).masked().ip())))"
+    )
 }

@@ -53,7 +53,7 @@ pub struct GroupService {
     /// Nodes with servable endpoints, whatever the policy.
     pub endpoint_nodes: BTreeSet<NodeName>,
     /// Endpoints that are processes of nodes, by port; empty when any endpoint is a pod.
-    pub host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, SocketAddr>>,
+    pub host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, BTreeSet<SocketAddr>>>,
 }
 
 /// Addresses that move together.
@@ -439,8 +439,7 @@ impl GroupIndex {
     fn group_service(&self, key: ObjectKey) -> GroupService {
         let service = self.services.get(&key);
         let mut endpoint_nodes = BTreeSet::new();
-        let mut host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, SocketAddr>> =
-            BTreeMap::new();
+        let mut host_endpoints = BTreeMap::<_, BTreeMap<_, BTreeSet<_>>>::new();
         let mut only_hosts = self.host_endpoints;
         let ports = service
             .map(|service| service.ports.clone())
@@ -470,7 +469,9 @@ impl GroupIndex {
                         host_endpoints
                             .entry((port.protocol, port.port))
                             .or_default()
-                            .insert(node.clone(), SocketAddr::new(endpoint.address, target.port));
+                            .entry(node.clone())
+                            .or_default()
+                            .insert(SocketAddr::new(endpoint.address, target.port));
                     }
                 }
             }

@@ -97,6 +97,7 @@ impl Ipam {
             Outcome::NotOurs | Outcome::Foreign(_) | Outcome::Undecided => None,
             Outcome::Assigned { .. } | Outcome::Refused(_) => Some(in_order(&service, &state.held)),
         };
+        let turn = turn(state, announced.as_ref());
         let conditions: Vec<Condition> = assigned.clone().into_iter().chain(announced).collect();
         let said = (ingress, conditions);
         let observed = (service.ingress.clone(), our_conditions(&service));
@@ -120,7 +121,7 @@ impl Ipam {
             return None;
         }
         let notice = if assigned == state.notified {
-            None
+            turn
         } else {
             notice(state, assigned.as_ref())
         };
@@ -360,6 +361,22 @@ fn shows(service: &Service, addresses: &[IpAddr]) -> bool {
                 entry.address == Some(address)
                     && entry.ip_mode.as_deref().is_none_or(|mode| mode == "VIP")
             })
+}
+
+/// The Event of a Service whose addresses are announced no more, or again. A conflict's is the speaker's: it saw it.
+fn turn(state: &ServiceState, now: Option<&Condition>) -> Option<Notice> {
+    let now = now?;
+    let said = state.said.as_ref().map(|((_, said), _)| said);
+    let before = said
+        .unwrap_or(&state.service.conditions)
+        .iter()
+        .find(|condition| condition.kind == ANNOUNCED);
+    let same = before.is_some_and(|it| it.status == now.status && it.reason == now.reason);
+    (!same && now.reason != ADDRESS_CONFLICT).then(|| Notice {
+        warning: now.status != "True",
+        reason: now.reason.clone(),
+        message: now.message.clone(),
+    })
 }
 
 fn notice(state: &ServiceState, condition: Option<&Condition>) -> Option<Notice> {

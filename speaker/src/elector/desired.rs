@@ -171,13 +171,25 @@ impl Speaker {
             let mut targets = HostTargets::default();
             let of_family = endpoints
                 .iter()
+                .flat_map(|(node, endpoints)| {
+                    endpoints.iter().map(move |endpoint| (node, endpoint))
+                })
                 .filter(|(_, endpoint)| endpoint.is_ipv4() == vip.is_ipv4());
+            let mut dead = Vec::new();
             for (node, endpoint) in of_family {
                 if *node != self.identity.node {
-                    targets.remote.push(*endpoint);
+                    // Files go on naming nodes that are gone.
+                    if self.election.is_alive(node) {
+                        targets.remote.push(*endpoint);
+                    } else {
+                        dead.push(*endpoint);
+                    }
                 } else if self.hosts_alive.contains(endpoint) {
                     targets.local = Some(*endpoint);
                 }
+            }
+            if targets.remote.is_empty() {
+                targets.remote = dead;
             }
             let service = HostService {
                 vip,

@@ -85,7 +85,7 @@ impl Speaker {
             return service.host_endpoints.values().all(|nodes| {
                 nodes
                     .get(&self.identity.node)
-                    .is_some_and(|endpoint| self.hosts_alive.contains(endpoint))
+                    .is_some_and(|endpoints| !endpoints.is_disjoint(&self.hosts_alive))
             });
         }
         let mut blind = false;
@@ -127,7 +127,7 @@ impl Speaker {
                 service
                     .host_endpoints
                     .values()
-                    .any(|nodes| nodes.values().any(|known| *known == endpoint))
+                    .any(|nodes| nodes.values().any(|known| known.contains(&endpoint)))
             });
             if concerns {
                 self.desired.touch(&BTreeSet::from([id.clone()]));
@@ -169,7 +169,9 @@ impl Speaker {
                 .values()
                 .flat_map(|group| &group.services)
                 .flat_map(|service| service.host_endpoints.values())
-                .filter_map(|nodes| nodes.get(&self.identity.node).copied())
+                .filter_map(|nodes| nodes.get(&self.identity.node))
+                .flatten()
+                .copied()
                 .collect();
         }
         questions

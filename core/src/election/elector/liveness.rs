@@ -135,6 +135,11 @@ impl Elector {
         new
     }
 
+    /// Whether a node counts as alive; this one does.
+    pub fn is_alive(&self, node: &NodeName) -> bool {
+        *node == self.me || self.peers.get(node).is_some_and(|peer| peer.alive)
+    }
+
     /// Every peer that is known, for display.
     pub fn peers(&self) -> impl Iterator<Item = PeerView> {
         self.peers.iter().map(|(name, peer)| {
