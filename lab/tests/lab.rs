@@ -68,18 +68,6 @@ fn a_lab_without_management_goes_by_the_uplink() {
 }
 
 #[test]
-fn the_switch_snoops() {
-    let lab = Lab::build(Topology {
-        nodes: 1,
-        ..Topology::default()
-    })
-    .unwrap();
-    let bridge = lab.switch().ip("-d link show br-lan").unwrap();
-    assert!(bridge.contains("mcast_snooping 1"), "{bridge}");
-    assert!(bridge.contains("mcast_querier 1"), "{bridge}");
-}
-
-#[test]
 fn pods_answer_with_their_names() {
     let lab = Lab::build(Topology {
         nodes: 1,
