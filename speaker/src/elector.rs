@@ -186,7 +186,9 @@ impl Speaker {
             }
             AnnouncerEvent::Probed { vip, outcome } => match outcome {
                 ProbeOutcome::Free => {
-                    self.conflicts.remove(&vip);
+                    if self.conflicts.remove(&vip).is_some() {
+                        self.look_again(vip);
+                    }
                 }
                 ProbeOutcome::Taken { by } => self.conflict(vip, by, true, now),
             },
@@ -208,6 +210,15 @@ impl Speaker {
             seen: now,
         };
         self.conflicts.insert(vip, conflict);
+        self.look_again(vip);
+    }
+
+    /// What is said of an announced address may be another thing now.
+    fn look_again(&mut self, vip: IpAddr) {
+        let mut groups = self.announced.iter();
+        if let Some((id, _)) = groups.find(|(_, vips)| vips.contains_key(&vip)) {
+            self.stale.insert(id.clone());
+        }
     }
 
     fn hello(&mut self, interface: u32, payload: &[u8], now: Duration) {
@@ -299,7 +310,14 @@ impl Speaker {
         let over = |conflict: &Conflict| {
             !conflict.held_back && now.saturating_sub(conflict.seen) >= CONFLICT_LASTS
         };
-        self.conflicts.retain(|_, conflict| !over(conflict));
+        let past: Vec<IpAddr> = self
+            .conflicts
+            .extract_if(.., |_, conflict| over(conflict))
+            .map(|(vip, _)| vip)
+            .collect();
+        for vip in past {
+            self.look_again(vip);
+        }
         self.check_ready(&changed, now);
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);

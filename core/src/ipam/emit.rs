@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use super::decide::{LossReason, Outcome};
 use super::pool::PoolState;
 use super::status::{
-    ADDRESS_ASSIGNED, ANNOUNCED, Changes, Notice, Overlap, PoolStatus, Record, RecordChange,
-    ServiceStatus, VIRTUAL_IP_ANNOUNCED,
+    ADDRESS_ASSIGNED, ADDRESS_CONFLICT, ANNOUNCED, Changes, Notice, Overlap, PoolStatus, Record,
+    RecordChange, ServiceStatus, VIRTUAL_IP_ANNOUNCED,
 };
 use super::{Ipam, ServiceState};
 use crate::ip::Family;

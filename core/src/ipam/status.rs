@@ -13,6 +13,8 @@ pub const ADDRESS_ASSIGNED: &str = "landfall.dev/AddressAssigned";
 pub const ANNOUNCED: &str = "landfall.dev/Announced";
 /// Its type on a `VirtualIP`.
 pub const VIRTUAL_IP_ANNOUNCED: &str = "Announced";
+/// The reason of it that speakers write Events of.
+pub(super) const ADDRESS_CONFLICT: &str = "AddressConflict";
 
 /// Everything that should differ from what was last observed or last asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -126,7 +126,7 @@ pub async fn run(
                     Ok(()) => "written",
                     Err(error) if is_gone(error) => "object-gone",
                     Err(error) => {
-                        tracing::debug!(%error, "a status or an Event was not written");
+                        tracing::warn!(%error, "a status or an Event was not written");
                         "failed"
                     }
                 };
@@ -180,7 +180,8 @@ async fn event(
         action: Some("Announce".to_owned()),
         event_time: Some(MicroTime(jiff::Timestamp::now())),
         metadata: ObjectMeta {
-            generate_name: Some(format!("{}.", service.name)),
+            // A dot at the end is refused.
+            generate_name: Some(format!("{}-", service.name)),
             namespace: Some(service.namespace.to_string()),
             ..ObjectMeta::default()
         },
