@@ -7,10 +7,11 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use landfall_api::{IPAddressPool, L2Advertisement, VirtualIP};
-use landfall_core::model::{Event, Kind, ObjectId};
+use landfall_core::model::{Event, Kind, ObjectId, ObjectKey};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -117,14 +118,18 @@ where
                 listed.clear();
                 true
             }
-            watcher::Event::InitApply(object) => match project(object) {
-                Some(object) => {
-                    listed.insert(object.id());
-                    known.insert(object.id());
-                    sender.send(Event::Apply(object)).await.is_ok()
+            watcher::Event::InitApply(object) => {
+                // A malformed one exists all the same: its last good form stays in force.
+                listed.extend(id_of(kind, object.meta()).filter(|id| known.contains(id)));
+                match project(object) {
+                    Some(object) => {
+                        listed.insert(object.id());
+                        known.insert(object.id());
+                        sender.send(Event::Apply(object)).await.is_ok()
+                    }
+                    None => true,
                 }
-                None => true,
-            },
+            }
             watcher::Event::InitDone => {
                 let gone: Vec<_> = known.difference(&listed).cloned().collect();
                 known = std::mem::take(&mut listed);
@@ -141,10 +146,10 @@ where
                 }
                 None => true,
             },
-            watcher::Event::Delete(object) => match project(object) {
-                Some(object) => {
-                    known.remove(&object.id());
-                    sender.send(Event::Delete(object.id())).await.is_ok()
+            watcher::Event::Delete(object) => match id_of(kind, object.meta()) {
+                Some(id) => {
+                    known.remove(&id);
+                    sender.send(Event::Delete(id)).await.is_ok()
                 }
                 None => true,
             },
@@ -155,10 +160,64 @@ where
     }
 }
 
+/// Which object it is, from its metadata alone: what is malformed can still go.
+fn id_of(kind: Kind, meta: &ObjectMeta) -> Option<ObjectId> {
+    let name = meta.name.as_deref()?;
+    let key = || ObjectKey::new(meta.namespace.as_deref().unwrap_or("default"), name);
+    Some(match kind {
+        Kind::Service => ObjectId::Service(key()),
+        Kind::EndpointSlice => ObjectId::EndpointSlice(key()),
+        Kind::Node => ObjectId::Node(name.into()),
+        Kind::Namespace => ObjectId::Namespace(name.into()),
+        Kind::Pool => ObjectId::Pool(name.into()),
+        Kind::Advertisement => ObjectId::Advertisement(name.into()),
+        // The name is the address, an IPv6 one's with dashes.
+        Kind::VirtualIp => ObjectId::VirtualIp(name.replace('-', ":").parse().ok()?),
+    })
+}
+
 /// The projection, or nothing and a word in the log: one bad object must not stop the rest.
 fn project<K: Project>(object: K) -> Option<landfall_core::model::Object> {
     object
         .project()
         .inspect_err(|problem| tracing::warn!(%problem, "this object is ignored"))
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_names_what_projection_names() {
+        let pool: IPAddressPool = serde_json::from_value(serde_json::json!({
+            "apiVersion": "landfall.dev/v1alpha1", "kind": "IPAddressPool", "metadata": {"name": "lan"},
+            "spec": {"addresses": ["fd00::20-fd00::10"]},
+        }))
+        .unwrap();
+        // Malformed, in a way that the API server cannot see.
+        let problem = pool.clone().project().unwrap_err().to_string();
+        assert!(problem.contains("spec.addresses"), "{problem}");
+        let id = id_of(Kind::Pool, &pool.metadata);
+        assert_eq!(id, Some(ObjectId::Pool("lan".into())));
+
+        for (name, address) in [
+            ("192.0.2.7", "192.0.2.7"),
+            ("fd00-0088-0000-0000-0000-0000-0000-0200", "fd00:88::200"),
+        ] {
+            let vip: VirtualIP = serde_json::from_value(serde_json::json!({
+                "apiVersion": "landfall.dev/v1alpha1", "kind": "VirtualIP", "metadata": {"name": name},
+                "spec": {"address": address, "pool": "lan", "group": "g", "services": []},
+            }))
+            .unwrap();
+            let id = id_of(Kind::VirtualIp, &vip.metadata);
+            assert_eq!(id, Some(vip.project().unwrap().id()));
+        }
+        let service: Service = serde_json::from_value(serde_json::json!({
+            "metadata": {"namespace": "a", "name": "b"}, "spec": {"type": "LoadBalancer"},
+        }))
+        .unwrap();
+        let id = id_of(Kind::Service, &service.metadata);
+        assert_eq!(id, Some(service.project().unwrap().id()));
+    }
 }
