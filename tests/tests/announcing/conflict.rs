@@ -76,7 +76,10 @@ pub(crate) fn before_the_first_announcement(scene: &Scene<'_>) {
         scene.expect(address, "True LeaderElected");
         let leader = scene.leader(address);
         scene.led_by(&[address], &leader);
-        println!("      served {:.1} s after it left", left.elapsed().as_secs_f64());
+        println!(
+            "      served {:.1} s after it left",
+            left.elapsed().as_secs_f64()
+        );
         scene.expect_on_service(name, "True Announced");
         scene.expect_events(name, "AddressConflict", 1);
     }
@@ -101,16 +104,24 @@ pub(crate) fn later(scene: &Scene<'_>) {
         intruder.speak();
         scene.condition(vips[0])
     };
-    let why = eventually("the conflict", look, |it| it.starts_with("False AddressConflict"));
+    let why = eventually("the conflict", look, |it| {
+        it.starts_with("False AddressConflict")
+    });
     assert!(why.contains(&Intruder::mac()), "{why}");
     assert!(seen() > before, "the conflict is counted");
-    assert!(scene.answers(vips[0]).contains_key(&leader), "{leader} goes on announcing");
+    assert!(
+        scene.answers(vips[0]).contains_key(&leader),
+        "{leader} goes on announcing"
+    );
     scene.expect_on_service("contested", "False AddressConflict");
     scene.expect_events("contested", "AddressConflict", 1);
     drop(intruder);
     let left = Instant::now();
     scene.expect(vips[0], "True LeaderElected");
-    println!("      over {:.1} s after it left", left.elapsed().as_secs_f64());
+    println!(
+        "      over {:.1} s after it left",
+        left.elapsed().as_secs_f64()
+    );
     scene.expect_on_service("contested", "True Announced");
     thread::sleep(Duration::from_secs(1));
     scene.led_by(&vips, &leader);

@@ -10,7 +10,7 @@ use crate::scene::{Scene, eventually};
 /// By name and by glob; a name that no node has is said.
 pub(crate) fn by_name(scene: &Scene<'_>) {
     // Two match, one has the subnet.
-    scene.advertise(json!({"interfaces": ["eth*"]}));
+    scene.advertise(&json!({"interfaces": ["eth*"]}));
     thread::sleep(Duration::from_secs(2));
     let vips = scene.create("named", json!({}), json!({}));
     let leader = scene.leader(vips[0]);
@@ -18,7 +18,7 @@ pub(crate) fn by_name(scene: &Scene<'_>) {
     for vip in &vips {
         assert_eq!(scene.status(*vip)["interface"], "eth0");
     }
-    scene.advertise(json!({"interfaces": ["bond0"]}));
+    scene.advertise(&json!({"interfaces": ["bond0"]}));
     let vips = scene.create("unnamed", json!({}), json!({}));
     let why = eventually(
         "no interface of that name",
@@ -26,7 +26,7 @@ pub(crate) fn by_name(scene: &Scene<'_>) {
         |why| why.contains("is named bond0"),
     );
     println!("      {why}");
-    scene.advertise(json!({"interfaces": ["eth0"]}));
+    scene.advertise(&json!({"interfaces": ["eth0"]}));
     let leader = scene.leader(vips[0]);
     scene.led_by(&vips, &leader);
 }
@@ -48,7 +48,10 @@ pub(crate) fn second_nic(scene: &Scene<'_>) {
     scene.served(&vips);
     for vip in &vips {
         assert_eq!(scene.status(*vip)["interface"], "eth1");
-        assert!(scene.answers(*vip).is_empty(), "{vip} is not announced on eth0");
+        assert!(
+            scene.answers(*vip).is_empty(),
+            "{vip} is not announced on eth0"
+        );
     }
 }
 

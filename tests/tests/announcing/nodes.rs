@@ -18,21 +18,24 @@ fn zone_a() -> serde_json::Value {
 /// The node that the selectors admit leads; the label moves and the leadership with it.
 pub(crate) fn selectors(scene: &Scene<'_>) {
     scene.zone("node1", Some("a"));
-    scene.advertise(json!({"nodeSelectors": zone_a()}));
+    scene.advertise(&json!({"nodeSelectors": zone_a()}));
     let vips = scene.create("selectors", json!({}), json!({}));
     scene.led_by(&vips, "node1");
     scene.zone("node2", Some("a"));
     scene.zone("node1", None);
     let moved = Instant::now();
     scene.led_by(&vips, "node2");
-    println!("      moved and served {:.1} s after the label", moved.elapsed().as_secs_f64());
+    println!(
+        "      moved and served {:.1} s after the label",
+        moved.elapsed().as_secs_f64()
+    );
     scene.expect(vips[0], "True LeaderElected");
 }
 
 /// A preferred node is elected first, each time; it takes nothing from who leads.
 pub(crate) fn preferences(scene: &Scene<'_>) {
     let prefer = |zone: &str| {
-        scene.advertise(json!({"preferredNodeSelectors": [
+        scene.advertise(&json!({"preferredNodeSelectors": [
             {"weight": 100, "preference": {"matchLabels": {"zone": zone}}},
         ]}));
     };
@@ -76,20 +79,23 @@ pub(crate) fn excluded(scene: &Scene<'_>) {
     scene.zone("node3", Some("a"));
     scene.exclude("node3", true);
     let only = |ignore: bool| {
-        scene.advertise(json!({"nodeSelectors": zone_a(), "ignoreExcludeLB": ignore}));
+        scene.advertise(&json!({"nodeSelectors": zone_a(), "ignoreExcludeLB": ignore}));
     };
     only(false);
     thread::sleep(Duration::from_secs(2));
     let vips = scene.create("ignored", json!({}), json!({}));
     let why = scene.expect(vips[0], "False NoEligibleNode");
-    assert!(why.contains("exclude-from-external-load-balancers"), "{why}");
+    assert!(
+        why.contains("exclude-from-external-load-balancers"),
+        "{why}"
+    );
     only(true);
     scene.led_by(&vips, "node3");
 }
 
 /// Nobody may lead: the objects say why, node by node, once; and that it is over.
 pub(crate) fn nobody_eligible(scene: &Scene<'_>) {
-    scene.advertise(json!({"nodeSelectors": zone_a()}));
+    scene.advertise(&json!({"nodeSelectors": zone_a()}));
     thread::sleep(Duration::from_secs(2));
     let vips = scene.create("nobody", json!({}), json!({}));
     for vip in &vips {
@@ -134,7 +140,10 @@ pub(crate) fn local_endpoints(scene: &Scene<'_>) {
     let second = scene.leader(vips[0]);
     scene.led_by(&vips, &second);
     assert_eq!(scene.served(&vips), format!("{second}-pod0"));
-    println!("      {first} -> {second}, served {:.1} s after the last endpoint went", gone.elapsed().as_secs_f64());
+    println!(
+        "      {first} -> {second}, served {:.1} s after the last endpoint went",
+        gone.elapsed().as_secs_f64()
+    );
     healthy(scene, &first, port, false);
     healthy(scene, &second, port, true);
 
@@ -147,8 +156,9 @@ pub(crate) fn local_endpoints(scene: &Scene<'_>) {
 fn healthy(scene: &Scene<'_>, node: &str, port: u16, expected: bool) {
     let node = scene.lab().node(node).unwrap();
     let address: IpAddr = node.addresses(Network::Management)[0];
-    let look = || http_get(&node.netns, SocketAddr::new(address, port), "/").map_err(|it| it.to_string());
-    eventually("the health check's answer", look, |answer| match answer {
+    let look =
+        || http_get(&node.netns, SocketAddr::new(address, port), "/").map_err(|it| it.to_string());
+    let _ = eventually("the health check's answer", look, |answer| match answer {
         Ok(text) => expected && text.contains("\"localEndpoints\": 1"),
         Err(why) => !expected && why.contains("503"),
     });

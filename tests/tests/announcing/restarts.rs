@@ -23,7 +23,10 @@ const BACK: Duration = Duration::from_secs(3);
 pub(crate) fn one_after_the_other(scene: &Scene<'_>) {
     let vips = scene.create("restarted", json!({}), json!({}));
     let nodes = scene.lab().nodes();
-    let mut processes: Vec<_> = nodes.iter().map(|node| (node.name.as_str(), SPEAKER)).collect();
+    let mut processes: Vec<_> = nodes
+        .iter()
+        .map(|node| (node.name.as_str(), SPEAKER))
+        .collect();
     processes.push((CONTROL_HOST, CONTROLLER));
     for process in processes {
         strike(scene, "restarted", &vips, &[process]);
@@ -34,7 +37,10 @@ pub(crate) fn one_after_the_other(scene: &Scene<'_>) {
 pub(crate) fn all_at_once(scene: &Scene<'_>) {
     let vips = scene.create("restarted-all", json!({}), json!({}));
     let nodes = scene.lab().nodes();
-    let mut processes: Vec<_> = nodes.iter().map(|node| (node.name.as_str(), SPEAKER)).collect();
+    let mut processes: Vec<_> = nodes
+        .iter()
+        .map(|node| (node.name.as_str(), SPEAKER))
+        .collect();
     processes.push((CONTROL_HOST, CONTROLLER));
     strike(scene, "restarted-all", &vips, &processes);
 }
@@ -59,9 +65,11 @@ fn strike(scene: &Scene<'_>, name: &str, vips: &[IpAddr], processes: &[(&str, &s
     for (host, process) in processes {
         lab.restart(host, process).unwrap();
     }
-    eventually("all speakers to take part", || alive(scene), |alive| {
-        alive.iter().all(|number| *number == lab.nodes().len())
-    });
+    eventually(
+        "all speakers to take part",
+        || alive(scene),
+        |alive| alive.iter().all(|number| *number == lab.nodes().len()),
+    );
     thread::sleep(BACK);
     scene.served(vips);
     let after = scene.leader(vips[0]);

@@ -103,7 +103,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Creates or replaces the one `L2Advertisement`, for all pools.
-    pub(crate) fn advertise(&self, spec: Value) {
+    pub(crate) fn advertise(&self, spec: &Value) {
         let body = json!({
             "apiVersion": "landfall.dev/v1alpha1", "kind": "L2Advertisement",
             "metadata": {"name": "it"}, "spec": spec,
@@ -232,7 +232,12 @@ impl<'a> Scene<'a> {
     /// A `VirtualIP`'s condition, `True Reason: message`.
     pub(crate) fn condition(&self, vip: IpAddr) -> String {
         let status = self.status(vip);
-        let text = |key: &str| status["conditions"][0][key].as_str().unwrap_or_default().to_owned();
+        let text = |key: &str| {
+            status["conditions"][0][key]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
         format!("{} {}: {}", text("status"), text("reason"), text("message"))
     }
 
@@ -254,7 +259,9 @@ impl<'a> Scene<'a> {
                 .map(|it| format!("{} {}: {}", it.status, it.reason, it.message))
                 .unwrap_or_default()
         };
-        eventually(&format!("{start} on {name}"), look, |it| it.starts_with(start))
+        eventually(&format!("{start} on {name}"), look, |it| {
+            it.starts_with(start)
+        })
     }
 
     /// The notes of the Events about a Service with a reason.
