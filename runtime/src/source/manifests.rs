@@ -27,6 +27,8 @@ use super::Source;
 const SETTLE: Duration = Duration::from_millis(50);
 /// How often a directory that vanished is looked for, and a failed watch is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How the problem of what cannot be read begins.
+const UNREADABLE: &str = "cannot be read";
 
 /// Something wrong in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +39,20 @@ pub struct Problem {
     pub line: Option<u64>,
     /// What is wrong, and what to do.
     pub message: String,
+}
+
+impl Problem {
+    fn unreadable(path: &Path, cause: &std::io::Error) -> Self {
+        Self {
+            file: path.to_owned(),
+            line: None,
+            message: format!("{UNREADABLE}: {cause}"),
+        }
+    }
+
+    fn is_unreadable(&self) -> bool {
+        self.message.starts_with(UNREADABLE)
+    }
 }
 
 impl fmt::Display for Problem {
@@ -119,6 +135,7 @@ async fn follow(
         // Adding a watch anew each round costs nothing and follows a directory that was replaced.
         let watched = watches.add(&directory.path, mask).is_ok();
         let (events, wrong) = directory.read();
+        let unreadable = wrong.iter().any(Problem::is_unreadable);
         problems.replace(wrong);
         for event in events {
             if sender.send(event).await.is_err() {
@@ -132,7 +149,10 @@ async fn follow(
                 }
             }
         }
-        if watched {
+        if watched && unreadable {
+            // Permissions and a failing disk mend without a change that inotify would tell.
+            let _ = tokio::time::timeout(RETRY, changes.next()).await;
+        } else if watched {
             if changes.next().await.is_none() {
                 tracing::error!("following file changes ended (inotify): restart me");
                 return;
@@ -183,11 +203,7 @@ impl Directory {
                     }
                 }
             }
-            Err(cause) => problems.push(Problem {
-                file: self.path.clone(),
-                line: None,
-                message: format!("cannot be read: {cause}"),
-            }),
+            Err(cause) => problems.push(Problem::unreadable(&self.path, &cause)),
         }
         let mut now: BTreeMap<ObjectId, Object> = BTreeMap::new();
         for (path, file) in &self.files {
@@ -222,11 +238,8 @@ impl Directory {
     }
 
     fn read_file(&mut self, path: &Path) -> Result<(), Problem> {
-        let text = std::fs::read_to_string(path).map_err(|cause| Problem {
-            file: path.to_owned(),
-            line: None,
-            message: format!("cannot be read: {cause}"),
-        })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|cause| Problem::unreadable(path, &cause))?;
         if self.files.get(path).is_some_and(|file| file.text == text) {
             return Ok(());
         }

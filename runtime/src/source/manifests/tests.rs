@@ -162,3 +162,59 @@ fn a_missing_directory_is_refused() {
     let problem = manifests(Path::new("/nonexistent"), &[]).err().unwrap();
     assert!(problem.to_string().contains("no such directory"));
 }
+
+/// The next event that is not [`Event::Synced`].
+async fn next_change(source: &mut Source) -> Event {
+    loop {
+        let event = next(source).await;
+        if !matches!(event, Event::Synced(_)) {
+            return event;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_tried_again() {
+    let (directory, elsewhere) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    // No change of the file behind the link is seen by watching the directory.
+    let file = elsewhere.path().join("pool.yaml");
+    fs::write(&file, [0xff, 0xfe]).unwrap();
+    std::os::unix::fs::symlink(&file, directory.path().join("pool.yaml")).unwrap();
+    let (mut source, problems) = mk_source(directory.path());
+    assert!(
+        problem(&problems)
+            .await
+            .message
+            .starts_with("cannot be read")
+    );
+    fs::write(&file, POOL).unwrap();
+    let event = next_change(&mut source).await;
+    assert!(matches!(event, Event::Apply(Object::Pool(_))), "{event:?}");
+}
+
+#[tokio::test]
+async fn a_config_map_is_followed_through_its_link() {
+    let volume = TempDir::new().unwrap();
+    let at = |name: &str| volume.path().join(name);
+    for (version, text) in [
+        ("..1", POOL.to_owned()),
+        ("..2", POOL.replace(".220", ".230")),
+    ] {
+        fs::create_dir(at(version)).unwrap();
+        fs::write(at(version).join("pool.yaml"), text).unwrap();
+    }
+    std::os::unix::fs::symlink("..1", at("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/pool.yaml", at("pool.yaml")).unwrap();
+    let (mut source, problems) = mk_source(volume.path());
+    let Event::Apply(Object::Pool(before)) = next_change(&mut source).await else {
+        panic!("no pool");
+    };
+    // As a kubelet does it: one rename changes all files.
+    std::os::unix::fs::symlink("..2", at("..data_tmp")).unwrap();
+    fs::rename(at("..data_tmp"), at("..data")).unwrap();
+    let Event::Apply(Object::Pool(after)) = next_change(&mut source).await else {
+        panic!("no pool");
+    };
+    assert_ne!(before.ranges, after.ranges);
+    assert!(problems.list().is_empty());
+}
