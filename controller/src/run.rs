@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
 use landfall_core::ipam::Config;
-use landfall_runtime::source::Options;
+use landfall_runtime::source::{Ignored, Options};
 use landfall_runtime::{admin, shutdown, source};
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +32,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("landfall");
     let metrics = Metrics::default();
     metrics.register(&mut registry);
+    let ignored = Ignored::register(&mut registry);
     let shared = Shared::default();
     let shutdown = CancellationToken::new();
     let candidate = Candidate {
@@ -71,6 +72,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
                 term,
                 shared.clone(),
                 metrics.clone(),
+                ignored.clone(),
             )
         })
         .await;
@@ -86,10 +88,11 @@ async fn lead(
     term: Term,
     shared: Shared,
     metrics: Metrics,
+    ignored: Ignored,
 ) {
     metrics.lead(true);
     let kinds: Vec<_> = settings.ipam.kinds.iter().copied().collect();
-    let source = source::kubernetes(&client, &kinds, Options::default());
+    let source = source::kubernetes(&client, &kinds, Options::default(), &ignored);
     let sink = Arc::new(Kubernetes::new(client, identity.to_owned()));
     index::run(source, sink, settings, term, shared, metrics.clone()).await;
     metrics.lead(false);

@@ -420,7 +420,13 @@ impl Ipam {
         self.overlaps = None;
     }
 
-    fn apply_pool(&mut self, pool: Pool) {
+    fn apply_pool(&mut self, mut pool: Pool) {
+        if let Some(state) = self.ledger.pools.get(&pool.name)
+            && pool.flaw.is_some()
+        {
+            // An edit that cannot be read takes nothing away: the last good addresses stay.
+            pool.ranges.clone_from(&state.spec.ranges);
+        }
         if let Some(state) = self.ledger.pools.get(&pool.name)
             && state.spec == pool
         {

@@ -292,6 +292,9 @@ pub struct Pool {
     pub quarantine: Duration,
     /// Keep addresses in use that the pool no longer contains.
     pub retain_assigned: bool,
+    /// What is wrong with its addresses and what to do, where the API server cannot see it; `ranges` are then
+    /// those that could be read.
+    pub flaw: Option<String>,
 }
 
 /// `L2Advertisement.spec.steering`.

@@ -285,11 +285,14 @@ impl Project for IPAddressPool {
         const KIND: &str = "IPAddressPool";
         let name = name_of(KIND, &self.metadata)?;
         let mut ranges = Vec::new();
+        let mut flaw = None;
         for text in &self.spec.addresses {
-            let range: IpRange = text.parse().map_err(|problem| {
-                error(KIND, &self.metadata, format!("spec.addresses: {problem}"))
-            })?;
-            ranges.push(range);
+            match text.parse::<IpRange>() {
+                Ok(range) => ranges.push(range),
+                Err(problem) => {
+                    flaw.get_or_insert_with(|| format!("spec.addresses: {problem}"));
+                }
+            }
         }
         let quarantine = duration::parse(&self.spec.quarantine).ok_or_else(|| {
             error(
@@ -330,6 +333,7 @@ impl Project for IPAddressPool {
             allocation,
             quarantine,
             retain_assigned: self.spec.retain_assigned,
+            flaw,
         }))
     }
 }

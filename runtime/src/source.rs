@@ -3,7 +3,7 @@
 mod kubernetes;
 mod manifests;
 
-pub use kubernetes::{Options, kubernetes};
+pub use kubernetes::{Ignored, Options, kubernetes};
 pub use manifests::{Problem, Problems, manifests};
 
 use landfall_core::model::{Event, Kind};

@@ -60,6 +60,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let keys = key_source.read()?;
     let mut registry = Registry::with_prefix(PREFIX);
     let metrics = Metrics::register(&mut registry);
+    let ignored = source::Ignored::register(&mut registry);
     let start = Instant::now();
     let stop = shutdown::signal();
     tokio::pin!(stop);
@@ -68,7 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         None => Some(args.kube.client().await?),
         Some(_) => None,
     };
-    let (mut objects, mut early) = objects(&args, client.as_ref())?;
+    let (mut objects, mut early) = objects(&args, client.as_ref(), &ignored)?;
 
     // The gossip's address may have to come from the node's own object; the objects found meanwhile are kept.
     let address = tokio::select! {
@@ -142,7 +143,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn objects(args: &Args, client: Option<&kube::Client>) -> anyhow::Result<(Objects, Vec<Event>)> {
+fn objects(
+    args: &Args,
+    client: Option<&kube::Client>,
+    ignored: &source::Ignored,
+) -> anyhow::Result<(Objects, Vec<Event>)> {
     if let Some(directory) = &args.manifests {
         let kinds: Vec<Kind> = KINDS
             .into_iter()
@@ -159,7 +164,7 @@ fn objects(args: &Args, client: Option<&kube::Client>) -> anyhow::Result<(Object
     }
     let client = client.context("a client is there whenever --manifests is not given")?;
     let objects = Objects {
-        source: source::kubernetes(client, &KINDS, source::Options::default()),
+        source: source::kubernetes(client, &KINDS, source::Options::default(), ignored),
         allocator: None,
         problems: None,
     };

@@ -43,6 +43,7 @@ fn controller() {
         rules::retained,
         rules::overlaps,
         rules::malformed,
+        rules::unreadable,
         lifecycle::quarantine,
         lifecycle::type_change,
         lifecycle::killed_in_a_burst,

@@ -143,6 +143,7 @@ impl Server {
             allocation: None,
             quarantine: Duration::from_mins(1),
             retain_assigned: false,
+            flaw: None,
         };
         let listed = objects.services.values().cloned().map(Object::Service);
         let listed = listed.chain(objects.virtual_ips.values().cloned().map(Object::VirtualIp));

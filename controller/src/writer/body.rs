@@ -118,8 +118,16 @@ pub fn pool_status(status: &PoolStatus, now: Timestamp) -> Value {
     })
 }
 
-/// The condition that says whether anything else claims addresses of a pool.
+/// The condition that says whether a pool can be read, and whether anything else claims its addresses.
 pub fn ready_condition(status: &PoolStatus) -> Condition {
+    if let Some(flaw) = &status.flaw {
+        return Condition {
+            kind: POOL_READY.into(),
+            status: "False".into(),
+            reason: "MalformedAddresses".into(),
+            message: format!("{flaw}; until then the pool's last good addresses stay in force"),
+        };
+    }
     let Some(first) = status.overlaps.first() else {
         return Condition {
             kind: POOL_READY.into(),

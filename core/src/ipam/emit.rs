@@ -273,6 +273,7 @@ impl Ipam {
             generation: state.spec.generation,
             v4: self.ledger.counts(state, Family::V4),
             v6: self.ledger.counts(state, Family::V6),
+            flaw: state.spec.flaw.clone(),
             overlaps: self
                 .overlaps
                 .as_ref()

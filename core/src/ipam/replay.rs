@@ -114,7 +114,11 @@ impl Ipam {
         }
         let name = recorded?;
         let retains = match pools.get(name) {
-            Some(state) => state.spec.retain_assigned && state.admits(service, namespace),
+            Some(state) => {
+                // What a pool that cannot be read in full contains is not known: nothing is taken back.
+                (state.spec.retain_assigned || state.spec.flaw.is_some())
+                    && state.admits(service, namespace)
+            }
             None => match self.ledger.holding(address) {
                 Some(holding) => holding.pool == *name && holding.retain,
                 None => self

@@ -138,6 +138,8 @@ pub struct PoolStatus {
     pub v4: Counts,
     /// IPv6.
     pub v6: Counts,
+    /// What is wrong with its addresses.
+    pub flaw: Option<String>,
     /// What it overlaps with.
     pub overlaps: BTreeSet<Overlap>,
 }

@@ -12,6 +12,10 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use landfall_api::{IPAddressPool, L2Advertisement, VirtualIP};
 use landfall_core::model::{Event, Kind, ObjectId, ObjectKey};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -37,33 +41,70 @@ impl Default for Options {
     }
 }
 
+/// Objects that are there but cannot be used as they are, by kind: what a reader has is their last good form.
+#[derive(Clone, Debug, Default)]
+pub struct Ignored(Family<KindLabels, Gauge>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabels {
+    resource: String,
+}
+
+impl Ignored {
+    /// Registers the metric.
+    pub fn register(registry: &mut Registry) -> Self {
+        let ignored = Self::default();
+        registry.register(
+            "objects_ignored",
+            "Objects that cannot be used as they are, by kind; the log says what is wrong with each",
+            ignored.0.clone(),
+        );
+        ignored
+    }
+
+    fn set<K: Resource<DynamicType = ()>>(&self, number: usize) {
+        let labels = KindLabels {
+            resource: K::plural(&()).into_owned(),
+        };
+        self.0
+            .get_or_create(&labels)
+            .set(i64::try_from(number).unwrap_or(i64::MAX));
+    }
+}
+
 /// Watches `kinds`. Errors are logged and retried with backoff, each kind on its own.
-pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options) -> Source {
+pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options, ignored: &Ignored) -> Source {
     let (sender, events) = mpsc::channel(1024);
     let mut tasks = JoinSet::new();
     for &kind in kinds {
-        let (client, sender) = (client.clone(), sender.clone());
+        let (client, sender, ignored) = (client.clone(), sender.clone(), ignored.clone());
         match kind {
             Kind::Service => {
-                tasks.spawn(follow::<Service>(client, kind, options, sender));
+                tasks.spawn(follow::<Service>(client, kind, options, sender, ignored));
             }
             Kind::EndpointSlice => {
-                tasks.spawn(follow::<EndpointSlice>(client, kind, options, sender));
+                tasks.spawn(follow::<EndpointSlice>(
+                    client, kind, options, sender, ignored,
+                ));
             }
             Kind::Node => {
-                tasks.spawn(follow::<Node>(client, kind, options, sender));
+                tasks.spawn(follow::<Node>(client, kind, options, sender, ignored));
             }
             Kind::Namespace => {
-                tasks.spawn(follow::<Namespace>(client, kind, options, sender));
+                tasks.spawn(follow::<Namespace>(client, kind, options, sender, ignored));
             }
             Kind::Pool => {
-                tasks.spawn(follow::<IPAddressPool>(client, kind, options, sender));
+                tasks.spawn(follow::<IPAddressPool>(
+                    client, kind, options, sender, ignored,
+                ));
             }
             Kind::Advertisement => {
-                tasks.spawn(follow::<L2Advertisement>(client, kind, options, sender));
+                tasks.spawn(follow::<L2Advertisement>(
+                    client, kind, options, sender, ignored,
+                ));
             }
             Kind::VirtualIp => {
-                tasks.spawn(follow::<VirtualIP>(client, kind, options, sender));
+                tasks.spawn(follow::<VirtualIP>(client, kind, options, sender, ignored));
             }
         }
     }
@@ -88,8 +129,13 @@ fn fields(kind: Kind) -> Option<&'static str> {
     }
 }
 
-async fn follow<K>(client: Client, kind: Kind, options: Options, sender: mpsc::Sender<Event>)
-where
+async fn follow<K>(
+    client: Client,
+    kind: Kind,
+    options: Options,
+    sender: mpsc::Sender<Event>,
+    ignored: Ignored,
+) where
     K: Resource<DynamicType = ()> + Project + Clone + DeserializeOwned + Debug + Send + 'static,
 {
     let seconds = u32::try_from(options.watch_timeout.as_secs()).unwrap_or(60);
@@ -104,7 +150,9 @@ where
         .boxed();
     let mut known: HashSet<ObjectId> = HashSet::new();
     let mut listed: HashSet<ObjectId> = HashSet::new();
+    let mut malformed: HashSet<ObjectId> = HashSet::new();
     loop {
+        ignored.set::<K>(malformed.len());
         let event = match stream.try_next().await {
             Ok(Some(event)) => event,
             Ok(None) => return,
@@ -116,18 +164,20 @@ where
         let sent = match event {
             watcher::Event::Init => {
                 listed.clear();
+                malformed.clear();
                 true
             }
             watcher::Event::InitApply(object) => {
                 // A malformed one exists all the same: its last good form stays in force.
-                listed.extend(id_of(kind, object.meta()).filter(|id| known.contains(id)));
-                match project(object) {
-                    Some(object) => {
-                        listed.insert(object.id());
-                        known.insert(object.id());
-                        sender.send(Event::Apply(object)).await.is_ok()
-                    }
-                    None => true,
+                let id = id_of(kind, object.meta());
+                listed.extend(id.clone().filter(|id| known.contains(id)));
+                if let Some(object) = project(object) {
+                    listed.insert(object.id());
+                    known.insert(object.id());
+                    sender.send(Event::Apply(object)).await.is_ok()
+                } else {
+                    malformed.extend(id);
+                    true
                 }
             }
             watcher::Event::InitDone => {
@@ -139,16 +189,21 @@ where
                 }
                 sent && sender.send(Event::Synced(kind)).await.is_ok()
             }
-            watcher::Event::Apply(object) => match project(object) {
-                Some(object) => {
+            watcher::Event::Apply(object) => {
+                let id = id_of(kind, object.meta());
+                if let Some(object) = project(object) {
+                    malformed.remove(&object.id());
                     known.insert(object.id());
                     sender.send(Event::Apply(object)).await.is_ok()
+                } else {
+                    malformed.extend(id);
+                    true
                 }
-                None => true,
-            },
+            }
             watcher::Event::Delete(object) => match id_of(kind, object.meta()) {
                 Some(id) => {
                     known.remove(&id);
+                    malformed.remove(&id);
                     sender.send(Event::Delete(id)).await.is_ok()
                 }
                 None => true,
@@ -195,9 +250,13 @@ mod tests {
             "spec": {"addresses": ["fd00::20-fd00::10"]},
         }))
         .unwrap();
-        // Malformed, in a way that the API server cannot see.
-        let problem = pool.clone().project().unwrap_err().to_string();
-        assert!(problem.contains("spec.addresses"), "{problem}");
+        // Malformed, in a way that the API server cannot see: said on the pool.
+        let Ok(landfall_core::model::Object::Pool(projected)) = pool.clone().project() else {
+            panic!("a pool is a pool");
+        };
+        let flaw = projected.flaw.unwrap();
+        assert!(flaw.contains("spec.addresses"), "{flaw}");
+        assert!(projected.ranges.is_empty());
         let id = id_of(Kind::Pool, &pool.metadata);
         assert_eq!(id, Some(ObjectId::Pool("lan".into())));
 

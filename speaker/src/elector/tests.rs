@@ -109,6 +109,7 @@ fn mk_objects(vips: u16) -> Vec<Object> {
         allocation: None,
         quarantine: Duration::ZERO,
         retain_assigned: false,
+        flaw: None,
     }));
     objects.extend((0..vips).map(|n| {
         let address: IpAddr = format!("10.88.0.{}", 200 + n).parse().unwrap();

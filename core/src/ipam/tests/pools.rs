@@ -259,3 +259,40 @@ fn a_large_pool_costs_no_scan() {
     assert_eq!(world.writes, 4000, "one record and one status each");
     world.check();
 }
+
+#[test]
+fn addresses_that_cannot_be_read_are_a_condition_and_take_nothing_away() {
+    let mut world = World::with_pools(vec![mk_pool("a", &["192.0.2.0/30"])]);
+    world.service(mk_service("s1"));
+    assert_eq!(world.shown("s1"), ["192.0.2.0"]);
+
+    let mut broken = mk_pool("a", &["198.51.100.0/30"]);
+    broken.generation = 2;
+    broken.flaw = Some("spec.addresses: backwards".into());
+    world.pool(broken.clone());
+    assert_eq!(world.statuses["a"].flaw, broken.flaw);
+    assert_eq!(world.shown("s1"), ["192.0.2.0"]);
+    world.service(mk_service("s2"));
+    assert_eq!(
+        world.shown("s2"),
+        ["192.0.2.1"],
+        "from the last good addresses"
+    );
+
+    // A controller that starts now has never seen the good ones.
+    world.restart();
+    assert_eq!(world.shown("s1"), ["192.0.2.0"]);
+    assert_eq!(world.shown("s2"), ["192.0.2.1"]);
+    world.service(mk_service("s3"));
+    assert_eq!(world.shown("s3"), ["198.51.100.0"]);
+
+    let mut good = mk_pool("a", &["198.51.100.0/30"]);
+    good.generation = 3;
+    world.pool(good);
+    assert_eq!(world.statuses["a"].flaw, None);
+    assert_eq!(
+        world.shown("s1"),
+        ["198.51.100.1"],
+        "now it is known to be gone"
+    );
+}

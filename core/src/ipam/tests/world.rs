@@ -34,6 +34,7 @@ pub(in crate::ipam) fn mk_pool(name: &str, ranges: &[&str]) -> Pool {
         allocation: None,
         quarantine: Duration::from_mins(1),
         retain_assigned: false,
+        flaw: None,
     }
 }
 

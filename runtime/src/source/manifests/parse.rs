@@ -105,10 +105,19 @@ fn typed<K: DeserializeOwned + Project>(
     first_line: u64,
 ) -> Result<Object, Wrong> {
     let object: K = read(document, offset)?;
-    object.project().map_err(|problem| Wrong {
+    let wrong = |message| Wrong {
         line: Some(first_line),
-        message: problem.to_string(),
-    })
+        message,
+    };
+    match object.project() {
+        Err(problem) => Err(wrong(problem.to_string())),
+        // Here its author is told at once, and the file as it was stays in force.
+        Ok(Object::Pool(pool)) => match pool.flaw {
+            Some(flaw) => Err(wrong(format!("IPAddressPool {}: {flaw}", pool.name))),
+            None => Ok(Object::Pool(pool)),
+        },
+        Ok(object) => Ok(object),
+    }
 }
 
 fn read<T: DeserializeOwned>(document: &str, offset: u64) -> Result<T, Wrong> {
