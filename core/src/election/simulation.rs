@@ -622,3 +622,20 @@ fn nodes_that_cannot_talk_learn_of_each_other_by_a_third() {
     assert!(c.peers().any(|peer| &*peer.name.0 == "a" && peer.alive));
     assert!(c.knows(&"a".into()));
 }
+
+#[test]
+fn a_leader_that_is_no_longer_admitted_stops_also_without_a_successor() {
+    let mut sim = Sim::new(3, 1);
+    sim.run(secs(3));
+    sim.owner("g0");
+    let mut advertisement = super::tests::mk_advertisement();
+    let nowhere = crate::selector::LabelSelector::of_labels([("zone", "nowhere")]);
+    advertisement.node_selectors = vec![nowhere];
+    sim.tell(&Event::Apply(Object::Advertisement(advertisement.clone())));
+    sim.run(secs(1));
+    assert!(sim.owners("g0").is_empty());
+    advertisement.node_selectors.clear();
+    sim.tell(&Event::Apply(Object::Advertisement(advertisement)));
+    sim.run(secs(2));
+    sim.owner("g0");
+}
