@@ -103,13 +103,14 @@ impl Placement {
             .collect();
         let failback = advertisements.iter().any(|a| a.failback);
         let rebalance = advertisements.iter().all(|a| a.rebalance);
-        let digest = digest(failback, rebalance, &verdicts);
+        let unknown = judge(advertisements, &Labels::new(), false);
+        let digest = digest(failback, rebalance, &verdicts, &unknown);
         Self {
             failback,
             rebalance,
             digest,
             verdicts,
-            unknown: judge(advertisements, &Labels::new(), false),
+            unknown,
         }
     }
 
@@ -215,11 +216,13 @@ fn digest(
     failback: bool,
     rebalance: bool,
     verdicts: &BTreeMap<NodeName, Result<Admission, Refused>>,
+    unknown: &Result<Admission, Refused>,
 ) -> u64 {
     let mut hash = Xxh64::new(0);
     hash.update(&[u8::from(failback), u8::from(rebalance)]);
-    for (node, verdict) in verdicts {
-        hash.update(node.0.as_bytes());
+    let named = verdicts.iter().map(|(node, verdict)| (&*node.0, verdict));
+    for (node, verdict) in named.chain([("", unknown)]) {
+        hash.update(node.as_bytes());
         match verdict {
             Ok(admission) => {
                 hash.update(&[0, 1, u8::from(admission.by_subnet)]);
