@@ -184,7 +184,7 @@ pub fn event(note: &EventNote, instance: &str) -> Value {
         "eventTime": note.at.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string(),
         "reportingController": "landfall.dev/controller",
         "reportingInstance": instance,
-        "action": "AssignAddress",
+        "action": note.notice.action,
         "reason": note.notice.reason,
         "note": text,
         "type": if note.notice.warning { "Warning" } else { "Normal" },

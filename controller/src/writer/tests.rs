@@ -81,6 +81,7 @@ fn mk_status(name: &str, address: &str, notice: Option<&str>) -> Write {
         conditions: Vec::new(),
         notice: notice.map(|reason| Notice {
             warning: false,
+            action: "AssignAddress",
             reason: reason.into(),
             message: String::new(),
         }),

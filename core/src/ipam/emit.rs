@@ -364,6 +364,9 @@ fn shows(service: &Service, addresses: &[IpAddr]) -> bool {
             })
 }
 
+/// What is done when a Service gets or loses an address.
+const ASSIGN: &str = "AssignAddress";
+
 /// The Event of a Service whose addresses are announced no more, or again. A conflict's is the speaker's: it saw it.
 fn turn(state: &ServiceState, now: Option<&Condition>) -> Option<Notice> {
     let now = now?;
@@ -375,6 +378,7 @@ fn turn(state: &ServiceState, now: Option<&Condition>) -> Option<Notice> {
     let same = before.is_some_and(|it| it.status == now.status && it.reason == now.reason);
     (!same && now.reason != ADDRESS_CONFLICT).then(|| Notice {
         warning: now.status != "True",
+        action: "Announce",
         reason: now.reason.clone(),
         message: now.message.clone(),
     })
@@ -385,6 +389,7 @@ fn notice(state: &ServiceState, condition: Option<&Condition>) -> Option<Notice>
     if state.lost.is_empty() {
         return Some(Notice {
             warning: condition.status != "True" || condition.reason != "Assigned",
+            action: ASSIGN,
             reason: if condition.reason == "Assigned" {
                 "AddressAssigned".into()
             } else {
@@ -417,6 +422,7 @@ fn notice(state: &ServiceState, condition: Option<&Condition>) -> Option<Notice>
     };
     Some(Notice {
         warning: true,
+        action: ASSIGN,
         reason: reason.into(),
         message: format!("{lost}; {outcome} {}", condition.message),
     })

@@ -97,6 +97,8 @@ impl ServiceStatus {
 pub struct Notice {
     /// A warning, or merely news.
     pub warning: bool,
+    /// What was done, or could not be: a CamelCase word.
+    pub action: &'static str,
     /// A CamelCase word.
     pub reason: String,
     /// What happened, and what to do.
