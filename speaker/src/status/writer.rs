@@ -32,96 +32,82 @@ const LAST_DELAY: Duration = Duration::from_secs(30);
 const MAX_EVENTS: usize = 256;
 const MANAGER: &str = "landfall-speaker";
 
+/// What a write is about. Of an object only the latest status waits; Events are all different.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Status(String),
+    Event(u64),
+}
+
+enum Job {
+    Status(String, Value),
+    Event(Box<Event>),
+}
+
 struct Pending {
-    patch: Value,
+    job: Job,
     not_before: Instant,
     delay: Duration,
 }
 
-enum Done {
-    Status(String, Value, Duration, Result<(), Error>),
-    Event(Result<(), Error>),
-}
-
-/// Writes what arrives, until the sender is gone and the last write is done.
+/// Writes what arrives, until the sender is gone.
 pub async fn run(
     client: Client,
     node: String,
     mut writes: mpsc::UnboundedReceiver<Write>,
     metrics: Metrics,
 ) {
-    let statuses: Api<VirtualIP> = Api::all(client.clone());
-    let mut pending: BTreeMap<String, Pending> = BTreeMap::new();
-    let mut events: Vec<(ObjectKey, &'static str, String)> = Vec::new();
-    let mut busy: BTreeSet<String> = BTreeSet::new();
+    let mut pending: BTreeMap<Key, Pending> = BTreeMap::new();
+    let mut busy: BTreeSet<Key> = BTreeSet::new();
     let mut running = FuturesUnordered::new();
+    let mut events = 0;
     loop {
         let now = Instant::now();
         while running.len() < IN_FLIGHT {
-            if let Some((service, reason, note)) = events.pop() {
-                let job = event(client.clone(), node.clone(), service, reason, note);
-                running.push(futures::future::Either::Left(async move {
-                    Done::Event(job.await)
-                }));
-                continue;
-            }
             let due = pending
                 .iter()
-                .find(|(name, waiting)| waiting.not_before <= now && !busy.contains(*name))
-                .map(|(name, _)| name.clone());
-            let Some(name) = due else { break };
-            let Some(job) = pending.remove(&name) else {
+                .find(|(key, waiting)| waiting.not_before <= now && !busy.contains(*key))
+                .map(|(key, _)| key.clone());
+            let Some((key, waiting)) = due.and_then(|key| pending.remove_entry(&key)) else {
                 break;
             };
-            busy.insert(name.clone());
-            let statuses = statuses.clone();
-            running.push(futures::future::Either::Right(async move {
-                let outcome = write(&statuses, &name, &job.patch).await;
-                Done::Status(name, job.patch, job.delay, outcome)
-            }));
+            busy.insert(key.clone());
+            let client = client.clone();
+            running.push(async move {
+                let outcome = write(client, &waiting.job).await;
+                (key, waiting, outcome)
+            });
         }
-        let waiting = pending.len() + events.len();
         metrics
             .status_pending
-            .set(i64::try_from(waiting).unwrap_or(i64::MAX));
+            .set(i64::try_from(pending.len()).unwrap_or(i64::MAX));
         let wake = pending
             .iter()
-            .filter(|(name, _)| !busy.contains(*name))
+            .filter(|(key, _)| !busy.contains(*key))
             .map(|(_, waiting)| waiting.not_before)
             .min();
         tokio::select! {
             write = writes.recv() => match write {
                 Some(Write::Status { name, patch }) => {
+                    let key = Key::Status(name.clone());
                     // What waits longer because of failures goes on waiting: the server is away.
                     let (not_before, delay) = pending
-                        .remove(&name)
+                        .remove(&key)
                         .map_or((now, FIRST_DELAY), |old| (old.not_before, old.delay));
-                    pending.insert(name, Pending { patch, not_before, delay });
+                    pending.insert(key, Pending { job: Job::Status(name, patch), not_before, delay });
                 }
                 Some(Write::Event { service, reason, note }) => {
-                    if events.len() < MAX_EVENTS {
-                        events.push((service, reason, note));
+                    let waiting = pending.range(Key::Event(0)..).count();
+                    if waiting < MAX_EVENTS {
+                        events += 1;
+                        let job = Job::Event(Box::new(event(&node, &service, reason, note)));
+                        pending.insert(Key::Event(events), Pending { job, not_before: now, delay: FIRST_DELAY });
                     }
                 }
                 None => return,
             },
-            Some(done) = running.next() => {
-                let outcome = match done {
-                    Done::Event(outcome) => outcome,
-                    Done::Status(name, patch, delay, outcome) => {
-                        busy.remove(&name);
-                        if let Err(error) = &outcome
-                            && is_passing(error)
-                        {
-                            // A newer one that came meanwhile goes first, but no earlier.
-                            let not_before = Instant::now() + delay;
-                            let delay = (delay * 2).min(LAST_DELAY);
-                            let patch = pending.remove(&name).map_or(patch, |newer| newer.patch);
-                            pending.insert(name, Pending { patch, not_before, delay });
-                        }
-                        outcome
-                    }
-                };
+            Some((key, mut waiting, outcome)) = running.next() => {
+                busy.remove(&key);
                 let word = match &outcome {
                     Ok(()) => "written",
                     Err(error) if is_gone(error) => "object-gone",
@@ -131,6 +117,15 @@ pub async fn run(
                     }
                 };
                 metrics.status_writes.get_or_create(&reason_labels(word)).inc();
+                if outcome.as_ref().is_err_and(is_passing) {
+                    waiting.not_before = Instant::now() + waiting.delay;
+                    waiting.delay = (waiting.delay * 2).min(LAST_DELAY);
+                    // A newer one that came meanwhile goes first, but no earlier.
+                    if let Some(newer) = pending.remove(&key) {
+                        waiting.job = newer.job;
+                    }
+                    pending.insert(key, waiting);
+                }
             },
             () = sleep_until(wake), if wake.is_some() && running.len() < IN_FLIGHT => {}
         }
@@ -155,28 +150,36 @@ fn is_passing(error: &Error) -> bool {
     }
 }
 
-async fn write(statuses: &Api<VirtualIP>, name: &str, patch: &Value) -> Result<(), Error> {
-    let parameters = PatchParams {
-        field_manager: Some(MANAGER.to_owned()),
-        ..PatchParams::default()
+async fn write(client: Client, job: &Job) -> Result<(), Error> {
+    let write = async {
+        match job {
+            Job::Status(name, patch) => {
+                let parameters = PatchParams {
+                    field_manager: Some(MANAGER.to_owned()),
+                    ..PatchParams::default()
+                };
+                Api::<VirtualIP>::all(client)
+                    .patch_status(name, &parameters, &Patch::Merge(patch))
+                    .await
+                    .map(drop)
+            }
+            Job::Event(event) => {
+                let namespace = event.metadata.namespace.as_deref().unwrap_or_default();
+                Api::<Event>::namespaced(client, namespace)
+                    .create(&PostParams::default(), event)
+                    .await
+                    .map(drop)
+            }
+        }
     };
-    let patch = Patch::Merge(patch);
-    let write = statuses.patch_status(name, &parameters, &patch);
     match tokio::time::timeout(PATIENCE, write).await {
-        Ok(outcome) => outcome.map(|_| ()),
+        Ok(outcome) => outcome,
         Err(_) => Err(Error::Service("the API server does not answer".into())),
     }
 }
 
-async fn event(
-    client: Client,
-    node: String,
-    service: ObjectKey,
-    reason: &'static str,
-    note: String,
-) -> Result<(), Error> {
-    let api: Api<Event> = Api::namespaced(client, &service.namespace);
-    let event = Event {
+fn event(node: &str, service: &ObjectKey, reason: &'static str, note: String) -> Event {
+    Event {
         action: Some("Announce".to_owned()),
         event_time: Some(MicroTime(jiff::Timestamp::now())),
         metadata: ObjectMeta {
@@ -195,14 +198,8 @@ async fn event(
             ..ObjectReference::default()
         }),
         reporting_controller: Some("landfall.dev/speaker".to_owned()),
-        reporting_instance: Some(node),
+        reporting_instance: Some(node.to_owned()),
         type_: Some("Warning".to_owned()),
         ..Event::default()
-    };
-    let parameters = PostParams::default();
-    let write = api.create(&parameters, &event);
-    match tokio::time::timeout(PATIENCE, write).await {
-        Ok(outcome) => outcome.map(|_| ()),
-        Err(_) => Err(Error::Service("the API server does not answer".into())),
     }
 }
