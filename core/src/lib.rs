@@ -6,6 +6,7 @@
 //!     ├──> ipam       which Service holds which address          (controller; speaker --manifests)
 //!     └──> groups     which addresses move together, and where they may be announced   (speaker)
 //!             └──> election   which node announces each group                          (speaker)
+//!   steering   which node each flow of a Service belongs to
 //! ```
 //!
 //! Time and randomness are arguments, decisions are return values, and iteration order never
@@ -18,3 +19,4 @@ pub mod ip;
 pub mod ipam;
 pub mod model;
 pub mod selector;
+pub mod steering;

@@ -1,0 +1,202 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::draw::{cost, seed};
+use super::{BUCKETS, Pair, Table, Tables};
+use crate::model::{NodeName, ObjectKey};
+
+fn mk_weights(nodes: usize, weight: impl Fn(usize) -> u32) -> BTreeMap<NodeName, u32> {
+    (0..nodes)
+        .map(|n| (format!("node-{n}").as_str().into(), weight(n)))
+        .collect()
+}
+
+fn mk_table(weights: &BTreeMap<NodeName, u32>) -> Table {
+    Table::of(weights.iter().map(|(node, weight)| (node, *weight)))
+}
+
+fn buckets() -> impl Iterator<Item = u16> {
+    0..=u16::MAX
+}
+
+fn shares(table: &Table) -> BTreeMap<NodeName, usize> {
+    let mut shares = BTreeMap::new();
+    for bucket in buckets() {
+        let first = table.pair(bucket).first.unwrap().clone();
+        *shares.entry(first).or_default() += 1;
+    }
+    shares
+}
+
+/// How far the worst node is from its share, as a fraction of it.
+#[expect(clippy::cast_precision_loss, reason = "some thousands")]
+fn imbalance(weights: &BTreeMap<NodeName, u32>) -> f64 {
+    let shares = shares(&mk_table(weights));
+    let all: u32 = weights.values().sum();
+    weights
+        .iter()
+        .map(|(node, weight)| {
+            let fair = BUCKETS as f64 * f64::from(*weight) / f64::from(all);
+            (shares[node] as f64 - fair).abs() / fair
+        })
+        .fold(0.0, f64::max)
+}
+
+#[test]
+fn costs_are_the_logarithms_they_stand_for() {
+    let seed = seed(&"node-1".into());
+    for bucket in buckets() {
+        let drawn = xxhash_rust::xxh64::xxh64(&u32::from(bucket).to_be_bytes(), seed) | 1;
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "close enough for the comparison"
+        )]
+        let (expected, got) = (
+            64.0 - (drawn as f64).log2(),
+            cost(seed, bucket) as f64 / 2_f64.powi(32),
+        );
+        assert!((expected - got).abs() < 1e-6, "{bucket}: {expected} {got}");
+    }
+}
+
+/// What nodes of one version agree on.
+#[test]
+fn the_choice_is_fixed() {
+    let table = mk_table(&mk_weights(5, |n| u32::try_from(n).unwrap() + 1));
+    let sample: Vec<&str> = [0, 1, 2, 1000, 40_000, u16::MAX]
+        .into_iter()
+        .map(|bucket| &*table.pair(bucket).first.unwrap().0)
+        .collect();
+    let expected = ["node-3", "node-4", "node-4", "node-3", "node-1", "node-4"];
+    assert_eq!(sample, expected);
+    assert_eq!(cost(seed(&"node-1".into()), 7), 34_130_332_488);
+}
+
+#[test]
+fn balance_is_within_5_percent_to_10_nodes_and_12_at_100() {
+    for nodes in 2..=10 {
+        let off = imbalance(&mk_weights(nodes, |_| 1));
+        println!("{nodes} nodes: {:.1} %", off * 100.0);
+        assert!(off < 0.05, "{nodes} nodes: {off}");
+    }
+    let off = imbalance(&mk_weights(100, |_| 1));
+    println!("100 nodes: {:.1} %", off * 100.0);
+    assert!(off < 0.12, "{off}");
+    let off = imbalance(&BTreeMap::from([
+        ("a".into(), 1),
+        ("b".into(), 5),
+        ("c".into(), 10),
+    ]));
+    println!("1:5:10: {:.1} %", off * 100.0);
+    assert!(off < 0.05, "1:5:10: {off}");
+}
+
+#[test]
+fn few_nodes_need_no_buckets() {
+    let mut table = Table::default();
+    let nobody = Pair {
+        first: None,
+        second: None,
+    };
+    assert_eq!(table.pair(9), nobody);
+    let [a, b]: [NodeName; 2] = ["a".into(), "b".into()];
+    table.set(&a, 3);
+    assert!(buckets().all(|bucket| table.pair(bucket).first == Some(&a)));
+    table.set(&b, 1);
+    assert!(buckets().all(|bucket| table.pair(bucket).second.is_some()));
+    table.set(&a, 0);
+    assert!(buckets().all(|bucket| table.pair(bucket).first == Some(&b)));
+    table.set(&b, 0);
+    assert_eq!(table.pair(9), nobody);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Whatever happened before: the same members, the same table.
+    #[test]
+    fn history_does_not_matter(steps in prop::collection::vec((0u8..6, 0u32..5), 1..14)) {
+        let mut table = Table::default();
+        let mut weights: BTreeMap<NodeName, u32> = BTreeMap::new();
+        for (node, weight) in steps {
+            let node: NodeName = format!("n{node}").as_str().into();
+            table.set(&node, weight);
+            weights.insert(node, weight);
+        }
+        weights.retain(|_, weight| *weight > 0);
+        let fresh = mk_table(&weights);
+        prop_assert!(buckets().all(|bucket| table.pair(bucket) == fresh.pair(bucket)));
+        prop_assert_eq!(table.weights().count(), weights.len());
+    }
+
+    /// A lost node's buckets go to those that were second there; nothing else moves.
+    #[test]
+    fn a_loss_moves_only_its_buckets(nodes in 2usize..9, lost in 0usize..9, scale in 1u32..4) {
+        let weights = mk_weights(nodes, |n| 1 + u32::try_from(n).unwrap() % scale);
+        let before = mk_table(&weights);
+        let lost: NodeName = format!("node-{}", lost % nodes).as_str().into();
+        let mut after = before.clone();
+        after.set(&lost, 0);
+        for bucket in buckets() {
+            let pair = before.pair(bucket);
+            let expected = if pair.first == Some(&lost) { pair.second } else { pair.first };
+            prop_assert_eq!(after.pair(bucket).first, expected);
+        }
+    }
+
+    /// A new node takes about its share, from everybody; nothing moves between the others.
+    #[test]
+    fn a_gain_moves_about_its_share(nodes in 1usize..9, weight in 1u32..4) {
+        let weights = mk_weights(nodes, |_| 2);
+        let before = mk_table(&weights);
+        let mut after = before.clone();
+        let new: NodeName = "new".into();
+        after.set(&new, weight);
+        let mut moved = 0;
+        for bucket in buckets() {
+            let first = after.pair(bucket).first;
+            if first == Some(&new) {
+                moved += 1;
+            } else {
+                prop_assert_eq!(first, before.pair(bucket).first);
+            }
+        }
+        let fair = BUCKETS * weight as usize / (2 * nodes + weight as usize);
+        prop_assert!(moved * 100 > fair * 92 && moved * 100 < fair * 108, "{moved} of {fair}");
+    }
+
+    /// Services that are spread alike share a table, and each has that of its own distribution.
+    #[test]
+    fn shared_tables_are_what_each_service_needs(
+        steps in prop::collection::vec((0u8..4, prop::collection::vec(0u32..3, 3)), 1..16)
+    ) {
+        let mut tables = Tables::default();
+        let mut wanted: BTreeMap<ObjectKey, BTreeMap<NodeName, u32>> = BTreeMap::new();
+        for (service, numbers) in steps {
+            let service = ObjectKey::new("default", format!("s{service}"));
+            let endpoints: BTreeMap<NodeName, u32> = ["a", "b", "c"]
+                .into_iter()
+                .zip(numbers)
+                .map(|(node, number)| (node.into(), number))
+                .collect();
+            tables.set(&service, &endpoints);
+            wanted.insert(service, endpoints);
+        }
+        let mut used = std::collections::BTreeSet::new();
+        for (service, endpoints) in &wanted {
+            let fresh = mk_table(endpoints);
+            match tables.of(service) {
+                None => prop_assert!(endpoints.values().all(|number| *number == 0)),
+                Some((id, table)) => {
+                    used.insert(id);
+                    for bucket in buckets().step_by(97) {
+                        prop_assert_eq!(table.pair(bucket), fresh.pair(bucket));
+                    }
+                }
+            }
+        }
+        let kept: std::collections::BTreeSet<_> = tables.iter().map(|(id, _)| id).collect();
+        prop_assert_eq!(kept, used, "no table is left that nobody uses");
+    }
+}
