@@ -13,6 +13,10 @@ pub const POOL: &str = "landfall.dev/pool";
 /// Services with the same key may share an address, if their ports are disjoint.
 pub const SHARING_KEY: &str = "landfall.dev/sharing-key";
 
+/// `ports`: a client's UDP flows are told apart by their ports, and may go to different nodes. For Services whose
+/// datagrams are never fragmented.
+pub const UDP_HASH: &str = "landfall.dev/udp-hash";
+
 const IPS_ALIASES: [&str; 3] = [
     IPS,
     "metallb.io/loadBalancerIPs",

@@ -19,10 +19,12 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh64::Xxh64;
 
+use crate::ip::Family;
 use crate::model::{
     Advertisement, EndpointSlice, Event, Kind, Node, NodeName, Object, ObjectId, ObjectKey, Pool,
     Protocol, Service, ServicePort, TrafficPolicy, VirtualIp,
 };
+use crate::steering::{Distribution, distribution};
 pub use placement::{Admission, EXCLUDE_LABEL, Placement, Refused};
 
 /// A group's identity: the name of the `VirtualIP` that its holder got first.
@@ -52,6 +54,13 @@ pub struct GroupService {
     pub health_check_node_port: u16,
     /// Nodes with servable endpoints, whatever the policy.
     pub endpoint_nodes: BTreeSet<NodeName>,
+    /// How each port's new flows are to be spread, by family: over the nodes with ready endpoints, or, where nobody
+    /// has any, over those whose endpoints still serve while they terminate.
+    pub spreads: BTreeMap<(Family, Protocol, u16), Distribution>,
+    /// All flows of a client go to one node.
+    pub affinity: bool,
+    /// UDP flows are told apart by their ports too.
+    pub udp_ports: bool,
     /// Endpoints that are processes of nodes, by port; empty when any endpoint is a pod.
     pub host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, BTreeSet<SocketAddr>>>,
 }
@@ -78,6 +87,11 @@ impl Group {
     /// Whether an overloaded leader may give the group away.
     pub fn rebalance(&self) -> bool {
         self.vips.iter().all(|vip| vip.placement.rebalance)
+    }
+
+    /// Whether packets to its addresses may be steered.
+    pub fn steers(&self) -> bool {
+        self.vips.iter().all(|vip| vip.placement.steering)
     }
 
     /// The weight of a node that is admitted: 1 and its preferences.
@@ -440,6 +454,7 @@ impl GroupIndex {
         let service = self.services.get(&key);
         let mut endpoint_nodes = BTreeSet::new();
         let mut host_endpoints = BTreeMap::<_, BTreeMap<_, BTreeSet<_>>>::new();
+        let mut counts = Counts::default();
         let mut only_hosts = self.host_endpoints;
         let ports = service
             .map(|service| service.ports.clone())
@@ -466,6 +481,11 @@ impl GroupIndex {
                         .iter()
                         .find(|p| p.name == port.name && p.protocol == port.protocol);
                     if let Some(target) = target {
+                        counts.add(
+                            (slice.family, port.protocol, port.port),
+                            node,
+                            endpoint.ready,
+                        );
                         host_endpoints
                             .entry((port.protocol, port.port))
                             .or_default()
@@ -485,9 +505,48 @@ impl GroupIndex {
             local_nodes: local.then(|| endpoint_nodes.clone()),
             health_check_node_port: service.map_or(0, |s| s.health_check_node_port),
             endpoint_nodes,
+            spreads: counts.spreads(),
+            affinity: service.is_some_and(|s| s.affinity),
+            udp_ports: service.is_some_and(|s| s.udp_ports),
             host_endpoints,
             key,
         }
+    }
+}
+
+/// A port of a Service, in a family.
+type FamilyPort = (Family, Protocol, u16);
+
+/// Servable endpoints of each node: the ready ones, and those that still serve while they terminate.
+#[derive(Debug, Default)]
+struct Counts(BTreeMap<FamilyPort, BTreeMap<NodeName, [u32; 2]>>);
+
+impl Counts {
+    fn add(&mut self, port: FamilyPort, node: &NodeName, ready: bool) {
+        let nodes = self.0.entry(port).or_default();
+        nodes.entry(node.clone()).or_default()[usize::from(!ready)] += 1;
+    }
+
+    fn spreads(self) -> BTreeMap<FamilyPort, Distribution> {
+        let of = |nodes: &BTreeMap<NodeName, [u32; 2]>, kind: usize| {
+            let counts = nodes
+                .iter()
+                .map(|(node, counts)| (node.clone(), counts[kind]))
+                .collect();
+            distribution(&counts)
+        };
+        self.0
+            .iter()
+            .map(|(port, nodes)| {
+                let ready = of(nodes, 0);
+                let spread = if ready.is_empty() {
+                    of(nodes, 1)
+                } else {
+                    ready
+                };
+                (*port, spread)
+            })
+            .collect()
     }
 }
 
@@ -508,6 +567,14 @@ fn digest(id: &GroupId, vips: &[GroupVip], services: &[GroupService]) -> u64 {
         for node in service.local_nodes.iter().flatten() {
             text(&node.0);
         }
+        for ((family, protocol, port), spread) in &service.spreads {
+            text(&format!("{family}/{protocol}/{port}"));
+            for (node, weight) in spread {
+                text(&format!("{node}={weight}"));
+            }
+        }
+        text(if service.affinity { "a" } else { "" });
+        text(if service.udp_ports { "p" } else { "" });
         text("/");
     }
     hash.digest()

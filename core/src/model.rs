@@ -172,6 +172,10 @@ pub struct Service {
     pub traffic_policy: TrafficPolicy,
     /// `spec.healthCheckNodePort`, 0 when there is none.
     pub health_check_node_port: u16,
+    /// `spec.sessionAffinity` is `ClientIP`.
+    pub affinity: bool,
+    /// Its UDP flows are told apart by their ports too (annotation `landfall.dev/udp-hash: ports`).
+    pub udp_ports: bool,
     /// `spec.ipFamilies`.
     pub families: Vec<Family>,
     /// `spec.ipFamilyPolicy`.

@@ -5,21 +5,70 @@
 //! the lowest wins. So the loss of a node moves its buckets only, each to the node that was second there; a new node
 //! takes about its share and disturbs nothing else; and a node's death can be looked past without a new table.
 //!
-//! A table belongs to a distribution of endpoints over nodes, not to a Service: [`Tables`] shares one between all
-//! Services whose endpoints are spread alike.
+//! A [`Table`] belongs to a distribution of endpoints over nodes, not to a Service: all that are spread alike can share
+//! one. What is spread over few nodes needs none: [`first`] is as quick as looking it up, and the programs do the same.
 
-mod draw;
-mod shared;
 mod table;
 #[cfg(test)]
 mod tests;
 
-pub use shared::{TableId, Tables};
+use std::collections::BTreeMap;
+
+use landfall_ebpf_common::rendezvous::{Bid, cost};
+use xxhash_rust::xxh64::xxh64;
+
+use crate::model::NodeName;
+
+pub use landfall_ebpf_common::rendezvous::ALGORITHM;
 pub use table::{BUCKETS, Pair, Table};
 
-/// What the choices are made of. Nodes whose versions differ use the highest that all understand.
-///
-/// Version 1: [`BUCKETS`] buckets; a node's draw for a bucket is xxh64 of the bucket's number (four bytes, big
-/// endian) with the xxh64 of the node's name (seed 0) as seed; the draw `h` costs `-log2((h | 1) / 2^64)` in 32.32
-/// fixed point, divided by the node's weight; of equal costs the name that sorts first wins.
-pub const ALGORITHM: u16 = 1;
+/// How many servable endpoints each node has, in lowest terms: twice as many everywhere spread flows alike.
+pub type Distribution = BTreeMap<NodeName, u16>;
+
+/// What a node's draws begin with: xxh64 of its name, with seed 0.
+pub fn seed(node: &NodeName) -> u64 {
+    xxh64(node.0.as_bytes(), 0)
+}
+
+/// The distribution of these numbers of endpoints; nodes with none are left out.
+pub fn distribution(endpoints: &BTreeMap<NodeName, u32>) -> Distribution {
+    let divisor = endpoints.values().copied().fold(0, gcd).max(1);
+    let most = endpoints.values().max().map_or(0, |most| most / divisor);
+    // More than a thousandfold apart is rounded, but nobody to nothing.
+    let excess = most.div_ceil(u32::from(u16::MAX)).max(1);
+    endpoints
+        .iter()
+        .filter(|(_, number)| **number > 0)
+        .map(|(node, number)| {
+            let weight = (number / divisor / excess).max(1);
+            (node.clone(), u16::try_from(weight).unwrap_or(u16::MAX))
+        })
+        .collect()
+}
+
+fn gcd(mut a: u32, mut b: u32) -> u32 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
+/// The node that a bucket belongs to.
+pub fn first(distribution: &Distribution, bucket: u32) -> Option<&NodeName> {
+    let mut best: Option<(Bid, &NodeName)> = None;
+    for (node, weight) in distribution {
+        let bid = bid(seed(node), u32::from(*weight), bucket);
+        if best.is_none_or(|(best, _)| bid.beats(best)) {
+            best = Some((bid, node));
+        }
+    }
+    best.map(|(_, node)| node)
+}
+
+fn bid(seed: u64, weight: u32, bucket: u32) -> Bid {
+    Bid {
+        cost: cost(seed, bucket),
+        weight,
+        seed,
+    }
+}

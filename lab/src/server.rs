@@ -1,7 +1,8 @@
 //! What runs in a pod: small servers that answer with the pod's name.
 //!
 //! - UDP [`UDP_PORT`]: every datagram comes back with `<pod> ` before it.
-//! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes.
+//! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes. The line `whoami` is
+//!   answered with the client's address, as the pod sees it.
 //!
 //! Both listen on IPv4 and IPv6, and can be tried with `nc`.
 
@@ -23,6 +24,8 @@ use crate::netns::Netns;
 pub const UDP_PORT: u16 = 5000;
 /// Where a pod answers lines.
 pub const TCP_PORT: u16 = 8080;
+/// What a client asks to learn its address as the pod sees it.
+pub const WHO_AM_I: &str = "whoami";
 
 /// The servers of one pod, on a thread in its namespace. Dropping it ends them: open connections are reset or
 /// closed by the kernel as for a process that dies.
@@ -128,9 +131,13 @@ async fn answer(listener: std::net::TcpListener, name: Arc<str>) -> io::Result<(
 
 async fn converse(stream: TcpStream, name: Arc<str>) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    let client = stream.peer_addr()?.ip().to_canonical();
     let (read, mut write) = stream.into_split();
     let mut lines = BufReader::new(read).lines();
-    while let Some(line) = lines.next_line().await? {
+    while let Some(mut line) = lines.next_line().await? {
+        if line == WHO_AM_I {
+            line = client.to_string();
+        }
         write
             .write_all(format!("{name}{line}\n").as_bytes())
             .await?;

@@ -151,6 +151,8 @@ impl Project for corev1::Service {
                 .health_check_node_port
                 .and_then(port)
                 .unwrap_or_default(),
+            affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+            udp_ports: annotations.get(annotations::UDP_HASH).map(String::as_str) == Some("ports"),
             families: families(spec.ip_families),
             family_policy: match spec.ip_family_policy.as_deref() {
                 Some("PreferDualStack") => model::FamilyPolicy::PreferDualStack,

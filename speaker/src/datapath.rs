@@ -1,18 +1,20 @@
 //! The seam to the eBPF programs on the uplinks, and what loads, attaches and watches them.
 //!
 //! ```text
-//!  loop ──apply──> [desired] ──> worker (a thread: system calls that may block)
-//!                                  ├─ pins     where maps and links outlive the process
-//!                                  ├─ uplink   the program and its attachments, checked every second
-//!  metrics, loop <──counts──────── └─ counts   the map, read when asked
+//!  loop ──change──> [changes] ──> worker (a thread: system calls that may block)
+//!                                   ├─ pins     where maps and links outlive the process
+//!                                   ├─ uplink   the program and its attachments, checked every second
+//!  metrics, loop <──counts───────── └─ tables   what the programs decide by, and what they count
 //! ```
 //!
 //! Everything stays in the kernel when the process ends, and is adopted by the next one;
 //! [`uninstall`] is what removes it.
 
-mod counts;
+mod conntrack;
+mod layout;
 mod metrics;
 mod pins;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod uplink;
@@ -23,6 +25,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
+use landfall_core::model::{NodeName, Protocol};
+use landfall_core::steering::Distribution;
 use prometheus_client::registry::Registry;
 
 pub use pins::{Removed, uninstall};
@@ -62,19 +67,87 @@ pub enum Hook {
 
 /// Starts the data path, on a thread in the caller's network namespace. Never fails: what is missing (the
 /// permission, the kernel's support, the bpf file system) is each uplink's [`Attachment::Absent`], and tried
-/// again. The first [`DataPath::apply`] decides what of an earlier process's state is kept: call it when the
-/// sources have told all they know.
+/// again. [`Change::Complete`] decides what of an earlier process's state is kept: send it when the sources have
+/// told all they know.
 pub fn start(config: Config, registry: &mut Registry) -> impl DataPath + use<> {
     Worker::start(config, registry)
 }
 
-/// What the programs should know.
+/// One thing that the programs should know. Nothing in place of a state: it is to be forgotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A VIP.
+    Vip(IpAddr, Option<VipState>),
+    /// A node, as it is seen at one of this node's interfaces.
+    Node(NodeId, Option<NodeState>),
+    /// A port of a VIP.
+    Port(PortId, Option<PortState>),
+    /// All has been said at least once: what an earlier process has left besides is to be forgotten.
+    Complete,
+}
+
+/// A node at one of this node's interfaces.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NodeId {
+    /// Its name.
+    pub name: NodeName,
+    /// The index of this node's interface.
+    pub interface: u32,
+}
+
+/// What to do with packets to a VIP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VipState {
+    /// They are steered; else they are counted and passed up.
+    pub steer: bool,
+    /// The UDP port by which to judge a fragment that comes before its first, where all are spread alike.
+    pub udp_port: Option<u16>,
+}
+
+/// A port of a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortId {
+    /// The VIP.
+    pub vip: IpAddr,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port.
+    pub port: u16,
+}
+
+/// How a port's flows are spread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DataPathState {
-    /// The interfaces (by index) to attach to.
-    pub uplinks: BTreeSet<u32>,
-    /// The VIPs to match.
-    pub vips: BTreeSet<IpAddr>,
+pub struct PortState {
+    /// The nodes that serve it.
+    pub nodes: Distribution,
+    /// The index of the interface at which the VIP is announced, and frames go to other nodes.
+    pub interface: u32,
+    /// All flows of a client go to one node.
+    pub affinity: bool,
+    /// UDP flows are told apart by their ports too.
+    pub udp_ports: bool,
+    /// The endpoints are processes of nodes, which the packet filter delivers to.
+    pub host: bool,
+}
+
+/// A node.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeState {
+    /// It is this node.
+    pub here: bool,
+    /// Its data path answers.
+    pub alive: bool,
+    /// It may be gone: new flows avoid it.
+    pub suspected: bool,
+    /// It keeps flows, and takes what is handed on.
+    pub steers: bool,
+    /// Its Ethernet address at the interface, where frames reach it and come from. Nothing if it is not heard there.
+    pub mac: Option<[u8; 6]>,
+    /// Where it is reached otherwise.
+    pub address: Option<IpAddr>,
+    /// Its own addresses, and networks that are routed through it: what it sends from there is a client's.
+    pub routed: BTreeSet<IpNet>,
 }
 
 /// Packets seen at this node's uplinks.
@@ -102,8 +175,10 @@ pub enum Attachment {
 
 /// Loads, attaches and feeds the programs. They outlive the process: links and maps are pinned.
 pub trait DataPath: Send + Sync {
-    /// Replaces what the programs should know. Returns at once.
-    fn apply(&self, state: DataPathState);
+    /// The interfaces (by index) to be attached to. Returns at once.
+    fn attach(&self, uplinks: BTreeSet<u32>);
+    /// What is to be known besides or instead. Returns at once.
+    fn change(&self, changes: Vec<Change>);
     /// What was counted for each VIP, all uplinks together.
     fn counts(&self) -> BTreeMap<IpAddr, VipCount>;
     /// How the programs are attached, by interface index.

@@ -13,6 +13,7 @@ mod debug;
 mod desired;
 pub mod ready;
 mod shown;
+mod steering;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +29,7 @@ use landfall_core::groups::{Group, GroupId, GroupIndex};
 use landfall_core::model::{Event, NodeName};
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
-use crate::datapath::DataPath;
+use crate::datapath::{DataPath, NodeId};
 use crate::hello::{Hello, HelloError, Opener, seal};
 use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
@@ -36,6 +37,7 @@ use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
 use desired::Desired;
 use ready::Check;
+use steering::Told;
 
 /// Time between two hellos.
 pub const HELLO_EVERY: Duration = Duration::from_millis(300);
@@ -98,10 +100,16 @@ pub struct Speaker {
     announced: BTreeMap<GroupId, BTreeMap<IpAddr, Announcement>>,
     conflicts: BTreeMap<IpAddr, Conflict>,
     checks: BTreeMap<GroupId, Check>,
+    /// The health-check ports that are asked, and since when.
+    asking: BTreeMap<(GroupId, u16), Duration>,
     hosts_alive: BTreeSet<SocketAddr>,
     stale: BTreeSet<GroupId>,
     uplinks: BTreeSet<u32>,
     desired: Desired,
+    told: Told,
+    /// Where other nodes were heard, by their hellos.
+    macs: BTreeMap<NodeId, MacAddr>,
+    nodes_stale: bool,
     apply_at: Option<Duration>,
     groups_changed: bool,
     hello_at: Duration,
@@ -131,10 +139,14 @@ impl Speaker {
             announced: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             checks: BTreeMap::new(),
+            asking: BTreeMap::new(),
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),
             uplinks: BTreeSet::new(),
             desired: Desired::default(),
+            told: Told::default(),
+            macs: BTreeMap::new(),
+            nodes_stale: false,
             apply_at: None,
             groups_changed: true,
             hello_at: Duration::ZERO,
@@ -197,8 +209,10 @@ impl Speaker {
                 self.conflict(vip, by, false, now);
             }
             AnnouncerEvent::Hello {
-                interface, payload, ..
-            } => self.hello(interface, &payload, now),
+                interface,
+                from,
+                payload,
+            } => self.hello(interface, from, &payload, now),
         }
     }
 
@@ -221,12 +235,13 @@ impl Speaker {
         }
     }
 
-    fn hello(&mut self, interface: u32, payload: &[u8], now: Duration) {
+    fn hello(&mut self, interface: u32, from: MacAddr, payload: &[u8], now: Duration) {
         let Some(name) = self.name_of(interface) else {
             return;
         };
         let outcome = match self.opener.open(payload, interface, &self.keys) {
             Ok(hello) => {
+                self.heard_from(&hello.node, interface, from);
                 let stranger = self.election.hello(&hello.node, hello.boot, &name, now);
                 if stranger && now >= self.answer_at {
                     self.answer_at = now + ANSWER_EVERY;
@@ -319,10 +334,18 @@ impl Speaker {
             self.look_again(vip);
         }
         self.check_ready(&changed, now);
+        self.check_steers();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
         if tick.all {
             self.desired.forget();
+            self.apply_at.get_or_insert(now + APPLY_EVERY);
+        }
+        if tick.all || std::mem::take(&mut self.nodes_stale) {
+            self.tell_nodes();
+        }
+        if !tick.heard.is_empty() {
+            self.desired.touch(&tick.heard);
             self.apply_at.get_or_insert(now + APPLY_EVERY);
         }
         self.desired.touch(&changed);
@@ -447,6 +470,7 @@ impl Speaker {
             .map(|interface| InterfaceFact {
                 name: interface.name.clone(),
                 mac: interface.mac.0,
+                addresses: interface.addresses.iter().map(ipnet::IpNet::addr).collect(),
                 subnets: interface
                     .addresses
                     .iter()

@@ -21,6 +21,7 @@ pub mod keys;
 pub mod manifests;
 pub mod membership;
 pub mod metrics;
+mod netlink;
 pub mod node_rules;
 pub mod runtime;
 pub mod status;

@@ -6,7 +6,6 @@
 mod kube_proxy;
 mod metrics;
 mod netfilter;
-mod netlink;
 mod routes;
 mod ruleset;
 mod tool;

@@ -329,7 +329,7 @@ impl Loop {
                     let now = self.now();
                     let mut speaker = self.shared.lock();
                     match answer {
-                        probe::Answer::Served(id) => speaker.served(&id),
+                        probe::Answer::Health(id, port, answer) => speaker.health(&id, port, answer, now),
                         probe::Answer::Host(endpoint, alive) => speaker.host_endpoint(endpoint, alive, now),
                     }
                 }

@@ -83,7 +83,7 @@ fn nothing_is_left_on_the_node() {
         text(&output)
     );
     assert!(
-        text(&output).contains("eBPF maps: 1 removed"),
+        text(&output).contains("eBPF maps: 14 removed"),
         "{}",
         text(&output)
     );

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use landfall_lab::Netns;
-use landfall_lab::server::{TCP_PORT, UDP_PORT};
+use landfall_lab::server::{TCP_PORT, UDP_PORT, WHO_AM_I};
 
 /// Sends datagrams every 5 ms until one is answered: which pod answered, and how long it took. Nothing, if none
 /// was within `patience`.
@@ -35,13 +35,22 @@ pub fn first_answer(from: &Netns, vip: IpAddr, patience: Duration) -> Option<(St
 
 /// Opens a TCP connection and asks who is there.
 pub fn who(from: &Netns, vip: IpAddr, patience: Duration) -> std::io::Result<String> {
+    seen_as(from, vip, patience).map(|(pod, _)| pod)
+}
+
+/// Opens a TCP connection and asks who is there, and from which address it sees the client come.
+pub fn seen_as(from: &Netns, vip: IpAddr, patience: Duration) -> std::io::Result<(String, IpAddr)> {
     from.run(|| {
         let mut stream = TcpStream::connect_timeout(&(vip, TCP_PORT).into(), patience)?;
         stream.set_read_timeout(Some(patience))?;
-        stream.write_all(b"who\n")?;
+        writeln!(stream, "{WHO_AM_I}")?;
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line)?;
-        Ok(pod(line.as_bytes()))
+        let mut words = line.split_whitespace().map(str::to_owned);
+        let answer = words
+            .next()
+            .zip(words.next().and_then(|word| word.parse().ok()));
+        answer.ok_or_else(|| std::io::Error::other(format!("an answer of another kind: {line:?}")))
     })
 }
 

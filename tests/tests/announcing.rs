@@ -16,6 +16,8 @@ mod nodes;
 mod restarts;
 #[path = "announcing/scene.rs"]
 mod scene;
+#[path = "announcing/steering.rs"]
+mod steering;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -41,6 +43,7 @@ fn announcing() {
         nodes::excluded,
         nodes::nobody_eligible,
         nodes::local_endpoints,
+        steering::local_endpoints,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

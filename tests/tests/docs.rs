@@ -32,7 +32,7 @@ fn literal(text: &str) -> Option<&str> {
     rest.split_once('"').map(|(literal, _)| literal)
 }
 
-/// What is registered as a metric: `register("name", …)`, or a row `"name", field, "help";` of a table of them.
+/// What is registered as a metric: `register("name", …)`, `encode_descriptor("name", …)`, or a row `"name", field, "help";` of a table of them.
 fn metrics() -> BTreeSet<String> {
     let mut files = Vec::new();
     for package in ["controller", "runtime", "speaker"] {
@@ -41,8 +41,10 @@ fn metrics() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
-        for (at, _) in text.match_indices("register(") {
-            names.extend(literal(&text[at + "register(".len()..]).map(str::to_owned));
+        for call in ["register(", "encode_descriptor("] {
+            for (at, _) in text.match_indices(call) {
+                names.extend(literal(&text[at + call.len()..]).map(str::to_owned));
+            }
         }
         if let Some((_, table)) = text.split_once("register! {") {
             for row in table.lines().take_while(|line| line.trim() != "}") {

@@ -111,6 +111,8 @@ fn mk_service(number: usize) -> Service {
         selector: BTreeMap::new(),
         traffic_policy: TrafficPolicy::Cluster,
         health_check_node_port: 0,
+        affinity: false,
+        udp_ports: false,
         families: vec![Family::V4],
         family_policy: FamilyPolicy::SingleStack,
         request: AddressRequest::default(),

@@ -107,6 +107,8 @@ pub struct Tick {
     pub changes: Vec<Change>,
     /// Every group was looked at: a fact about nodes or interfaces changed.
     pub all: bool,
+    /// The groups of which somebody said something new.
+    pub heard: BTreeSet<GroupId>,
     /// What to send.
     pub frames: Vec<Outgoing>,
     /// Peers that fell silent without having left.
@@ -149,6 +151,7 @@ pub struct View {
 #[derive(Debug, Default)]
 struct Local {
     ready: bool,
+    serves: BTreeSet<u64>,
     seen: u64,
     view: View,
     leadership: Option<Leadership>,
@@ -170,6 +173,7 @@ pub struct Elector {
     interfaces: Vec<InterfaceFact>,
     source_synced: bool,
     leaving: bool,
+    steers: bool,
     started: Option<Duration>,
     listening: bool,
     /// When this node stopped listening; it claims a little later, so that those who did too are known.
@@ -200,6 +204,7 @@ impl Elector {
             interfaces: Vec::new(),
             source_synced: false,
             leaving: false,
+            steers: false,
             started: None,
             listening: true,
             heard_out: None,
@@ -259,6 +264,39 @@ impl Elector {
             local.ready = ready;
             self.dirty.insert(group.clone());
         }
+    }
+
+    /// Says which Services of a group, by [`super::service_id`], this node serves.
+    pub fn set_serves(&mut self, group: &GroupId, services: BTreeSet<u64>) {
+        let local = self.local.entry(group.clone()).or_default();
+        if local.serves != services {
+            local.serves = services;
+            self.dirty.insert(group.clone());
+        }
+    }
+
+    /// Whether a node says that it serves a Service of a group; of a node that is not heard, what it said last.
+    pub fn serves(&self, node: &NodeName, group: &str, service: u64) -> bool {
+        if *node == self.me {
+            return self
+                .local
+                .get(group)
+                .is_some_and(|local| local.serves.contains(&service));
+        }
+        self.registers(node)
+            .and_then(|registers| registers.group(group))
+            .is_some_and(|register| register.serves.contains(&service))
+    }
+
+    /// What a node says of itself; of one that is not heard, what it said last.
+    pub fn register(&self, node: &NodeName) -> Option<&NodeRegister> {
+        self.registers(node).and_then(Registers::register)
+    }
+
+    /// Says whether this node's data path hands packets to the nodes that should serve them.
+    pub fn set_steers(&mut self, steers: bool) {
+        self.all_dirty |= self.steers != steers;
+        self.steers = steers;
     }
 
     /// Whether a group's traffic would be served here, as last set.
@@ -355,6 +393,7 @@ impl Elector {
                 .collect()
         } else {
             let mut due = std::mem::take(&mut self.dirty);
+            tick.heard.clone_from(&due);
             due.append(&mut self.pending);
             due
         };
@@ -501,6 +540,7 @@ impl Elector {
         let mut register = GroupRegister {
             claim,
             ready: local.ready,
+            serves: local.serves.clone(),
             odd,
             digest: group.digest,
             // A higher epoch seen elsewhere is no news by itself: it travels with what is.
@@ -544,7 +584,10 @@ impl Elector {
     fn own_register(&self) -> NodeRegister {
         NodeRegister {
             interfaces: self.interfaces.clone(),
-            capabilities: super::peer::Capabilities::default(),
+            capabilities: super::peer::Capabilities {
+                steers: self.steers,
+                ..super::peer::Capabilities::default()
+            },
             synced: self.source_synced && !self.listening,
             leaving: self.leaving,
         }

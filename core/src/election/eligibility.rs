@@ -201,7 +201,7 @@ fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
             return Some(Ineligible::Refused(refused));
         }
     }
-    if !register.capabilities.steers {
+    if !(register.capabilities.steers && group.steers()) {
         for service in &group.services {
             if let Some(nodes) = &service.local_nodes
                 && !nodes.contains(subject.node)

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::model::NodeName;
+use xxhash_rust::xxh64::xxh64;
+
+use crate::model::{NodeName, ObjectKey};
 
 /// Tells one run of a speaker from another. Random; only equality matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -27,6 +30,8 @@ pub struct InterfaceFact {
     pub name: Arc<str>,
     /// Its Ethernet address.
     pub mac: [u8; 6],
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
     /// The subnets of its addresses.
     pub subnets: Vec<IpNet>,
     /// Up, with carrier.
@@ -98,6 +103,11 @@ impl Claim {
     }
 }
 
+/// By what a Service is known between speakers: xxh64 of `namespace/name`, with seed 0.
+pub fn service_id(key: &ObjectKey) -> u64 {
+    xxh64(key.to_string().as_bytes(), 0)
+}
+
 /// What a node says of itself about a group.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRegister {
@@ -105,6 +115,8 @@ pub struct GroupRegister {
     pub claim: Option<Claim>,
     /// Its packets would be served here: kube-proxy has the rules.
     pub ready: bool,
+    /// The Services, by [`service_id`], that it serves: what is steered to it reaches an endpoint.
+    pub serves: BTreeSet<u64>,
     /// Its inputs differ from the majority's.
     pub odd: bool,
     /// The digest of its inputs.

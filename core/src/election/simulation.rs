@@ -33,6 +33,7 @@ pub(super) fn mk_interface(up: bool) -> InterfaceFact {
     InterfaceFact {
         name: "eth0".into(),
         mac: [2, 0, 0, 0, 0, 1],
+        addresses: Vec::new(),
         subnets: vec!["10.88.0.0/16".parse().unwrap()],
         up,
         default_route: (true, true),

@@ -21,6 +21,8 @@ pub(super) fn mk_service(name: &str) -> Service {
         selector: BTreeMap::new(),
         traffic_policy: TrafficPolicy::Cluster,
         health_check_node_port: 0,
+        affinity: false,
+        udp_ports: false,
         families: Vec::new(),
         family_policy: FamilyPolicy::SingleStack,
         request: AddressRequest::default(),

@@ -6,7 +6,7 @@ use std::fmt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use xxhash_rust::xxh64::Xxh64;
 
-use crate::model::{Advertisement, Node, NodeName, Pool};
+use crate::model::{Advertisement, Node, NodeName, Pool, Steering};
 use crate::selector::Labels;
 
 /// The label that takes a node out of load balancing.
@@ -73,6 +73,8 @@ pub struct Placement {
     pub failback: bool,
     /// An overloaded node may give the address away.
     pub rebalance: bool,
+    /// Packets may be steered.
+    pub steering: bool,
     /// Digest of all of it.
     pub digest: u64,
     verdicts: BTreeMap<NodeName, Result<Admission, Refused>>,
@@ -104,10 +106,12 @@ impl Placement {
         let failback = advertisements.iter().any(|a| a.failback);
         let rebalance = advertisements.iter().all(|a| a.rebalance);
         let unknown = judge(advertisements, &Labels::new(), false);
-        let digest = digest(failback, rebalance, &verdicts, &unknown);
+        let steering = advertisements.iter().all(|a| a.steering == Steering::Auto);
+        let digest = digest([failback, rebalance, steering], &verdicts, &unknown);
         Self {
             failback,
             rebalance,
+            steering,
             digest,
             verdicts,
             unknown,
@@ -151,7 +155,7 @@ fn unselected() -> Advertisement {
         failback: false,
         rebalance: true,
         ignore_exclude_lb: false,
-        steering: crate::model::Steering::Auto,
+        steering: Steering::Auto,
     }
 }
 
@@ -213,13 +217,12 @@ fn judge(
 }
 
 fn digest(
-    failback: bool,
-    rebalance: bool,
+    switches: [bool; 3],
     verdicts: &BTreeMap<NodeName, Result<Admission, Refused>>,
     unknown: &Result<Admission, Refused>,
 ) -> u64 {
     let mut hash = Xxh64::new(0);
-    hash.update(&[u8::from(failback), u8::from(rebalance)]);
+    hash.update(&switches.map(u8::from));
     let named = verdicts.iter().map(|(node, verdict)| (&*node.0, verdict));
     for (node, verdict) in named.chain([("", unknown)]) {
         hash.update(node.as_bytes());

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::draw::{Bid, cost, seed};
+use landfall_ebpf_common::rendezvous;
+
+use super::{Distribution, bid, seed};
 use crate::model::NodeName;
 
-/// How many buckets a table has. A power of two, and fixed: with another number nearly every flow would move.
-pub const BUCKETS: usize = 1 << 16;
+/// How many buckets a table has.
+pub const BUCKETS: usize = rendezvous::BUCKETS as usize;
 
 /// No node.
 const NOBODY: u16 = u16::MAX;
@@ -84,7 +86,7 @@ impl Table {
     }
 
     /// The nodes of a bucket.
-    pub fn pair(&self, bucket: u16) -> Pair<'_> {
+    pub fn pair(&self, bucket: u32) -> Pair<'_> {
         let slot = self.slot(bucket);
         let name = |place| self.member(place).map(|member| &member.name);
         Pair {
@@ -130,6 +132,23 @@ impl Table {
             self.slots.shrink_to_fit();
         }
         changed
+    }
+
+    /// Becomes the table of a distribution, node by node: at the cost of the difference. First what grows, so that no
+    /// bucket is without a node in between.
+    pub fn become_of(&mut self, wanted: &Distribution) {
+        for (node, weight) in wanted {
+            self.set(node, u32::from(*weight));
+        }
+        let gone: Vec<NodeName> = self
+            .places
+            .keys()
+            .filter(|node| !wanted.contains_key(*node))
+            .cloned()
+            .collect();
+        for node in gone {
+            self.set(&node, 0);
+        }
     }
 
     fn seat(&mut self, node: &NodeName, weight: u32) -> u16 {
@@ -208,7 +227,7 @@ impl Table {
         changed
     }
 
-    fn choose(&self, bucket: u16) -> Slot {
+    fn choose(&self, bucket: u32) -> Slot {
         let mut slot = EMPTY;
         for place in self.places.values().copied() {
             if self.beats(place, slot.first, bucket) {
@@ -224,33 +243,27 @@ impl Table {
     }
 
     /// Whether the first goes before the second in a bucket. Everybody goes before nobody.
-    fn beats(&self, place: u16, other: u16, bucket: u16) -> bool {
+    fn beats(&self, place: u16, other: u16, bucket: u32) -> bool {
         let Some(challenger) = self.member(place) else {
             return false;
         };
         let Some(holder) = self.member(other) else {
             return true;
         };
-        let bid = |member: &Member| Bid {
-            cost: cost(member.seed, bucket),
-            weight: member.weight,
-        };
-        bid(challenger)
-            .compare(bid(holder))
-            .then_with(|| challenger.name.cmp(&holder.name))
-            .is_lt()
+        let bid = |member: &Member| bid(member.seed, member.weight, bucket);
+        bid(challenger).beats(bid(holder))
     }
 
     fn member(&self, place: u16) -> Option<&Member> {
         self.members.get(usize::from(place))?.as_ref()
     }
 
-    fn slot(&self, bucket: u16) -> Slot {
+    fn slot(&self, bucket: u32) -> Slot {
         // One slot stands for all, or there is one each.
-        self.slots[usize::from(bucket) & (self.slots.len() - 1)]
+        self.slots[bucket as usize & (self.slots.len() - 1)]
     }
 }
 
-fn number(bucket: usize) -> u16 {
-    u16::try_from(bucket).expect("buckets are numbered by 16 bits")
+fn number(bucket: usize) -> u32 {
+    u32::try_from(bucket).expect("there are fewer buckets")
 }

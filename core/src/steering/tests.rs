@@ -2,9 +2,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::draw::{cost, seed};
-use super::{BUCKETS, Pair, Table, Tables};
-use crate::model::{NodeName, ObjectKey};
+use super::{BUCKETS, Pair, Table, distribution, first};
+use crate::model::NodeName;
 
 fn mk_weights(nodes: usize, weight: impl Fn(usize) -> u32) -> BTreeMap<NodeName, u32> {
     (0..nodes)
@@ -16,8 +15,8 @@ fn mk_table(weights: &BTreeMap<NodeName, u32>) -> Table {
     Table::of(weights.iter().map(|(node, weight)| (node, *weight)))
 }
 
-fn buckets() -> impl Iterator<Item = u16> {
-    0..=u16::MAX
+fn buckets() -> impl Iterator<Item = u32> {
+    0..u32::try_from(BUCKETS).unwrap()
 }
 
 fn shares(table: &Table) -> BTreeMap<NodeName, usize> {
@@ -43,34 +42,16 @@ fn imbalance(weights: &BTreeMap<NodeName, u32>) -> f64 {
         .fold(0.0, f64::max)
 }
 
-#[test]
-fn costs_are_the_logarithms_they_stand_for() {
-    let seed = seed(&"node-1".into());
-    for bucket in buckets() {
-        let drawn = xxhash_rust::xxh64::xxh64(&u32::from(bucket).to_be_bytes(), seed) | 1;
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "close enough for the comparison"
-        )]
-        let (expected, got) = (
-            64.0 - (drawn as f64).log2(),
-            cost(seed, bucket) as f64 / 2_f64.powi(32),
-        );
-        assert!((expected - got).abs() < 1e-6, "{bucket}: {expected} {got}");
-    }
-}
-
 /// What nodes of one version agree on.
 #[test]
 fn the_choice_is_fixed() {
     let table = mk_table(&mk_weights(5, |n| u32::try_from(n).unwrap() + 1));
-    let sample: Vec<&str> = [0, 1, 2, 1000, 40_000, u16::MAX]
+    let sample: Vec<&str> = [0, 1, 2, 1000, 40_000, 131_071]
         .into_iter()
         .map(|bucket| &*table.pair(bucket).first.unwrap().0)
         .collect();
-    let expected = ["node-3", "node-4", "node-4", "node-3", "node-1", "node-4"];
+    let expected = ["node-2", "node-4", "node-4", "node-4", "node-1", "node-4"];
     assert_eq!(sample, expected);
-    assert_eq!(cost(seed(&"node-1".into()), 7), 34_130_332_488);
 }
 
 #[test]
@@ -90,6 +71,18 @@ fn balance_is_within_5_percent_to_10_nodes_and_12_at_100() {
     ]));
     println!("1:5:10: {:.1} %", off * 100.0);
     assert!(off < 0.05, "1:5:10: {off}");
+}
+
+#[test]
+fn a_distribution_is_in_lowest_terms_and_fits() {
+    let of = |numbers: [u32; 3]| -> Vec<u16> {
+        let nodes = ["a", "b", "c"].map(NodeName::from);
+        let endpoints = nodes.into_iter().zip(numbers).collect();
+        distribution(&endpoints).into_values().collect()
+    };
+    assert_eq!(of([4, 8, 2]), [2, 4, 1]);
+    assert_eq!(of([0, 3, 0]), [1]);
+    assert_eq!(of([1, 1_000_000, 0]), [1, 62_500]);
 }
 
 #[test]
@@ -127,7 +120,13 @@ proptest! {
         weights.retain(|_, weight| *weight > 0);
         let fresh = mk_table(&weights);
         prop_assert!(buckets().all(|bucket| table.pair(bucket) == fresh.pair(bucket)));
+        // With the same weights, and without any table.
+        let spread = weights.iter().map(|(node, weight)| (node.clone(), u16::try_from(*weight).unwrap())).collect();
+        prop_assert!(buckets().all(|bucket| first(&spread, bucket) == fresh.pair(bucket).first));
         prop_assert_eq!(table.weights().count(), weights.len());
+        let mut other = mk_table(&mk_weights(4, |_| 3));
+        other.become_of(&spread);
+        prop_assert!(buckets().all(|bucket| other.pair(bucket) == fresh.pair(bucket)));
     }
 
     /// A lost node's buckets go to those that were second there; nothing else moves.
@@ -164,39 +163,5 @@ proptest! {
         }
         let fair = BUCKETS * weight as usize / (2 * nodes + weight as usize);
         prop_assert!(moved * 100 > fair * 92 && moved * 100 < fair * 108, "{moved} of {fair}");
-    }
-
-    /// Services that are spread alike share a table, and each has that of its own distribution.
-    #[test]
-    fn shared_tables_are_what_each_service_needs(
-        steps in prop::collection::vec((0u8..4, prop::collection::vec(0u32..3, 3)), 1..16)
-    ) {
-        let mut tables = Tables::default();
-        let mut wanted: BTreeMap<ObjectKey, BTreeMap<NodeName, u32>> = BTreeMap::new();
-        for (service, numbers) in steps {
-            let service = ObjectKey::new("default", format!("s{service}"));
-            let endpoints: BTreeMap<NodeName, u32> = ["a", "b", "c"]
-                .into_iter()
-                .zip(numbers)
-                .map(|(node, number)| (node.into(), number))
-                .collect();
-            tables.set(&service, &endpoints);
-            wanted.insert(service, endpoints);
-        }
-        let mut used = std::collections::BTreeSet::new();
-        for (service, endpoints) in &wanted {
-            let fresh = mk_table(endpoints);
-            match tables.of(service) {
-                None => prop_assert!(endpoints.values().all(|number| *number == 0)),
-                Some((id, table)) => {
-                    used.insert(id);
-                    for bucket in buckets().step_by(97) {
-                        prop_assert_eq!(table.pair(bucket), fresh.pair(bucket));
-                    }
-                }
-            }
-        }
-        let kept: std::collections::BTreeSet<_> = tables.iter().map(|(id, _)| id).collect();
-        prop_assert_eq!(kept, used, "no table is left that nobody uses");
     }
 }

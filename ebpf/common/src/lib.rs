@@ -1,84 +1,168 @@
-//! The map types that Landfall's eBPF programs and the speaker share.
+//! What Landfall's eBPF programs and the speaker share: map types, and how a flow's node is chosen.
 //!
-//! Every type here is `#[repr(C)]` without padding: the two sides are compiled for different targets, and maps
+//! Every map type is `#[repr(C)]` without padding: the two sides are compiled for different targets, and maps
 //! outlive the process that made them. Whoever changes the size or the meaning of a type, or the shape of a
 //! map, raises [`LAYOUT`]: what is pinned under another number is never read.
 #![no_std]
 
+mod address;
+mod flow;
+pub mod handing_on;
+mod port;
+pub mod rendezvous;
 #[cfg(feature = "user")]
 pub mod tcx;
 
+pub use address::{MAX_VIPS, Vip, VipCount, VipKey, vip_flag};
+pub use flow::{
+    FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Holders, HoldersKey, MAX_FLOWS,
+    MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_HOLDERS, flow_state,
+};
+pub use port::{
+    History, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_WIDE, Member, NARROW, Node, Peer,
+    PeerKey, Port, PortKey, Routed, Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag,
+    routed_prefix,
+};
+
 /// The number of the map layout; part of the path under which maps are pinned.
-pub const LAYOUT: u32 = 1;
-
-/// The name of the map from [`VipKey`] to [`VipCount`].
-pub const VIP_COUNTS: &str = "VIP_COUNTS";
-
-/// How many VIPs the maps hold.
-pub const MAX_VIPS: u32 = 65_536;
+pub const LAYOUT: u32 = 2;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
 
-/// A virtual IP as a map key: an IPv6 address in network order; IPv4 as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct VipKey(pub [u8; 16]);
-
-impl VipKey {
-    /// The key of an IPv4 address, given in network order.
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // The verifier sees straight code.
-    pub const fn v4(octets: [u8; 4]) -> Self {
-        let [a, b, c, d] = octets;
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
-    }
-
-    /// Whether it stands for an IPv4 address.
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // As above.
-    pub fn is_mapped(&self) -> bool {
-        let mapped = Self::v4([0; 4]).0;
-        let mut index = 0;
-        while index < 12 {
-            if self.0[index] != mapped[index] {
-                return false;
-            }
-            index += 1;
-        }
-        true
-    }
-
-    /// The key of an address.
-    pub const fn from_address(address: core::net::IpAddr) -> Self {
-        match address {
-            core::net::IpAddr::V4(v4) => Self::v4(v4.octets()),
-            core::net::IpAddr::V6(v6) => Self(v6.octets()),
-        }
-    }
-
-    /// The address it stands for.
-    pub const fn address(self) -> core::net::IpAddr {
-        core::net::Ipv6Addr::from_octets(self.0).to_canonical()
-    }
-}
-
-/// What one CPU has seen of the packets to one VIP.
+/// What holds for the node as a whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VipCount {
-    /// Packets; a packet that the NIC or the kernel merged counts as the segments it was merged from.
-    pub packets: u64,
-    /// Bytes, link-layer header included; of merged packets the header counts once.
-    pub bytes: u64,
+pub struct Settings {
+    /// What this node's draws begin with; 0 until it is known.
+    pub seed: u64,
+    /// Not 0 once the flows that were there before have been entered: until then nothing is handed on.
+    pub seeded: u32,
+    /// Zero.
+    pub zero: u32,
 }
 
-// SAFETY: both are `repr(C)`, hold integers only and have no padding.
+/// What was done with packets to VIPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum Verdict {
+    /// Passed up: this node serves it.
+    Delivered,
+    /// Sent to the node that serves it.
+    Steered,
+    /// Sent to a node that held its flow before.
+    HandedOn,
+    /// An echo request that was answered.
+    Echoed,
+    /// Passed up: no port, no endpoint, or a kind of packet that is not steered.
+    Unserved,
+    /// Passed up: a fragment whose first was not seen.
+    StrayFragment,
+    /// Passed up: it could not be sent to the node that serves it.
+    Unreachable,
+    /// Dropped: its flow is unknown here, and this node does not yet know that it is to look for it.
+    Waiting,
+    /// A flow that was delivered and not entered: the table is full.
+    FlowsFull,
+}
+
+impl Verdict {
+    /// All, each at the place of its number.
+    pub const ALL: [Self; 9] = [
+        Self::Delivered,
+        Self::Steered,
+        Self::HandedOn,
+        Self::Echoed,
+        Self::Unserved,
+        Self::StrayFragment,
+        Self::Unreachable,
+        Self::Waiting,
+        Self::FlowsFull,
+    ];
+
+    /// How many there are.
+    #[allow(clippy::cast_possible_truncation)] // A few.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// A word for it, for metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Steered => "steered",
+            Self::HandedOn => "handed-on",
+            Self::Echoed => "echoed",
+            Self::Unserved => "unserved",
+            Self::StrayFragment => "stray-fragment",
+            Self::Unreachable => "unreachable",
+            Self::Waiting => "waiting",
+            Self::FlowsFull => "flows-full",
+        }
+    }
+}
+
+/// The names of the maps.
+pub mod map {
+    /// From [`VipKey`](crate::VipKey) to [`Vip`](crate::Vip).
+    pub const VIPS: &str = "VIPS";
+    /// [`VipCount`](crate::VipCount) by CPU, at the place of a VIP's number.
+    pub const COUNTS: &str = "COUNTS";
+    /// From [`PortKey`](crate::PortKey) to [`Port`](crate::Port).
+    pub const PORTS: &str = "PORTS";
+    /// From a port's number to its [`History`](crate::History).
+    pub const HISTORY: &str = "HISTORY";
+    /// From [`WideKey`](crate::WideKey) to [`WidePage`](crate::WidePage).
+    pub const WIDE: &str = "WIDE";
+    /// [`Node`](crate::Node) at the place of its number.
+    pub const NODES: &str = "NODES";
+    /// From [`PeerKey`](crate::PeerKey) to [`Peer`](crate::Peer).
+    pub const PEERS: &str = "PEERS";
+    /// The longest prefixes of [`Routed`](crate::Routed).
+    pub const ROUTED: &str = "ROUTED";
+    /// From [`FlowKey`](crate::FlowKey) to [`Flow`](crate::Flow).
+    pub const FLOWS: &str = "FLOWS";
+    /// The same, for flows whose SYN was delivered and no more.
+    pub const HALF_OPEN: &str = "HALF_OPEN";
+    /// From [`HoldersKey`](crate::HoldersKey) to [`Holders`](crate::Holders).
+    pub const HOLDERS: &str = "HOLDERS";
+    /// From [`FragmentKey`](crate::FragmentKey) to [`Fragment`](crate::Fragment).
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// How many packets met each fate, by CPU, at the place of a [`Verdict`](crate::Verdict).
+    pub const VERDICTS: &str = "VERDICTS";
+    /// One [`Settings`](crate::Settings).
+    pub const SETTINGS: &str = "SETTINGS";
+}
+
+// SAFETY: all are `repr(C)`, hold integers only and have no padding.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for VipKey {}
-// SAFETY: as above.
-#[cfg(feature = "user")]
-unsafe impl aya::Pod for VipCount {}
+mod pod {
+    macro_rules! pod {
+        ($($name:ident),*) => {$(
+            // SAFETY: as the module says; the test below holds them to it.
+            unsafe impl aya::Pod for crate::$name {}
+        )*};
+    }
+    pod!(
+        VipKey,
+        Vip,
+        VipCount,
+        PortKey,
+        Port,
+        History,
+        WideKey,
+        WidePage,
+        Node,
+        PeerKey,
+        Peer,
+        Routed,
+        FlowKey,
+        Flow,
+        HoldersKey,
+        Holders,
+        FragmentKey,
+        Fragment,
+        Settings
+    );
+}
 
 #[cfg(test)]
 mod tests {
@@ -95,10 +179,52 @@ mod tests {
         }
     }
 
+    /// A change here is a change of the number. The sizes are the sums of the fields': there is no padding.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(LAYOUT, 1);
-        assert_eq!(size_of::<VipKey>(), 16);
-        assert_eq!(size_of::<VipCount>(), 16);
+        assert_eq!(LAYOUT, 2);
+        let sizes = [
+            size_of::<VipKey>(),
+            size_of::<Vip>(),
+            size_of::<VipCount>(),
+            size_of::<PortKey>(),
+            size_of::<Port>(),
+            size_of::<History>(),
+            size_of::<WideKey>(),
+            size_of::<WidePage>(),
+            size_of::<Node>(),
+            size_of::<PeerKey>(),
+            size_of::<Peer>(),
+            size_of::<Routed>(),
+            size_of::<FlowKey>(),
+            size_of::<Flow>(),
+            size_of::<HoldersKey>(),
+            size_of::<Holders>(),
+            size_of::<FragmentKey>(),
+            size_of::<Fragment>(),
+            size_of::<Settings>(),
+        ];
+        let expected = [
+            16,
+            4 + 2 + 2,
+            8 + 8,
+            16 + 2 + 1 + 1,
+            4 + (2 + 2 + 4 + 8 * 4),
+            4 * 40,
+            4 + 4,
+            64 * 4,
+            8 + 16 + 4 + 6 + 2 + 4,
+            4 + 6 + 2,
+            4,
+            4 + 16,
+            16 + 16 + 2 + 2,
+            8 + 4 + 4,
+            4 + 4,
+            4 * 2,
+            16 + 16 + 4 + 4,
+            8 + 2 + 2 + 4,
+            8 + 4 + 4,
+        ];
+        assert_eq!(sizes, expected);
     }
 }

@@ -10,7 +10,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::counts::Counts;
+use landfall_ebpf_common::Verdict;
+
+use super::tables::Tables;
+use super::worker::{SharedTables, lock};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct AttachedLabels {
@@ -29,10 +32,11 @@ pub(super) struct RestoredLabels {
 pub(super) struct Metrics {
     pub(super) attached: Family<AttachedLabels, Gauge>,
     pub(super) restored: Family<RestoredLabels, Counter>,
+    pub(super) refused: Counter,
 }
 
 impl Metrics {
-    pub(super) fn register(registry: &mut Registry, counts: Counts) -> Self {
+    pub(super) fn register(registry: &mut Registry, tables: SharedTables) -> Self {
         let metrics = Self::default();
         registry.register(
             "datapath_attached",
@@ -44,18 +48,36 @@ impl Metrics {
             "How often the eBPF program was attached anew after it had been removed or another had gone in front, in times",
             metrics.restored.clone(),
         );
-        registry.register_collector(Box::new(VipCounters(counts)));
+        registry.register(
+            "datapath_changes_refused",
+            "Changes of the data path's maps that the kernel refused or that had no room, in changes",
+            metrics.refused.clone(),
+        );
+        registry.register_collector(Box::new(Counters(tables)));
         metrics
     }
 }
 
 /// The counts, read from the kernel at each scrape.
 #[derive(Debug)]
-struct VipCounters(Counts);
+struct Counters(SharedTables);
 
-impl Collector for VipCounters {
+impl Collector for Counters {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let counts = self.0.read();
+        let tables = lock(&self.0);
+        let counts = tables.as_ref().map(Tables::counts).unwrap_or_default();
+        let verdicts = tables.as_ref().map(Tables::verdicts).unwrap_or_default();
+        drop(tables);
+        let mut family = encoder.encode_descriptor(
+            "datapath_packets",
+            "Packets to VIPs that are steered, by what was done with them, in packets",
+            None,
+            MetricType::Counter,
+        )?;
+        for (verdict, count) in Verdict::ALL.iter().zip(verdicts) {
+            let labels = [("verdict", verdict.word())];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
         let mut packets = encoder.encode_descriptor(
             "vip_received_packets",
             "Packets to the VIP that came in by this node's uplinks, in packets",

@@ -1,8 +1,8 @@
 //! Where maps and links are pinned, and how a layout is told from another.
 //!
 //! ```text
-//!  <pin dir>/layout-1/VIP_COUNTS   the map of this layout
-//!  <pin dir>/layout-1/links/7      the link of the interface with index 7
+//!  <pin dir>/layout-2/VIPS      a map of this layout
+//!  <pin dir>/layout-2/links/7   the link of the interface with index 7
 //! ```
 //!
 //! The number is [`landfall_ebpf_common::LAYOUT`]. What lies under another number is not read: once this
@@ -16,9 +16,11 @@ use aya::maps::MapData;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, qdisc_detach_program};
 use aya::programs::{MultiProgLink, TcAttachType};
-use landfall_ebpf_common::{LAYOUT, MAX_VIPS, UPLINK_INGRESS, VIP_COUNTS, VipCount, VipKey, tcx};
+use landfall_ebpf_common::{LAYOUT, UPLINK_INGRESS, tcx};
 use nix::net::if_::if_nameindex;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::layout::{SHAPES, Shape};
 
 /// Why the pins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +34,7 @@ pub(crate) enum PinsError {
     #[error("{0}: {1}")]
     Io(PathBuf, #[source] io::Error),
     /// The map under our layout's number is not what that number stands for.
-    #[error("{0} is not the map of layout {LAYOUT}: `landfall-speaker uninstall` removes it")]
+    #[error("{0} is not a map of layout {LAYOUT}: `landfall-speaker uninstall` removes it")]
     Misfit(PathBuf),
 }
 
@@ -55,9 +57,11 @@ impl Pins {
         };
         let links = pins.layout.join("links");
         fs::create_dir_all(&links).map_err(|error| PinsError::Io(links, error))?;
-        let map = pins.map(VIP_COUNTS);
-        if map.exists() && !fits(&map) {
-            return Err(PinsError::Misfit(map));
+        for shape in SHAPES {
+            let map = pins.map(shape.name);
+            if map.exists() && !fits(&map, &shape) {
+                return Err(PinsError::Misfit(map));
+            }
         }
         Ok(pins)
     }
@@ -193,14 +197,13 @@ fn on_bpffs(path: &Path) -> bool {
         .is_some_and(|status| status.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// Whether the pinned map has the shape of this layout.
-fn fits(path: &Path) -> bool {
+/// Whether a pinned map has the shape that its name stands for.
+fn fits(path: &Path, shape: &Shape) -> bool {
     let Ok(info) = MapData::from_pin(path).and_then(|map| map.info()) else {
         return false;
     };
-    info.map_type()
-        .is_ok_and(|kind| kind == aya::maps::MapType::PerCpuHash)
-        && info.key_size() as usize == size_of::<VipKey>()
-        && info.value_size() as usize == size_of::<VipCount>()
-        && info.max_entries() == MAX_VIPS
+    info.map_type().is_ok_and(|kind| kind == shape.kind)
+        && info.key_size() as usize == shape.key
+        && info.value_size() as usize == shape.value
+        && info.max_entries() == shape.entries
 }

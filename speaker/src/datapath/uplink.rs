@@ -7,7 +7,6 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
-use aya::maps::{Map, MapData, MapError, PerCpuHashMap};
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
@@ -15,11 +14,13 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use landfall_ebpf_common::{self as common, UPLINK_INGRESS, VIP_COUNTS, VipKey, tcx};
+use landfall_ebpf_common::{UPLINK_INGRESS, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 
+use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
+use super::tables::{Tables, TablesError};
 use super::{Attachment, Hook};
 
 /// The object that the build script has compiled.
@@ -36,8 +37,6 @@ pub(super) enum UplinkError {
     Load(#[from] aya::EbpfError),
     #[error("the eBPF object holds no {0}")]
     Missing(&'static str),
-    #[error("the eBPF maps: {}", chain(.0))]
-    Map(#[from] MapError),
     #[error("the eBPF program: {}", chain(.0))]
     Program(#[from] ProgramError),
     #[error("the eBPF link: {}", chain(.0))]
@@ -112,15 +111,9 @@ impl Uplink {
         Ok(uplink)
     }
 
-    /// The map of counts, to be taken once.
-    pub(super) fn take_counts(
-        &mut self,
-    ) -> Result<PerCpuHashMap<MapData, VipKey, common::VipCount>, UplinkError> {
-        let map: Map = self
-            .ebpf
-            .take_map(VIP_COUNTS)
-            .ok_or(UplinkError::Missing(VIP_COUNTS))?;
-        Ok(PerCpuHashMap::try_from(map)?)
+    /// The maps, to be taken once.
+    pub(super) fn tables(&mut self) -> Result<Tables, TablesError> {
+        Tables::adopt(&mut self.ebpf)
     }
 
     /// The interfaces that carry it, as far as this process knows.
@@ -246,7 +239,9 @@ impl Uplink {
 pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
     let mut loader = EbpfLoader::new();
     if let Some(pins) = pins {
-        loader.map_pin_path(VIP_COUNTS, pins.map(VIP_COUNTS));
+        for shape in SHAPES {
+            loader.map_pin_path(shape.name, pins.map(shape.name));
+        }
     }
     Ok(loader.load(OBJECT)?)
 }

@@ -1,42 +1,51 @@
 //! The thread that makes the kernel hold what the loop wants, and looks every second whether it still does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 
-use super::counts::Counts;
 use super::metrics::{AttachedLabels, Metrics, RestoredLabels};
 use super::pins::Pins;
+use super::tables::{Tables, TablesError};
 use super::uplink::{Restored, Uplink};
-use super::{Attachment, Config, DataPath, DataPathState, VipCount};
+use super::{
+    Attachment, Change, Config, DataPath, NodeId, NodeState, PortId, PortState, VipCount, VipState,
+};
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
+/// How often the flows are compared with connection tracking.
+const FLOWS_EVERY: Duration = Duration::from_secs(60);
 
 /// The data path of this node. Dropping it ends the thread and leaves programs and counts in the kernel.
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
-    counts: Counts,
     thread: Option<JoinHandle<()>>,
 }
+
+/// The maps, once they are there.
+pub(super) type SharedTables = Arc<Mutex<Option<Tables>>>;
 
 #[derive(Debug, Default)]
 struct Shared {
     orders: Mutex<Orders>,
     wake: Condvar,
+    /// The maps, once they are there; shared between the thread, which writes, and whoever reads counts.
+    tables: SharedTables,
     attachments: Mutex<BTreeMap<u32, Attachment>>,
 }
 
 #[derive(Debug, Default)]
 struct Orders {
-    /// What is wanted; nothing before the first call.
-    desired: Option<DataPathState>,
+    /// Where to be attached; nothing before the first call.
+    uplinks: Option<BTreeSet<u32>>,
+    changes: Vec<Change>,
     changed: bool,
     stop: bool,
 }
@@ -44,14 +53,14 @@ struct Orders {
 impl Worker {
     pub(super) fn start(config: Config, registry: &mut Registry) -> Self {
         let shared = Arc::new(Shared::default());
-        let counts = Counts::default();
-        let metrics = Metrics::register(registry, counts.clone());
+        let metrics = Metrics::register(registry, Arc::clone(&shared.tables));
         let mut task = Task {
             config,
             shared: Arc::clone(&shared),
-            counts: counts.clone(),
             metrics,
             uplink: None,
+            wanted: Wanted::default(),
+            flows_at: None,
             last_reason: None,
         };
         let thread = thread::Builder::new()
@@ -60,24 +69,36 @@ impl Worker {
             .expect("the system has a thread to spare");
         Self {
             shared,
-            counts,
             thread: Some(thread),
         }
     }
 }
 
 impl DataPath for Worker {
-    fn apply(&self, state: DataPathState) {
+    fn attach(&self, uplinks: BTreeSet<u32>) {
         let mut orders = lock(&self.shared.orders);
-        if orders.desired.as_ref() != Some(&state) {
-            orders.desired = Some(state);
+        if orders.uplinks.as_ref() != Some(&uplinks) {
+            orders.uplinks = Some(uplinks);
             orders.changed = true;
             self.shared.wake.notify_all();
         }
     }
 
+    fn change(&self, changes: Vec<Change>) {
+        if changes.is_empty() {
+            return;
+        }
+        let mut orders = lock(&self.shared.orders);
+        orders.changes.extend(changes);
+        orders.changed = true;
+        self.shared.wake.notify_all();
+    }
+
     fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
-        self.counts.read()
+        lock(&self.shared.tables)
+            .as_ref()
+            .map(Tables::counts)
+            .unwrap_or_default()
     }
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
@@ -96,36 +117,113 @@ impl Drop for Worker {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All that was said, so that it can be said again to maps that are made anew.
+#[derive(Debug, Default)]
+struct Wanted {
+    vips: BTreeMap<IpAddr, VipState>,
+    nodes: BTreeMap<NodeId, NodeState>,
+    ports: BTreeMap<PortId, PortState>,
+    complete: bool,
+}
+
+impl Wanted {
+    fn note(&mut self, change: &Change) {
+        match change {
+            Change::Vip(vip, state) => keep(&mut self.vips, vip, *state),
+            Change::Node(id, state) => keep(&mut self.nodes, id, state.clone()),
+            Change::Port(id, state) => keep(&mut self.ports, id, state.clone()),
+            Change::Complete => self.complete = true,
+        }
+    }
+
+    /// The whole, as changes. A port goes after the nodes that it names, a VIP after its ports.
+    fn all(&self) -> Vec<Change> {
+        let nodes = self.nodes.iter();
+        let ports = self.ports.iter();
+        nodes
+            .map(|(id, state)| Change::Node(id.clone(), Some(state.clone())))
+            .chain(ports.map(|(id, state)| Change::Port(*id, Some(state.clone()))))
+            .chain(
+                self.vips
+                    .iter()
+                    .map(|(vip, state)| Change::Vip(*vip, Some(*state))),
+            )
+            .chain(self.complete.then_some(Change::Complete))
+            .collect()
+    }
+}
+
+fn keep<K: Ord + Clone, V>(map: &mut BTreeMap<K, V>, key: &K, value: Option<V>) {
+    match value {
+        Some(value) => {
+            map.insert(key.clone(), value);
+        }
+        None => {
+            map.remove(key);
+        }
+    }
 }
 
 /// What the thread owns.
 struct Task {
     config: Config,
     shared: Arc<Shared>,
-    counts: Counts,
     metrics: Metrics,
     uplink: Option<Uplink>,
+    wanted: Wanted,
+    /// When the flows are to be compared with connection tracking.
+    flows_at: Option<Instant>,
     last_reason: Option<String>,
+}
+
+/// What the loop wants now.
+struct Order {
+    /// Nothing before the first call.
+    uplinks: Option<BTreeSet<u32>>,
+    changes: Vec<Change>,
 }
 
 impl Task {
     fn run(&mut self) {
-        while let Some((state, changed)) = self.wait() {
-            if let Err(reason) = self.loaded() {
-                self.absent(&state, &reason);
+        while let Some(order) = self.wait() {
+            for change in &order.changes {
+                self.wanted.note(change);
+            }
+            let Some(uplinks) = order.uplinks else {
+                continue;
+            };
+            if self.uplink.is_some() {
+                self.change(&order.changes);
+            } else if let Err(reason) = self.load(&uplinks) {
+                self.absent(&uplinks, &reason);
                 continue;
             }
-            if changed && let Err(error) = self.counts.keep(&state.vips) {
-                tracing::warn!(%error, "the data path's map does not hold all VIPs");
-            }
-            self.attach(&state);
+            self.attach(&uplinks);
+            self.flows();
+        }
+    }
+
+    /// Compares the flows with connection tracking: when all VIPs are known, after packets may have passed the
+    /// programs by, and now and then.
+    fn flows(&mut self) {
+        let due = self.flows_at.is_none_or(|at| Instant::now() >= at);
+        if !due || !self.wanted.complete {
+            return;
+        }
+        self.flows_at = Some(Instant::now() + FLOWS_EVERY);
+        let mut tables = lock(&self.shared.tables);
+        if let Some(Err(error)) = tables.as_mut().map(Tables::reconcile_flows) {
+            tracing::warn!(%error, "nothing is handed on to earlier holders of a flow until this succeeds");
+            self.flows_at = Some(Instant::now() + RETRY);
         }
     }
 
     /// Waits for new orders or for the next look. Nothing: stop.
-    fn wait(&self) -> Option<(DataPathState, bool)> {
+    fn wait(&self) -> Option<Order> {
         let patience = if self.uplink.is_some() || self.last_reason.is_none() {
             self.config.watch
         } else {
@@ -140,30 +238,23 @@ impl Task {
         if orders.stop {
             return None;
         }
-        let changed = std::mem::take(&mut orders.changed);
-        Some((orders.desired.clone().unwrap_or_default(), changed))
+        orders.changed = false;
+        Some(Order {
+            uplinks: orders.uplinks.clone(),
+            changes: std::mem::take(&mut orders.changes),
+        })
     }
 
-    /// Sees to it that the program is loaded, once there are orders.
-    fn loaded(&mut self) -> Result<(), String> {
-        if self.uplink.is_some() || lock(&self.shared.orders).desired.is_none() {
-            return Ok(());
-        }
+    /// Loads the program beside the maps, says to them what is wanted, and puts it in the place of an earlier one.
+    fn load(&mut self, uplinks: &BTreeSet<u32>) -> Result<(), String> {
         let pins = Pins::open(&self.config.pin_dir).map_err(|error| error.to_string())?;
         let mut uplink =
             Uplink::load(&pins, self.config.hook).map_err(|error| error.to_string())?;
-        self.counts
-            .install(uplink.take_counts().map_err(|error| error.to_string())?);
-        let state = lock(&self.shared.orders)
-            .desired
-            .clone()
-            .unwrap_or_default();
-        if let Err(error) = self.counts.keep(&state.vips) {
-            tracing::warn!(%error, "the data path's map does not hold all VIPs");
-        }
+        *lock(&self.shared.tables) = Some(uplink.tables().map_err(|error| error.to_string())?);
         self.uplink = Some(uplink);
         self.last_reason = None;
-        self.attach(&state);
+        self.change(&self.wanted.all());
+        self.attach(uplinks);
         match pins.retire_others() {
             Ok(removed) if removed.links + removed.maps > 0 => {
                 tracing::info!(
@@ -178,19 +269,38 @@ impl Task {
         Ok(())
     }
 
+    /// Makes changes so; what cannot be is said, and the rest is made.
+    fn change(&self, changes: &[Change]) {
+        let mut tables = lock(&self.shared.tables);
+        let Some(tables) = tables.as_mut() else {
+            return;
+        };
+        let complain = |outcome: Result<(), TablesError>| {
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "the data path does not know all it should");
+                self.metrics.refused.inc();
+            }
+        };
+        for change in changes {
+            complain(tables.change(change));
+        }
+        complain(tables.expire());
+    }
+
     /// Attaches to the wanted uplinks, detaches from others, and reports.
-    fn attach(&mut self, state: &DataPathState) {
+    fn attach(&mut self, uplinks: &BTreeSet<u32>) {
         let Some(uplink) = self.uplink.as_mut() else {
             return;
         };
-        for gone in uplink.attached().difference(&state.uplinks) {
+        for gone in uplink.attached().difference(uplinks) {
             uplink.detach(*gone);
         }
         let mut attachments = BTreeMap::new();
-        for &interface in &state.uplinks {
+        for &interface in uplinks {
             let attachment = match uplink.ensure(interface) {
                 Ok((attachment, restored)) => {
                     if let Some(restored) = restored {
+                        self.flows_at = None;
                         let interface = interface_name(interface);
                         tracing::warn!(interface, ?restored, "the data path was attached anew");
                         let cause = match restored {
@@ -214,16 +324,15 @@ impl Task {
     }
 
     /// Reports that the data path is at no uplink.
-    fn absent(&mut self, state: &DataPathState, reason: &str) {
+    fn absent(&mut self, uplinks: &BTreeSet<u32>, reason: &str) {
         if self.last_reason.as_deref() != Some(reason) {
             tracing::warn!(
                 reason,
-                "no data path: packets are announced but not counted"
+                "no data path: addresses are announced, packets are neither steered nor counted"
             );
             self.last_reason = Some(reason.to_owned());
         }
-        let attachments = state
-            .uplinks
+        let attachments = uplinks
             .iter()
             .map(|interface| {
                 (

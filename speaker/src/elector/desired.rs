@@ -8,19 +8,26 @@ use landfall_core::groups::{Group, GroupId, GroupService};
 use landfall_core::ip::IpRange;
 
 use super::Speaker;
+use super::steering::Steered;
 use crate::announcer::{Announcement, Interface};
-use crate::datapath::DataPathState;
 use crate::node_rules::{HostService, HostTargets, Rules};
 
 /// What the rules should say, and what each group adds to it, so that a change costs what it changes.
 #[derive(Debug, Default)]
 pub(super) struct Desired {
     rules: Rules,
-    parts: BTreeMap<GroupId, Rules>,
+    parts: BTreeMap<GroupId, Part>,
     /// How many VIPs each uplink has.
     uplinks: BTreeMap<Arc<str>, usize>,
     stale: BTreeSet<GroupId>,
     all_stale: bool,
+}
+
+/// What one group adds.
+#[derive(Debug, Default)]
+struct Part {
+    rules: Rules,
+    steered: Steered,
 }
 
 impl Desired {
@@ -43,10 +50,9 @@ impl Desired {
         due
     }
 
-    fn remove(&mut self, id: &GroupId) {
-        let Some(part) = self.parts.remove(id) else {
-            return;
-        };
+    fn remove(&mut self, id: &GroupId) -> Option<Part> {
+        let removed = self.parts.remove(id)?;
+        let part = &removed.rules;
         for vip in &part.vips {
             self.rules.vips.remove(vip);
         }
@@ -62,9 +68,11 @@ impl Desired {
         for service in part.host_services.keys() {
             self.rules.host_services.remove(service);
         }
+        Some(removed)
     }
 
-    fn insert(&mut self, id: GroupId, part: Rules) {
+    fn insert(&mut self, id: GroupId, added: Part) {
+        let part = &added.rules;
         self.rules.vips.extend(&part.vips);
         for (vip, uplink) in &part.uplinks {
             self.rules.uplinks.insert(*vip, uplink.clone());
@@ -74,7 +82,7 @@ impl Desired {
         self.rules
             .host_services
             .extend(services.map(|(service, targets)| (service.clone(), targets.clone())));
-        self.parts.insert(id, part);
+        self.parts.insert(id, added);
     }
 
     /// The uplinks that have VIPs.
@@ -114,11 +122,17 @@ impl Speaker {
         let due = desired.due(self.index.groups().keys());
         // An address may go from one group to another: first what goes, then what comes.
         for id in &due {
-            desired.remove(id);
+            if let Some(part) = desired.remove(id) {
+                self.told.remove(&part.steered);
+            }
         }
         for id in due {
             if let Some(group) = self.index.groups().get(&id) {
-                let part = self.part(group);
+                let part = Part {
+                    rules: self.part(group),
+                    steered: self.steered(group),
+                };
+                self.told.insert(&part.steered);
                 desired.insert(id, part);
             }
         }
@@ -131,18 +145,15 @@ impl Speaker {
                 .filter_map(|name| Some(self.interface(name)?.index)),
         );
         let rules = self.desired.rules.clone();
-        let state = DataPathState {
-            uplinks: uplinks.clone(),
-            vips: rules.vips.clone(),
-        };
         self.parts.rules.apply(rules);
-        self.parts.datapath.apply(state);
+        self.parts.datapath.attach(uplinks.clone());
         if uplinks != self.uplinks {
             let list: Vec<u32> = uplinks.iter().copied().collect();
             self.parts.announcer.listen(&list);
             self.uplinks = uplinks;
             self.hello_at = std::time::Duration::ZERO;
         }
+        self.tell();
     }
 
     /// What one group adds to the rules.

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use landfall_core::election::service_id;
 use landfall_core::groups::{Group, GroupId, GroupService};
 
 use super::Speaker;
@@ -32,21 +33,30 @@ pub struct Questions {
     pub hosts: BTreeSet<SocketAddr>,
 }
 
+/// What a health-check port says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Packets reach an endpoint of this node.
+    Serving,
+    /// They do not.
+    NotServing,
+    /// Nobody answers.
+    Silent,
+}
+
 impl Speaker {
     /// Looks at the groups that changed, and again at those that were not served yet.
     pub(super) fn check_ready(&mut self, changed: &BTreeSet<GroupId>, now: Duration) {
         for id in changed {
-            match self.index.groups().get(id) {
-                Some(_) => {
-                    let check = self.checks.entry(id.clone()).or_insert(Check {
-                        since: now,
-                        next: now,
-                    });
-                    check.next = now;
-                }
-                None => {
-                    self.checks.remove(id);
-                }
+            if self.index.groups().contains_key(id) {
+                let check = self.checks.entry(id.clone()).or_insert(Check {
+                    since: now,
+                    next: now,
+                });
+                check.next = now;
+            } else {
+                self.checks.remove(id);
+                self.asking.retain(|(asked, _), _| asked != id);
             }
         }
         let due: Vec<(GroupId, Duration)> = self
@@ -62,12 +72,42 @@ impl Speaker {
             };
             let ready = self.is_served(&group, now.saturating_sub(since));
             self.election.set_ready(&id, ready);
+            self.note_serves(&group, ready, now);
             if ready {
                 self.checks.remove(&id);
             } else if let Some(check) = self.checks.get_mut(&id) {
                 check.next = now + LOOK_EVERY;
             }
         }
+    }
+
+    /// Which Services of a group reach an endpoint from here. Where a health-check port says so, it is asked, and what
+    /// it said stands until this node has no endpoint any more.
+    fn note_serves(&mut self, group: &Group, ready: bool, now: Duration) {
+        let me = &self.identity.node;
+        let mut serves = BTreeSet::new();
+        for service in &group.services {
+            let id = service_id(&service.key);
+            let served = self.election.serves(me, &group.id, id);
+            let asked = self.health_port(service);
+            let question = (group.id.clone(), asked.unwrap_or_default());
+            if !service.endpoint_nodes.contains(me) {
+                self.asking.remove(&question);
+            } else if served || (ready && asked.is_none()) {
+                serves.insert(id);
+            } else if asked.is_some() {
+                self.asking.entry(question).or_insert(now);
+            }
+        }
+        self.election.set_serves(&group.id, serves);
+    }
+
+    /// The port by which kube-proxy tells whether it delivers a Service's packets to endpoints of this node.
+    fn health_port(&self, service: &GroupService) -> Option<u16> {
+        let asks = !self.identity.manifests
+            && service.local_nodes.is_some()
+            && service.health_check_node_port != 0;
+        asks.then_some(service.health_check_node_port)
     }
 
     fn is_served(&self, group: &Group, waited: Duration) -> bool {
@@ -105,10 +145,44 @@ impl Speaker {
         !blind || self.identity.manifests || waited >= BLIND
     }
 
-    /// A health-check port answered that its Service has endpoints here.
-    pub fn served(&mut self, id: &GroupId) {
-        self.checks.remove(id);
-        self.election.set_ready(id, true);
+    /// What a health-check port of this node said.
+    pub fn health(&mut self, id: &GroupId, port: u16, answer: Health, now: Duration) {
+        let Some(since) = self.asking.get(&(id.clone(), port)).copied() else {
+            return;
+        };
+        let Some(group) = self.index.groups().get(id).cloned() else {
+            self.asking.remove(&(id.clone(), port));
+            return;
+        };
+        let serves = match answer {
+            Health::Serving => true,
+            Health::NotServing => false,
+            // Nobody listens there: kube-proxy's stand-in has no such port.
+            Health::Silent => {
+                self.is_served(&group, now.saturating_sub(since))
+                    && now.saturating_sub(since) >= BLIND
+            }
+        };
+        if !serves {
+            return;
+        }
+        self.asking.remove(&(id.clone(), port));
+        let of_port = group
+            .services
+            .iter()
+            .filter(|service| service.health_check_node_port == port)
+            .map(|service| service_id(&service.key));
+        let before = group
+            .services
+            .iter()
+            .map(|service| service_id(&service.key))
+            .filter(|service| self.election.serves(&self.identity.node, id, *service));
+        let serves: BTreeSet<u64> = of_port.chain(before).collect();
+        if serves.len() == group.services.len() {
+            self.checks.remove(id);
+            self.election.set_ready(id, true);
+        }
+        self.election.set_serves(id, serves);
     }
 
     /// Whether a process of this node takes connections.
@@ -144,24 +218,10 @@ impl Speaker {
 
     /// Whom to ask now; `hosts` says whether processes of this node are among them.
     pub fn questions(&self, hosts: bool) -> Questions {
-        let mut questions = Questions::default();
-        for id in self.checks.keys() {
-            let Some(group) = self.index.groups().get(id) else {
-                continue;
-            };
-            // One Service alone on its addresses: its word is the group's.
-            if let [service] = group.services.as_slice()
-                && service.health_check_node_port != 0
-                && service
-                    .local_nodes
-                    .as_ref()
-                    .is_some_and(|nodes| nodes.contains(&self.identity.node))
-            {
-                questions
-                    .health
-                    .insert((id.clone(), service.health_check_node_port));
-            }
-        }
+        let mut questions = Questions {
+            health: self.asking.keys().cloned().collect(),
+            hosts: BTreeSet::new(),
+        };
         if hosts && self.identity.manifests {
             questions.hosts = self
                 .index

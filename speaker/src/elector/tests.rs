@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
-use crate::datapath::{Attachment, DataPathState, VipCount};
+use crate::datapath::{Attachment, Change as Told, VipCount};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 
@@ -23,7 +23,8 @@ const KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 #[derive(Default)]
 struct Lower {
     rules: Mutex<Rules>,
-    state: Mutex<DataPathState>,
+    uplinks: Mutex<BTreeSet<u32>>,
+    told: Mutex<Vec<Told>>,
 }
 
 impl Lower {
@@ -46,8 +47,13 @@ impl NodeRules for Lower {
 }
 
 impl DataPath for Lower {
-    fn apply(&self, state: DataPathState) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    fn attach(&self, uplinks: BTreeSet<u32>) {
+        *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = uplinks;
+    }
+
+    fn change(&self, changes: Vec<Told>) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.extend(changes);
     }
 
     fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
@@ -295,13 +301,8 @@ fn rules_and_data_path_follow() {
     let rules = host.lower.rules();
     assert_eq!(rules.vips.len(), 2);
     assert!(rules.uplinks.values().all(|uplink| &**uplink == "eth0"));
-    let state = host
-        .lower
-        .state
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
-    assert_eq!(state.uplinks, BTreeSet::from([2]));
+    let uplinks = host.lower.uplinks.lock().unwrap().clone();
+    assert_eq!(uplinks, BTreeSet::from([2]));
     assert_eq!(host.announcing.asked().listening, [2]);
 }
 
@@ -423,6 +424,8 @@ fn mk_service(key: &ObjectKey) -> Service {
         selector: BTreeMap::new(),
         traffic_policy: landfall_core::model::TrafficPolicy::Cluster,
         health_check_node_port: 0,
+        affinity: false,
+        udp_ports: false,
         families: Vec::new(),
         family_policy: landfall_core::model::FamilyPolicy::SingleStack,
         request: landfall_core::model::AddressRequest::default(),

@@ -8,12 +8,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use landfall_core::model::Protocol;
-use nix::sys::socket::{setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike as _};
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{Socket, SocketAddr};
 
-use super::netlink::{Listener, MESSAGE, Message, find, messages, put, split, text};
+use crate::netlink::{DUMP, Listener, Message, Requests, find, messages, put, split, text};
 
 /// The multicast group of nftables (`NFNLGRP_NFTABLES`), as a mask.
 const GROUP: u32 = 1 << 6;
@@ -80,15 +77,11 @@ pub(super) enum Event {
 
 /// A socket to ask with. It belongs to the network namespace of the thread that opened it.
 #[derive(Debug)]
-pub(super) struct Query(Socket);
+pub(super) struct Query(Requests);
 
 impl Query {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        // The kernel answers at once or not at all.
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Self(socket))
+        Requests::open(NETLINK_NETFILTER).map(Self)
     }
 
     /// The packets that a named counter has counted.
@@ -116,7 +109,6 @@ impl Query {
         map: &str,
     ) -> io::Result<Option<Served>> {
         const TRIES: u32 = 5;
-        const DUMP: u16 = 0x300; // NLM_F_DUMP
         let mut body = Vec::new();
         put(&mut body, 1, &c_string(table));
         put(&mut body, 2, &c_string(map));
@@ -143,41 +135,11 @@ impl Query {
         body: &[u8],
         mut each: impl FnMut(&[u8]),
     ) -> io::Result<()> {
-        const REQUEST_AND_ACK: u16 = 0x1 | 0x4; // NLM_F_REQUEST, NLM_F_ACK
-        const INTERRUPTED: u16 = 0x10; // NLM_F_DUMP_INTR
-        let mut request = Vec::with_capacity(20 + body.len());
-        let length = u32::try_from(20 + body.len()).expect("a request is a few names");
-        request.extend(length.to_ne_bytes());
-        request.extend((NFTABLES << 8 | u16::from(message)).to_ne_bytes());
-        request.extend((REQUEST_AND_ACK | flags).to_ne_bytes());
-        request.extend([0; 8]); // sequence number, port
-        request.extend([family as u8, 0, 0, 0]);
-        request.extend(body);
-        self.0.send(&request, 0)?;
-        let mut buffer = Vec::with_capacity(MESSAGE);
-        let mut interrupted = false;
-        loop {
-            buffer.clear();
-            self.0.recv(&mut buffer, 0)?;
-            for part in messages(&buffer) {
-                interrupted |= part.flags & INTERRUPTED != 0;
-                match i32::from(part.kind) {
-                    libc::NLMSG_ERROR => {
-                        let code = part.payload.first_chunk().copied().map(i32::from_ne_bytes);
-                        return match code {
-                            Some(0) => Ok(()),
-                            Some(code) => Err(io::Error::from_raw_os_error(-code)),
-                            None => Err(io::ErrorKind::InvalidData.into()),
-                        };
-                    }
-                    libc::NLMSG_DONE if interrupted => {
-                        return Err(io::ErrorKind::Interrupted.into());
-                    }
-                    libc::NLMSG_DONE => return Ok(()),
-                    _ => each(part.payload.get(4..).unwrap_or_default()),
-                }
-            }
-        }
+        let kind = NFTABLES << 8 | u16::from(message);
+        let body = [&[family as u8, 0, 0, 0], body].concat();
+        self.0.ask(kind, flags, &body, |payload| {
+            each(payload.get(4..).unwrap_or_default());
+        })
     }
 }
 

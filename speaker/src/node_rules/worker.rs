@@ -13,11 +13,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::kube_proxy::KubeProxy;
 use super::metrics::{ByFamily, Metrics};
 use super::netfilter::{Event, Query, TableFamily, Watch};
-use super::netlink::Listener;
 use super::routes::{self, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
 use super::{Config, Rules, Shared};
+use crate::netlink::Listener;
 
 /// How long after a failure to try again.
 const RETRY: Duration = Duration::from_secs(1);

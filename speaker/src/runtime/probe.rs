@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::elector::ready::Questions;
+use crate::elector::ready::{Health, Questions};
 
 /// A process of this node is asked this often.
 const HOSTS_EVERY: Duration = Duration::from_secs(1);
@@ -18,8 +18,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What was found.
 pub(super) enum Answer {
-    /// A health-check port said that its Service has endpoints here.
-    Served(GroupId),
+    /// What a health-check port said of its Service.
+    Health(GroupId, u16, Health),
     /// Whether a process takes connections.
     Host(SocketAddr, bool),
 }
@@ -34,7 +34,7 @@ pub(super) struct Prober {
 }
 
 enum Outcome {
-    Health(GroupId, u16, bool),
+    Health(GroupId, u16, Health),
     Host(SocketAddr, bool),
 }
 
@@ -63,10 +63,13 @@ impl Prober {
             }
             let (sender, address) = (self.sender.clone(), SocketAddr::new(self.own, port));
             tokio::spawn(async move {
-                let served = tokio::time::timeout(PATIENCE, health(address))
-                    .await
-                    .is_ok_and(|answer| answer.unwrap_or(false));
-                let _ = sender.send(Outcome::Health(id, port, served));
+                let asked = tokio::time::timeout(PATIENCE, health(address)).await;
+                let answer = match asked {
+                    Ok(Ok(true)) => Health::Serving,
+                    Ok(Ok(false)) => Health::NotServing,
+                    Ok(Err(_)) | Err(_) => Health::Silent,
+                };
+                let _ = sender.send(Outcome::Health(id, port, answer));
             });
         }
         if now < self.hosts_at {
@@ -84,19 +87,15 @@ impl Prober {
         }
     }
 
-    /// The next answer that says anything.
+    /// The next answer.
     pub(super) async fn next(&mut self) -> Answer {
-        loop {
-            match self.receiver.recv().await {
-                Some(Outcome::Health(id, port, served)) => {
-                    self.asking.remove(&(id.clone(), port));
-                    if served {
-                        return Answer::Served(id);
-                    }
-                }
-                Some(Outcome::Host(endpoint, alive)) => return Answer::Host(endpoint, alive),
-                None => std::future::pending().await,
+        match self.receiver.recv().await {
+            Some(Outcome::Health(id, port, answer)) => {
+                self.asking.remove(&(id.clone(), port));
+                Answer::Health(id, port, answer)
             }
+            Some(Outcome::Host(endpoint, alive)) => Answer::Host(endpoint, alive),
+            None => std::future::pending().await,
         }
     }
 }

@@ -125,8 +125,10 @@ pub(crate) fn nobody_eligible(scene: &Scene<'_>) {
     scene.expect_events("nobody", "Announced", 1);
 }
 
-/// `externalTrafficPolicy: Local`: who leads has an endpoint, and says so at the health check's port.
+/// `externalTrafficPolicy: Local` without steering: who leads has an endpoint, and says so at the health check's port.
 pub(crate) fn local_endpoints(scene: &Scene<'_>) {
+    scene.advertise(&json!({"steering": "Off"}));
+    thread::sleep(Duration::from_secs(2));
     let local = json!({"externalTrafficPolicy": "Local"});
     let vips = scene.create("local", local, json!({}));
     let first = scene.leader(vips[0]);

@@ -140,6 +140,11 @@ impl Elector {
         *node == self.me || self.peers.get(node).is_some_and(|peer| peer.alive)
     }
 
+    /// Every node that is known, alive or not; this one too.
+    pub fn known(&self) -> impl Iterator<Item = &NodeName> {
+        std::iter::once(&self.me).chain(self.peers.keys())
+    }
+
     /// Every peer that is known, for display.
     pub fn peers(&self) -> impl Iterator<Item = PeerView> {
         self.peers.iter().map(|(name, peer)| {

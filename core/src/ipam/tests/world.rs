@@ -57,6 +57,8 @@ pub(in crate::ipam) fn mk_service(name: &str) -> Service {
         selector: BTreeMap::new(),
         traffic_policy: TrafficPolicy::Cluster,
         health_check_node_port: 0,
+        affinity: false,
+        udp_ports: false,
         families: vec![Family::V4],
         family_policy: FamilyPolicy::SingleStack,
         request: AddressRequest::default(),

@@ -1,46 +1,132 @@
-//! Frames through `BPF_PROG_TEST_RUN`: what is counted, and that the next program always has its turn.
+//! Frames through `BPF_PROG_TEST_RUN`: what is counted, answered, sent elsewhere, and left as it is.
 
-use std::collections::BTreeSet;
+mod flows;
+mod kinds;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use aya::maps::PerCpuHashMap;
 use aya::{Ebpf, TestRun, TestRunOptions};
-use landfall_ebpf_common::VIP_COUNTS;
+use landfall_core::model::{NodeName, Protocol};
+use landfall_core::steering::first;
+use landfall_ebpf_common::{Verdict, rendezvous};
 
-use super::super::VipCount;
-use super::super::counts::Counts;
+use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
+use super::super::{Change, NodeId, NodeState, PortId, PortState, VipCount, VipState};
+use super::packets::*;
 
 const V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 200);
 const V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x200);
+const VIPS: [IpAddr; 2] = [IpAddr::V4(V4), IpAddr::V6(V6)];
+/// A VIP that is not steered.
+const COUNTED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 201);
+/// What the kernel gives a test frame for interface: `lo`.
+const INTERFACE: u32 = 1;
+const NODES: [&str; 3] = ["here", "other", "third"];
 
-/// `TCX_NEXT` as the kernel returns it.
-const NEXT: u32 = u32::MAX;
+/// What became of a frame.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    /// Left to the next program, as it was.
+    Next,
+    /// Sent to this node, otherwise as it was.
+    Sent(&'static str),
+    /// Sent to this node with another TTL, its header's checksum right.
+    HandedOn(&'static str, u8),
+    Dropped,
+}
 
 struct Program {
     ebpf: Ebpf,
-    counts: Counts,
+    tables: Tables,
+}
+
+fn mac(node: &str) -> [u8; 6] {
+    let last = NODES
+        .iter()
+        .position(|known| *known == node)
+        .expect("one of them");
+    [2, 0, 0, 0, 1, u8::try_from(last).expect("few")]
+}
+
+fn mk_id(node: &str) -> NodeId {
+    NodeId {
+        name: node.into(),
+        interface: INTERFACE,
+    }
+}
+
+fn mk_node(node: &str) -> NodeState {
+    NodeState {
+        here: node == "here",
+        alive: true,
+        steers: true,
+        mac: Some(mac(node)),
+        routed: BTreeSet::from([format!("10.{}.0.0/16", mac(node)[5])
+            .parse()
+            .expect("a literal")]),
+        ..NodeState::default()
+    }
+}
+
+fn mk_spread(nodes: &[&str]) -> BTreeMap<NodeName, u16> {
+    nodes.iter().map(|node| ((*node).into(), 1)).collect()
+}
+
+fn mk_port(nodes: &[&str]) -> PortState {
+    PortState {
+        nodes: mk_spread(nodes),
+        interface: INTERFACE,
+        ..PortState::default()
+    }
 }
 
 impl Program {
+    /// The program, with three nodes and two VIPs that are spread over all of them.
     fn load() -> Self {
         let mut ebpf = object(None).expect("these tests load eBPF programs and need root");
         classifier(&mut ebpf)
             .expect("the object holds it")
             .load()
             .expect("the verifier accepts it");
-        let map = ebpf.take_map(VIP_COUNTS).expect("the object holds it");
-        let counts = Counts::default();
-        counts.install(PerCpuHashMap::try_from(map).expect("the map is of this kind"));
-        counts
-            .keep(&BTreeSet::from([V4.into(), V6.into()]))
-            .expect("the map has room");
-        Self { ebpf, counts }
+        let mut program = Self {
+            tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
+            ebpf,
+        };
+        for node in NODES {
+            program.change(&Change::Node(mk_id(node), Some(mk_node(node))));
+        }
+        for vip in VIPS {
+            let steer = VipState {
+                steer: true,
+                udp_port: None,
+            };
+            program.change(&Change::Vip(vip, Some(steer)));
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                program.port(vip, protocol, 80, mk_port(&NODES));
+            }
+        }
+        program.change(&Change::Vip(COUNTED.into(), Some(VipState::default())));
+        program.tables.seeded(true).expect("the map takes it");
+        program
     }
 
-    /// Runs a frame; whether it was left alone, and what was counted for the VIPs by it.
-    fn run(&mut self, frame: &[u8]) -> (VipCount, VipCount) {
-        let before = self.counts.read();
+    fn change(&mut self, change: &Change) {
+        self.tables.change(change).expect("the maps have room");
+    }
+
+    fn port(&mut self, vip: IpAddr, protocol: Protocol, port: u16, state: PortState) {
+        let id = PortId {
+            vip,
+            protocol,
+            port,
+        };
+        self.change(&Change::Port(id, Some(state)));
+    }
+
+    /// The test device's answer and frame.
+    fn raw(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
         let mut out = vec![0; frame.len() + 64];
         let result = classifier(&mut self.ebpf)
             .expect("the object holds it")
@@ -51,104 +137,119 @@ impl Program {
                 ..Default::default()
             })
             .expect("the kernel runs it");
-        assert_eq!(result.return_value, NEXT, "the chain must go on");
-        assert_eq!(
-            &out[..result.data_size_out as usize],
-            frame,
-            "the frame must stay as it is"
-        );
-        let after = self.counts.read();
-        let difference = |vip: IpAddr| VipCount {
-            packets: after[&vip].packets - before[&vip].packets,
-            bytes: after[&vip].bytes - before[&vip].bytes,
-        };
-        (difference(V4.into()), difference(V6.into()))
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
+    fn fate(&mut self, frame: &[u8]) -> Fate {
+        let (action, out) = self.raw(frame);
+        match action {
+            // TCX_NEXT, TC_ACT_SHOT, TC_ACT_REDIRECT.
+            u32::MAX => {
+                assert_eq!(out, frame, "the frame must stay as it is");
+                Fate::Next
+            }
+            2 => Fate::Dropped,
+            7 => {
+                let to = NODES
+                    .into_iter()
+                    .find(|node| mac(node) == out[..6])
+                    .expect("a node's MAC");
+                assert_eq!(out[6..12], frame[..6], "from this node's MAC");
+                assert_eq!(out[12..14], frame[12..14]);
+                if out[14..] == frame[14..] {
+                    return Fate::Sent(to);
+                }
+                let at = if frame[12..14] == [0x08, 0] { 22 } else { 21 };
+                let mut expected = frame[14..].to_vec();
+                expected[at - 14] = out[at];
+                if at == 22 {
+                    expected[10..12].copy_from_slice(&out[24..26]);
+                    assert_eq!(is_sound(&out[14..]), is_sound(&frame[14..]), "the checksum");
+                }
+                assert_eq!(out[14..], expected, "the TTL and the checksum, and no more");
+                Fate::HandedOn(to, out[at])
+            }
+            other => panic!("an action nobody should see: {other}"),
+        }
+    }
+
+    fn verdict(&self, verdict: Verdict) -> u64 {
+        self.tables.verdicts()[verdict as usize]
+    }
+
+    /// What was counted for a VIP by a frame that is left as it is.
+    fn counted(&mut self, vip: IpAddr, frame: &[u8]) -> VipCount {
+        let before = self.tables.counts()[&vip];
+        assert_eq!(self.fate(frame), Fate::Next);
+        let after = self.tables.counts()[&vip];
+        VipCount {
+            packets: after.packets - before.packets,
+            bytes: after.bytes - before.bytes,
+        }
     }
 }
 
-const NOTHING: VipCount = VipCount {
-    packets: 0,
-    bytes: 0,
-};
-
-fn one(frame: &[u8]) -> VipCount {
-    VipCount {
-        packets: 1,
-        bytes: frame.len() as u64,
+fn client(vip: IpAddr) -> IpAddr {
+    match vip {
+        IpAddr::V4(_) => Ipv4Addr::new(198, 51, 100, 7).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 7).into(),
     }
 }
 
-/// A frame for the test device, whose MAC is all zeroes.
-pub(super) fn mk_frame(ethertype: u16, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1];
-    frame.extend(ethertype.to_be_bytes());
-    frame.extend(payload);
-    frame
+fn ethertype(vip: IpAddr) -> u16 {
+    if vip.is_ipv4() { 0x0800 } else { 0x86dd }
 }
 
-pub(super) fn mk_v4(destination: Ipv4Addr) -> Vec<u8> {
-    let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0];
-    packet.extend([192, 0, 2, 1]);
-    packet.extend(destination.octets());
-    packet.extend([0x30, 0x39, 0, 53, 0, 8, 0, 0]);
-    packet
+/// A client's frame to a VIP.
+fn mk(vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    mk_frame(
+        ethertype(vip),
+        &mk_ip(client(vip), vip, protocol, 64, payload),
+    )
 }
 
-pub(super) fn mk_v6(destination: Ipv6Addr) -> Vec<u8> {
-    let mut packet = vec![0x60, 0, 0, 0, 0, 8, 17, 64];
-    packet.extend(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets());
-    packet.extend(destination.octets());
-    packet.extend([0x30, 0x39, 0, 53, 0, 8, 0, 0]);
-    packet
+/// The same, as another node sends it on.
+fn mk_from(node: &str, ttl: u8, vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    mk_frame_from(
+        mac(node),
+        ethertype(vip),
+        &mk_ip(client(vip), vip, protocol, ttl, payload),
+    )
 }
 
-#[test]
-fn packets_to_a_vip_are_counted_in_both_families() {
-    let mut program = Program::load();
-    let frame = mk_frame(0x0800, &mk_v4(V4));
-    assert_eq!(program.run(&frame), (one(&frame), NOTHING));
-    let frame = mk_frame(0x86dd, &mk_v6(V6));
-    assert_eq!(program.run(&frame), (NOTHING, one(&frame)));
+/// The bucket of a flow from a client.
+fn bucket(vip: IpAddr, rest: u32) -> u32 {
+    use landfall_ebpf_common::VipKey;
+    rendezvous::bucket(
+        &VipKey::from_address(client(vip)).0,
+        &VipKey::from_address(vip).0,
+        rest,
+    )
 }
 
-#[test]
-fn packets_to_others_are_not() {
-    let mut program = Program::load();
-    for frame in [
-        mk_frame(0x0800, &mk_v4(Ipv4Addr::new(192, 0, 2, 201))),
-        mk_frame(
-            0x86dd,
-            &mk_v6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x201)),
-        ),
-        // ARP that asks for the VIP.
-        mk_frame(0x0806, &[0; 28]),
-    ] {
-        assert_eq!(program.run(&frame), (NOTHING, NOTHING));
-    }
+/// A client's port and the VIP's, 80, as they go into a flow's hash.
+fn ports(port: u16) -> u32 {
+    u32::from(port) << 16 | 0x50
 }
 
-#[test]
-fn a_vip_of_one_family_is_not_its_mapped_form_in_the_other() {
-    let mut program = Program::load();
-    let frame = mk_frame(0x86dd, &mk_v6(V4.to_ipv6_mapped()));
-    assert_eq!(program.run(&frame), (NOTHING, NOTHING));
+/// Whose a TCP flow from this port is.
+fn owner(vip: IpAddr, port: u16, nodes: &[&'static str]) -> &'static str {
+    let bucket = bucket(vip, ports(port));
+    let name = first(&mk_spread(nodes), bucket).expect("somebody").clone();
+    nodes
+        .iter()
+        .find(|node| **node == &*name.0)
+        .expect("one of them")
 }
 
-#[test]
-fn tagged_frames_are_another_segment() {
-    let mut program = Program::load();
-    for tag in [0x8100_u16, 0x88a8] {
-        let mut payload = vec![0, 100];
-        payload.extend(0x0800_u16.to_be_bytes());
-        payload.extend(mk_v4(V4));
-        assert_eq!(program.run(&mk_frame(tag, &payload)), (NOTHING, NOTHING));
-    }
-}
-
-#[test]
-fn frames_for_other_hosts_are_not_ours() {
-    let mut program = Program::load();
-    let mut frame = mk_frame(0x0800, &mk_v4(V4));
-    frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
-    assert_eq!(program.run(&frame), (NOTHING, NOTHING));
+/// A client's port whose flow is this node's by one spread, and that node's by another.
+fn port_of(vip: IpAddr, spreads: &[(&'static str, &[&'static str])]) -> u16 {
+    (1024..u16::MAX)
+        .find(|port| {
+            spreads
+                .iter()
+                .all(|(node, nodes)| owner(vip, *port, nodes) == *node)
+        })
+        .expect("there are many ports")
 }

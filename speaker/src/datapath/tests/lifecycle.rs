@@ -8,22 +8,22 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
-use aya::maps::{PerCpuHashMap, PerCpuValues};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, TcAttachType};
-use landfall_ebpf_common::{self as common, VIP_COUNTS, VipKey, tcx};
+use landfall_ebpf_common::{LAYOUT, map, tcx};
 use landfall_lab::raw::send_frame;
 use landfall_lab::{Mac, Netns};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
-use super::super::counts::Counts;
+use super::super::layout::SHAPES;
+use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
 use super::super::{
-    Attachment, Config, DataPath, DataPathState, Hook, Removed, VipCount, Worker, uninstall,
+    Attachment, Change, Config, DataPath, Hook, Removed, VipCount, VipState, Worker, uninstall,
 };
-use super::golden::{mk_frame, mk_v4, mk_v6};
+use super::packets::{mk_frame, mk_v4, mk_v6};
 
 const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 88, 0, 200));
 
@@ -127,10 +127,11 @@ impl Segment {
                 ..Config::new(pin_dir)
             };
             let worker = Worker::start(config, &mut registry);
-            worker.apply(DataPathState {
-                uplinks: BTreeSet::from([self.uplink]),
-                vips: BTreeSet::from([VIP]),
-            });
+            worker.attach(BTreeSet::from([self.uplink]));
+            worker.change(vec![
+                Change::Vip(VIP, Some(VipState::default())),
+                Change::Complete,
+            ]);
             (worker, registry)
         })
     }
@@ -139,16 +140,10 @@ impl Segment {
     fn foreign(&self, order: LinkOrder) -> Foreign {
         self.node.run(|| {
             let mut ebpf = object(None).expect("the object loads");
-            let counts = Counts::default();
-            let map = ebpf.take_map(VIP_COUNTS).expect("the object holds it");
-            let mut map: PerCpuHashMap<_, VipKey, common::VipCount> =
-                PerCpuHashMap::try_from(map).expect("the map is of this kind");
-            let cpus = aya::util::nr_cpus().expect("the kernel tells");
-            let zero = PerCpuValues::try_from(vec![common::VipCount::default(); cpus])
-                .expect("one for each CPU");
-            map.insert(VipKey::from_address(VIP), zero, 0)
+            let mut tables = Tables::adopt(&mut ebpf).expect("the object holds the maps");
+            tables
+                .change(&Change::Vip(VIP, Some(VipState::default())))
                 .expect("the map has room");
-            counts.install(map);
             let program = classifier(&mut ebpf).expect("the object holds it");
             program.load().expect("the verifier accepts it");
             program
@@ -160,7 +155,7 @@ impl Segment {
                 .expect("the kernel has TCX");
             Foreign {
                 _ebpf: ebpf,
-                counts,
+                tables,
             }
         })
     }
@@ -168,12 +163,12 @@ impl Segment {
 
 struct Foreign {
     _ebpf: Ebpf,
-    counts: Counts,
+    tables: Tables,
 }
 
 impl Foreign {
     fn packets(&self) -> u64 {
-        self.counts.read()[&VIP].packets
+        self.tables.counts()[&VIP].packets
     }
 }
 
@@ -299,7 +294,8 @@ fn it_outlives_the_process_and_the_next_one_adopts_it() {
     assert_eq!(packets(&worker), 3 + 4 + 5);
 
     // A VIP that goes is forgotten; an uplink that goes is left.
-    worker.apply(DataPathState::default());
+    worker.change(vec![Change::Vip(VIP, None)]);
+    worker.attach(BTreeSet::new());
     eventually("detached", || segment.programs().is_empty());
     assert!(worker.counts().is_empty());
 }
@@ -324,7 +320,7 @@ fn what_goes_in_front_or_takes_it_away_is_answered_within_a_second() {
 
     let pin = bpffs
         .pin_dir()
-        .join("layout-1/links")
+        .join(format!("layout-{LAYOUT}/links"))
         .join(segment.uplink.to_string());
     fs::remove_file(pin).expect("the pin is there");
     eventually("attached again", || {
@@ -358,7 +354,7 @@ fn uninstalling_leaves_nothing() {
         removed,
         Removed {
             links: 1,
-            maps: 1,
+            maps: SHAPES.len(),
             filters: 0
         }
     );
@@ -392,8 +388,13 @@ fn another_layout_is_replaced_and_a_misfit_is_refused() {
         .expect("everything can be removed");
 
     // Under our number lies what is no map at all.
-    fs::create_dir_all(bpffs.pin_dir().join("layout-1").join(VIP_COUNTS))
-        .expect("bpffs has directories");
+    fs::create_dir_all(
+        bpffs
+            .pin_dir()
+            .join(format!("layout-{LAYOUT}"))
+            .join(map::VIPS),
+    )
+    .expect("bpffs has directories");
     let (worker, _registry) = segment.start(&bpffs.pin_dir(), Hook::Auto);
     eventually("refused", || {
         matches!(
@@ -441,10 +442,7 @@ fn an_uplink_that_goes_is_absent_and_its_successor_attached() {
         .node
         .interface_index("up0")
         .expect("the link is there");
-    worker.apply(DataPathState {
-        uplinks: BTreeSet::from([successor]),
-        vips: BTreeSet::from([VIP]),
-    });
+    worker.attach(BTreeSet::from([successor]));
     eventually("attached", || {
         attached(&worker, successor, &Attachment::Tcx)
     });

@@ -1,0 +1,309 @@
+//! Reading frames.
+
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::{FlowKey, FragmentKey, VipKey};
+
+/// `PACKET_HOST` (`linux/if_packet.h`): the frame carries our MAC.
+const PACKET_HOST: u32 = 0;
+
+const ETH_SOURCE: usize = 6;
+const ETH_HEADER: usize = 14;
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+/// Where the destination address lies in an IPv4 header (RFC 791) and in an IPv6 header (RFC 8200).
+const IPV4_DESTINATION: usize = 16;
+const IPV6_DESTINATION: usize = 24;
+
+pub(crate) const ICMP: u8 = 1;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+pub(crate) const SCTP: u8 = 132;
+pub(crate) const ICMPV6: u8 = 58;
+
+/// Extension headers (RFC 8200, 4).
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+/// How many extension headers are looked through; nobody sends more.
+const MAX_EXTENSIONS: usize = 6;
+
+/// TCP flags (RFC 9293, 3.1).
+pub(crate) const FIN: u8 = 1;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
+
+/// An IP packet for this host, without a VLAN tag.
+pub(crate) struct Frame {
+    /// Its destination.
+    pub(crate) vip: VipKey,
+    /// IPv6, else IPv4.
+    pub(crate) v6: bool,
+}
+
+impl Frame {
+    /// Nothing, if the frame is no such thing. A tagged frame belongs to another segment, whether the tag is still
+    /// in the frame (then its ethertype is not IP's) or beside it.
+    #[inline(always)]
+    pub(crate) fn of(context: &TcContext) -> Option<Self> {
+        // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+        let (protocol, tagged, packet_type) = unsafe {
+            let skb = context.skb.skb;
+            ((*skb).protocol, (*skb).vlan_present, (*skb).pkt_type)
+        };
+        if tagged != 0 || packet_type != PACKET_HOST {
+            return None;
+        }
+        match u16::from_be(protocol as u16) {
+            ETH_P_IP => Some(Self {
+                vip: VipKey::v4(context.load(ETH_HEADER + IPV4_DESTINATION).ok()?),
+                v6: false,
+            }),
+            ETH_P_IPV6 => {
+                let vip = VipKey(context.load(ETH_HEADER + IPV6_DESTINATION).ok()?);
+                // An IPv4 VIP is not to be reached by its mapped form, which is never seen on a wire.
+                (!vip.is_mapped()).then_some(Self { vip, v6: true })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What a packet is, as far as steering goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It has ports, or is the first fragment of what has.
+    Whole,
+    /// Its ports were in an earlier fragment.
+    LaterFragment,
+    /// An ICMP error about a packet of the flow.
+    Error,
+    /// An ICMP echo request.
+    Echo,
+}
+
+/// A packet to a VIP. It lies in a map: the kernel's stack is too small for it.
+pub(crate) struct Packet {
+    pub(crate) kind: Kind,
+    /// The transport's protocol; in an error that of the packet inside.
+    pub(crate) protocol: u8,
+    /// The TCP flags; none in an error.
+    pub(crate) tcp: u8,
+    pub(crate) ttl: u8,
+    /// Whether more fragments follow.
+    pub(crate) more: bool,
+    /// The datagram's identification, if it is in fragments.
+    pub(crate) id: u32,
+    /// Where the transport header lies.
+    pub(crate) transport: usize,
+    /// Who sent it; in an error that is not the client.
+    pub(crate) source: [u8; 16],
+    pub(crate) mac: [u8; 6],
+    pub(crate) flow: FlowKey,
+    // What is found out about it.
+    pub(crate) v6: bool,
+    /// The node that steered it or handed it on, 0 for none.
+    pub(crate) sender: u16,
+    /// The bucket of its flow.
+    pub(crate) bucket: u32,
+    /// Whose it is by the table.
+    pub(crate) target: u16,
+    /// By the table it is this node's.
+    pub(crate) here: bool,
+}
+
+impl Packet {
+    /// Reads a packet into the place of the last. Nothing, if it cannot be read or is of another kind.
+    ///
+    /// A function of its own in the kernel too: what it needs of the stack is free again when it returns.
+    #[inline(never)]
+    pub(crate) fn read(&mut self, context: &TcContext, frame: &Frame) -> bool {
+        self.try_read(context, frame).is_some()
+    }
+
+    #[inline(always)]
+    fn try_read(&mut self, context: &TcContext, frame: &Frame) -> Option<()> {
+        self.kind = Kind::Whole;
+        self.v6 = frame.v6;
+        self.tcp = 0;
+        self.more = false;
+        self.id = 0;
+        self.mac = context.load(ETH_SOURCE).ok()?;
+        self.flow.vip = frame.vip;
+        self.flow.client_port = 0;
+        self.flow.port = 0;
+        if frame.v6 {
+            self.ipv6(context)?;
+        } else {
+            self.ipv4(context)?;
+        }
+        self.flow.client = self.source;
+        if self.kind == Kind::LaterFragment {
+            return Some(());
+        }
+        match self.protocol {
+            TCP => {
+                let header: [u8; 14] = context.load(self.transport).ok()?;
+                self.ports([header[0], header[1], header[2], header[3]]);
+                self.tcp = header[13];
+            }
+            UDP | SCTP => self.ports(context.load(self.transport).ok()?),
+            ICMP if !frame.v6 => self.icmp(context)?,
+            ICMPV6 if frame.v6 => self.icmpv6(context)?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn ports(&mut self, bytes: [u8; 4]) {
+        self.flow.client_port = u16::from_be_bytes([bytes[0], bytes[1]]);
+        self.flow.port = u16::from_be_bytes([bytes[2], bytes[3]]);
+    }
+
+    #[inline(always)]
+    fn ipv4(&mut self, context: &TcContext) -> Option<()> {
+        let header: [u8; IPV4_HEADER] = context.load(ETH_HEADER).ok()?;
+        let words = header[0];
+        if words >> 4 != 4 || words & 15 < 5 {
+            return None;
+        }
+        self.transport = ETH_HEADER + ((words & 15) as usize) * 4;
+        self.ttl = header[8];
+        self.protocol = header[9];
+        self.source = VipKey::v4([header[12], header[13], header[14], header[15]]).0;
+        let fragment = u16::from_be_bytes([header[6], header[7]]);
+        self.more = fragment & 0x2000 != 0;
+        if fragment & 0x3fff != 0 {
+            self.id = u32::from(u16::from_be_bytes([header[4], header[5]]));
+            if fragment & 0x1fff != 0 {
+                self.kind = Kind::LaterFragment;
+            }
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn ipv6(&mut self, context: &TcContext) -> Option<()> {
+        let header: [u8; 24] = context.load(ETH_HEADER).ok()?;
+        if header[0] >> 4 != 6 {
+            return None;
+        }
+        self.ttl = header[7];
+        self.source.copy_from_slice(&header[8..24]);
+        let mut next = header[6];
+        let mut at = ETH_HEADER + IPV6_HEADER;
+        for _ in 0..MAX_EXTENSIONS {
+            match next {
+                HOP_BY_HOP | ROUTING | DESTINATION => {
+                    let extension: [u8; 2] = context.load(at).ok()?;
+                    next = extension[0];
+                    at += (extension[1] as usize + 1) * 8;
+                }
+                FRAGMENT => {
+                    let extension: [u8; 8] = context.load(at).ok()?;
+                    next = extension[0];
+                    let fragment = u16::from_be_bytes([extension[2], extension[3]]);
+                    self.more = fragment & 1 != 0;
+                    self.id = u32::from_be_bytes([
+                        extension[4],
+                        extension[5],
+                        extension[6],
+                        extension[7],
+                    ]);
+                    if fragment & 0xfff8 != 0 {
+                        self.kind = Kind::LaterFragment;
+                        break;
+                    }
+                    at += 8;
+                }
+                _ => break,
+            }
+        }
+        self.protocol = next;
+        self.transport = at;
+        Some(())
+    }
+
+    /// Echo requests, and errors (RFC 792): those carry the header and eight bytes of what they are about, a packet
+    /// that went from the VIP to the client.
+    #[inline(always)]
+    fn icmp(&mut self, context: &TcContext) -> Option<()> {
+        let kind: u8 = context.load(self.transport).ok()?;
+        match kind {
+            8 => {
+                self.kind = Kind::Echo;
+                Some(())
+            }
+            3 | 11 | 12 => {
+                let inner = self.transport + 8;
+                let header: [u8; IPV4_HEADER] = context.load(inner).ok()?;
+                let vip = VipKey::v4([header[12], header[13], header[14], header[15]]);
+                self.flow.client = VipKey::v4([header[16], header[17], header[18], header[19]]).0;
+                let later = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+                if vip != self.flow.vip || header[0] & 15 < 5 || later {
+                    return None;
+                }
+                self.inside(context, header[9], inner + ((header[0] & 15) as usize) * 4)
+            }
+            _ => None,
+        }
+    }
+
+    /// The same for IPv6 (RFC 4443). A packet inside with extension headers is not looked through.
+    #[inline(always)]
+    fn icmpv6(&mut self, context: &TcContext) -> Option<()> {
+        let kind: u8 = context.load(self.transport).ok()?;
+        match kind {
+            128 => {
+                self.kind = Kind::Echo;
+                Some(())
+            }
+            1..=4 => {
+                let inner = self.transport + 8;
+                let header: [u8; 8] = context.load(inner).ok()?;
+                let vip = VipKey(context.load(inner + 8).ok()?);
+                self.flow.client = context.load(inner + 24).ok()?;
+                if vip != self.flow.vip {
+                    return None;
+                }
+                self.inside(context, header[6], inner + IPV6_HEADER)
+            }
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn inside(&mut self, context: &TcContext, protocol: u8, at: usize) -> Option<()> {
+        if protocol != TCP && protocol != UDP && protocol != SCTP {
+            return None;
+        }
+        let ports: [u8; 4] = context.load(at).ok()?;
+        // It went the other way.
+        self.ports([ports[2], ports[3], ports[0], ports[1]]);
+        self.kind = Kind::Error;
+        self.protocol = protocol;
+        self.more = false;
+        Some(())
+    }
+
+    /// By what its fragments are known.
+    #[inline(always)]
+    pub(crate) fn fragment(&self) -> FragmentKey {
+        FragmentKey {
+            client: self.source,
+            vip: self.flow.vip,
+            id: self.id,
+            protocol: u32::from(self.protocol),
+        }
+    }
+
+    /// Whether it asks for a new connection.
+    #[inline(always)]
+    pub(crate) fn is_syn(&self) -> bool {
+        self.tcp & (SYN | ACK | RST | FIN) == SYN
+    }
+}

@@ -1,0 +1,235 @@
+//! Whose a packet to a VIP is.
+
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::handing_on::Arrival;
+use landfall_ebpf_common::rendezvous::bucket;
+use landfall_ebpf_common::{
+    HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
+    port_flag,
+};
+
+use crate::packet::{Frame, Kind, Packet, TCP, UDP};
+use crate::spread::choose;
+use crate::{DROP, NEXT, echo, flows, maps};
+
+const ETH_HEADER: usize = 14;
+/// Where the hop limit lies in an IPv6 header.
+const HOP_LIMIT: usize = 7;
+
+#[inline(always)]
+pub(crate) fn steer(context: &TcContext, frame: &Frame, vip: &Vip) -> i32 {
+    let Some(packet) = maps::packet() else {
+        return NEXT;
+    };
+    if !packet.read(context, frame) {
+        return up(Verdict::Unserved);
+    }
+    match packet.kind {
+        Kind::Echo => return echo::answer(context, packet),
+        Kind::LaterFragment => match flows::ports_of(&packet.fragment()) {
+            Some((client_port, port)) => {
+                packet.flow.client_port = client_port;
+                packet.flow.port = port;
+            }
+            None if packet.protocol == UDP && vip.udp_port != 0 => packet.flow.port = vip.udp_port,
+            None => return up(Verdict::StrayFragment),
+        },
+        Kind::Whole if packet.more => flows::first_fragment(packet),
+        Kind::Whole | Kind::Error => {}
+    }
+    let key = PortKey {
+        vip: packet.flow.vip,
+        port: packet.flow.port,
+        protocol: packet.protocol,
+        zero: 0,
+    };
+    let Some(port) = maps::port(&key) else {
+        return up(Verdict::Unserved);
+    };
+    if port.spread.flags & port_flag::HOST != 0 {
+        return NEXT;
+    }
+    let interface = unsafe { (*context.skb.skb).ifindex };
+    let from = PeerKey {
+        interface,
+        mac: packet.mac,
+        zero: [0; 2],
+    };
+    packet.sender = maps::sender(&from, &packet.source) as u16;
+    packet.bucket = bucket_of(packet, port);
+    if packet.protocol == TCP {
+        connection(context, packet, port)
+    } else if packet.sender != 0 {
+        // Whoever sent it chose this node; to choose again would be to send it round.
+        up(Verdict::Delivered)
+    } else {
+        send_or_deliver(context, choose(&port.spread, packet.bucket, true))
+    }
+}
+
+/// A packet of a TCP flow, or an error about one.
+#[inline(always)]
+fn connection(context: &TcContext, packet: &mut Packet, port: &Port) -> i32 {
+    let new = packet.is_syn() && packet.kind == Kind::Whole;
+    packet.target = choose(&port.spread, packet.bucket, new);
+    packet.here = maps::node(packet.target).is_some_and(|node| node.flags & node_flag::HERE != 0);
+    // What is another's by the tables is not looked for here, unless someone holds flows of earlier tables.
+    let mine = packet.here || packet.sender != 0 || port.spread.flags & port_flag::HELD != 0;
+    if mine && flows::holds(packet) {
+        return up(Verdict::Delivered);
+    }
+    if packet.sender == 0 && !packet.here {
+        return send_or_deliver(context, packet.target);
+    }
+    if new {
+        flows::open(&packet.flow);
+        return up(Verdict::Delivered);
+    }
+    hand_on(context, packet, port.number)
+}
+
+/// Looks for the node that knows the flow of a packet which this one does not.
+#[inline(never)]
+fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
+    let settings = maps::settings();
+    let arrival = Arrival {
+        ttl: packet.ttl,
+        from_peer: packet.sender != 0,
+        first_here: packet.here,
+        seed: settings.seed,
+    };
+    // An error's TTL is its own, and it is no more than a hint: it goes no further.
+    let after = if settings.seeded == 0 || packet.kind == Kind::Error {
+        None
+    } else {
+        arrival.ttl_after()
+    };
+    let Some(ttl) = after else {
+        return up(Verdict::Delivered);
+    };
+    let mut next = Candidate {
+        number: 0,
+        seed: u64::MAX,
+    };
+    next.consider(packet.target, packet, arrival);
+    let key = HoldersKey {
+        port,
+        bucket: packet.bucket,
+    };
+    if let Some(holders) = maps::holders(&key) {
+        for place in 0..MAX_HOLDERS {
+            next.consider(holders.nodes[place], packet, arrival);
+        }
+    }
+    if let Some(history) = maps::history(port) {
+        for place in 0..MAX_HISTORY {
+            let spread = &history.spreads[place];
+            if spread.count == 0 {
+                break;
+            }
+            next.consider(choose(spread, packet.bucket, false), packet, arrival);
+        }
+    }
+    if next.number == 0 {
+        if arrival.waits() {
+            maps::note(Verdict::Waiting);
+            return DROP;
+        }
+        return up(Verdict::Delivered);
+    }
+    let Some(node) = maps::node(next.number) else {
+        return up(Verdict::Unreachable);
+    };
+    let lowered = if packet.v6 {
+        context.store(ETH_HEADER + HOP_LIMIT, &ttl, 0).ok()
+    } else {
+        echo::set_ttl(context, packet.ttl, ttl)
+    };
+    if lowered.is_none() {
+        return up(Verdict::Unreachable);
+    }
+    send(context, node, Verdict::HandedOn)
+}
+
+/// To whom to hand on next: of those that may, the one with the lowest seed.
+struct Candidate {
+    number: u16,
+    seed: u64,
+}
+
+impl Candidate {
+    #[inline(always)]
+    fn consider(&mut self, number: u16, packet: &Packet, arrival: Arrival) {
+        if number == 0 || number == packet.sender {
+            return;
+        }
+        let Some(node) = maps::node(number) else {
+            return;
+        };
+        let wanted = node_flag::ALIVE | node_flag::STEERS;
+        if node.flags & (wanted | node_flag::HERE) == wanted
+            && arrival.may_go_to(node.seed)
+            && node.seed < self.seed
+        {
+            *self = Self {
+                number,
+                seed: node.seed,
+            };
+        }
+    }
+}
+
+/// Which bucket a packet's flow is in.
+#[inline(always)]
+fn bucket_of(packet: &Packet, port: &Port) -> u32 {
+    let flags = port.spread.flags;
+    let by_client = flags & port_flag::AFFINITY != 0
+        || (packet.protocol == UDP && flags & port_flag::UDP_PORTS == 0);
+    let rest = if by_client {
+        0
+    } else {
+        u32::from(packet.flow.client_port) << 16 | u32::from(packet.flow.port)
+    };
+    bucket(&packet.flow.client, &packet.flow.vip.0, rest)
+}
+
+#[inline(always)]
+fn send_or_deliver(context: &TcContext, target: u16) -> i32 {
+    let Some(node) = maps::node(target) else {
+        return up(Verdict::Unserved);
+    };
+    if target == 0 {
+        up(Verdict::Unserved)
+    } else if node.flags & node_flag::HERE != 0 {
+        up(Verdict::Delivered)
+    } else {
+        send(context, node, Verdict::Steered)
+    }
+}
+
+/// Sends the frame to another node on the segment, as it is but for the Ethernet addresses.
+#[inline(always)]
+fn send(context: &TcContext, node: &Node, verdict: Verdict) -> i32 {
+    if node.flags & node_flag::ON_SEGMENT == 0 {
+        return up(Verdict::Unreachable);
+    }
+    let Ok(mine) = context.load::<[u8; 6]>(0) else {
+        return up(Verdict::Unreachable);
+    };
+    let mut macs = [0_u8; 12];
+    macs[..6].copy_from_slice(&node.mac);
+    macs[6..].copy_from_slice(&mine);
+    if context.store(0, &macs, 0).is_err() {
+        return up(Verdict::Unreachable);
+    }
+    maps::note(verdict);
+    // SAFETY: it takes numbers only; the frame is sent when the program has returned.
+    unsafe { bpf_redirect(node.interface, 0) as i32 }
+}
+
+#[inline(always)]
+fn up(verdict: Verdict) -> i32 {
+    maps::note(verdict);
+    NEXT
+}

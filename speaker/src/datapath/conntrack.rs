@@ -1,0 +1,101 @@
+//! The TCP connections to VIPs that the kernel's connection tracking knows: flows that were delivered here before the
+//! programs saw them, and the proof that a flow they know is still alive.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::IpAddr;
+
+use landfall_ebpf_common::{FlowKey, VipKey};
+use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+
+use crate::netlink::{DUMP, Requests, find};
+
+/// nfnetlink's number of connection tracking (`NFNL_SUBSYS_CTNETLINK`), in the upper byte of a message's type.
+const CONNTRACK: u16 = 1;
+/// `IPCTNL_MSG_CT_GET`.
+const GET: u16 = 1;
+
+/// Attributes of an entry (`enum ctattr_type`), and of what they nest.
+mod attribute {
+    pub(super) const ORIGINAL: u16 = 1;
+    pub(super) const STATUS: u16 = 3;
+    pub(super) const PROTOCOL_INFO: u16 = 4;
+    pub(super) const TUPLE_IP: u16 = 1;
+    pub(super) const TUPLE_PROTOCOL: u16 = 2;
+    pub(super) const V4_SOURCE: u16 = 1;
+    pub(super) const V4_DESTINATION: u16 = 2;
+    pub(super) const V6_SOURCE: u16 = 3;
+    pub(super) const V6_DESTINATION: u16 = 4;
+    pub(super) const NUMBER: u16 = 1;
+    pub(super) const SOURCE_PORT: u16 = 2;
+    pub(super) const DESTINATION_PORT: u16 = 3;
+    pub(super) const TCP: u16 = 1;
+    pub(super) const TCP_STATE: u16 = 1;
+}
+
+/// `IPS_DST_NAT`: an entry without it was not delivered to an endpoint.
+const TRANSLATED: u32 = 1 << 5;
+/// `TCP_CONNTRACK_SYN_SENT` and the states in which a connection is over.
+const SYN_SENT: u8 = 1;
+const TIME_WAIT: u8 = 7;
+
+/// Reads the connections to these addresses that are established or are being closed.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`.
+pub(super) fn connections(vips: &HashSet<IpAddr>) -> io::Result<HashSet<FlowKey>> {
+    const ANY_FAMILY: [u8; 4] = [0; 4];
+    const TRIES: u32 = 5;
+    let requests = Requests::open(NETLINK_NETFILTER)?;
+    let mut tries = 0;
+    loop {
+        let mut found = HashSet::new();
+        let outcome = requests.ask(CONNTRACK << 8 | GET, DUMP, &ANY_FAMILY, |payload| {
+            found.extend(connection(payload.get(4..).unwrap_or_default(), vips));
+        });
+        tries += 1;
+        match outcome {
+            // Entries came or went meanwhile: what was read is right, what is missing is found by another try.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && tries < TRIES => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(found),
+            Err(error) => return Err(error),
+            Ok(()) => return Ok(found),
+        }
+    }
+}
+
+/// The flow of an entry, if it is a living TCP connection to one of these addresses that was delivered.
+fn connection(entry: &[u8], vips: &HashSet<IpAddr>) -> Option<FlowKey> {
+    use attribute as a;
+    let tuple = find(entry, a::ORIGINAL)?;
+    let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
+    if i32::from(*find(protocol, a::NUMBER)?.first()?) != libc::IPPROTO_TCP {
+        return None;
+    }
+    let ip = find(tuple, a::TUPLE_IP)?;
+    let v4 = |kind| {
+        let octets: [u8; 4] = find(ip, kind)?.try_into().ok()?;
+        Some(VipKey::v4(octets))
+    };
+    let v6 = |kind| Some(VipKey(find(ip, kind)?.try_into().ok()?));
+    let vip = v4(a::V4_DESTINATION).or_else(|| v6(a::V6_DESTINATION))?;
+    if !vips.contains(&vip.address()) {
+        return None;
+    }
+    let status = find(entry, a::STATUS)?.try_into().ok()?;
+    let info = find(entry, a::PROTOCOL_INFO)?;
+    let state = *find(find(info, a::TCP)?, a::TCP_STATE)?.first()?;
+    if u32::from_be_bytes(status) & TRANSLATED == 0 || state <= SYN_SENT || state >= TIME_WAIT {
+        return None;
+    }
+    let port = |kind| {
+        let bytes = find(protocol, kind)?.try_into().ok()?;
+        Some(u16::from_be_bytes(bytes))
+    };
+    Some(FlowKey {
+        client: v4(a::V4_SOURCE).or_else(|| v6(a::V6_SOURCE))?.0,
+        vip,
+        client_port: port(a::SOURCE_PORT)?,
+        port: port(a::DESTINATION_PORT)?,
+    })
+}

@@ -1,0 +1,134 @@
+//! The maps that the programs decide by, and what is in them.
+//!
+//! Nodes, VIPs and ports have numbers in the maps. A number means something on this node alone: an earlier process's
+//! are read from the maps and kept, so that what is pinned goes on meaning what it meant.
+
+mod flows;
+mod nodes;
+mod numbers;
+mod ports;
+mod vips;
+mod wide;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use aya::Ebpf;
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
+use landfall_core::steering::seed;
+use landfall_ebpf_common::{Settings, map};
+
+use super::{Change, VipCount};
+
+/// Why the maps do not hold what they should.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TablesError {
+    #[error("the eBPF object holds no map {0}")]
+    Missing(&'static str),
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error("reading the connections that were there before: {0}")]
+    Connections(#[source] std::io::Error),
+    #[error("the data path has room for {0} {1} and no more")]
+    Full(u32, &'static str),
+}
+
+/// The maps, and what this process knows to be in them.
+pub(super) struct Tables {
+    vips: vips::Vips,
+    nodes: nodes::Nodes,
+    ports: ports::Ports,
+    flows: flows::Flows,
+    settings: Array<MapData, Settings>,
+    verdicts: PerCpuArray<MapData, u64>,
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Tables").finish_non_exhaustive()
+    }
+}
+
+/// A map of the object, to be taken once.
+fn taken<M: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<M, TablesError> {
+    let map = ebpf.take_map(name).ok_or(TablesError::Missing(name))?;
+    Ok(M::try_from(map)?)
+}
+
+impl Tables {
+    /// Takes the maps, and reads what an earlier process has left in them.
+    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+        Ok(Self {
+            vips: vips::Vips::adopt(ebpf)?,
+            nodes: nodes::Nodes::adopt(ebpf)?,
+            ports: ports::Ports::adopt(ebpf)?,
+            flows: flows::Flows::adopt(ebpf)?,
+            settings: taken(ebpf, map::SETTINGS)?,
+            verdicts: taken(ebpf, map::VERDICTS)?,
+        })
+    }
+
+    /// Makes a change so. What fails leaves the rest as it was.
+    pub(super) fn change(&mut self, change: &Change) -> Result<(), TablesError> {
+        match change {
+            Change::Vip(vip, state) => self.vips.set(*vip, *state),
+            Change::Node(id, state) => {
+                if state.as_ref().is_some_and(|state| state.here) {
+                    self.settle(|settings| settings.seed = seed(&id.name))?;
+                }
+                self.nodes.set(id, state.as_ref())
+            }
+            Change::Port(id, state) => self.ports.set(*id, state.as_ref(), &mut self.nodes),
+            Change::Complete => {
+                self.ports.sweep()?;
+                self.vips.sweep()?;
+                self.nodes.sweep()
+            }
+        }
+    }
+
+    /// Forgets what is past.
+    pub(super) fn expire(&mut self) -> Result<(), TablesError> {
+        self.ports.expire()
+    }
+
+    /// Enters the flows that are delivered here already, and forgets those that are no more. From then on what is not
+    /// known here may be looked for elsewhere.
+    pub(super) fn reconcile_flows(&mut self) -> Result<(), TablesError> {
+        let vips = self.vips.addresses().collect();
+        let reconciled = self.flows.reconcile(&vips)?;
+        tracing::debug!(?reconciled, "compared with connection tracking");
+        self.seeded(true)
+    }
+
+    /// Whether the flows that were there before have been entered.
+    pub(super) fn seeded(&mut self, seeded: bool) -> Result<(), TablesError> {
+        self.settle(|settings| settings.seeded = u32::from(seeded))
+    }
+
+    fn settle(&mut self, change: impl FnOnce(&mut Settings)) -> Result<(), TablesError> {
+        let before = self.settings.get(&0, 0)?;
+        let mut after = before;
+        change(&mut after);
+        if after != before {
+            self.settings.set(0, after, 0)?;
+        }
+        Ok(())
+    }
+
+    /// The counts of the VIPs.
+    pub(super) fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
+        self.vips.counts()
+    }
+
+    /// How many packets met each fate, all CPUs together, in the order of `Verdict::ALL`.
+    pub(super) fn verdicts(&self) -> Vec<u64> {
+        self.verdicts
+            .iter()
+            .map(|values| values.map_or(0, |values| values.iter().sum()))
+            .collect()
+    }
+}

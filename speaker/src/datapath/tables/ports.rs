@@ -1,0 +1,266 @@
+//! The ports of the VIPs, and over which nodes their flows are spread.
+//!
+//! A port's earlier spreads stay in the maps for a while: whoever is asked for a flow it does not know can ask those
+//! that were responsible before, until the holders of such flows have made themselves known.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData};
+use landfall_core::model::Protocol;
+use landfall_ebpf_common::{
+    History, MAX_HISTORY, MAX_PORTS, Member, NARROW, Port, PortKey, Spread, VipKey, map, port_flag,
+};
+
+use super::super::{PortId, PortState};
+use super::nodes::Nodes;
+use super::numbers::Numbers;
+use super::wide::Wide;
+use super::{TablesError, taken};
+
+/// How long earlier spreads are asked after the last change: long enough for the holders to speak, and for a SYN
+/// that was on its way to be answered.
+const HISTORY: Duration = Duration::from_secs(30);
+
+/// A port as it is in the maps.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    port: Port,
+    history: History,
+    changed: Instant,
+}
+
+pub(super) struct Ports {
+    map: HashMap<MapData, PortKey, Port>,
+    history: HashMap<MapData, u32, History>,
+    wide: Wide,
+    known: BTreeMap<PortKey, Known>,
+    /// Those with earlier spreads.
+    changed: BTreeSet<PortKey>,
+    numbers: Numbers,
+    /// Left by an earlier process, and not asked for yet.
+    stale: BTreeSet<PortKey>,
+}
+
+impl Ports {
+    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+        let map: HashMap<_, PortKey, Port> = taken(ebpf, map::PORTS)?;
+        let history: HashMap<_, u32, History> = taken(ebpf, map::HISTORY)?;
+        let earlier: BTreeMap<u32, History> = history.iter().collect::<Result<_, _>>()?;
+        let mut wide = Wide::adopt(ebpf)?;
+        let mut known = BTreeMap::new();
+        for entry in &map {
+            let (key, port) = entry?;
+            let history = earlier.get(&port.number).copied().unwrap_or_default();
+            wide.join(&port.spread);
+            history.spreads.iter().for_each(|spread| wide.join(spread));
+            let changed = Instant::now();
+            known.insert(
+                key,
+                Known {
+                    port,
+                    history,
+                    changed,
+                },
+            );
+        }
+        let used = known.values().map(|known| known.port.number).collect();
+        Ok(Self {
+            map,
+            history,
+            wide,
+            changed: known
+                .iter()
+                .filter(|(_, known)| known.history != History::default())
+                .map(|(key, _)| *key)
+                .collect(),
+            stale: known.keys().copied().collect(),
+            numbers: Numbers::new(1, MAX_PORTS, &used),
+            known,
+        })
+    }
+
+    pub(super) fn set(
+        &mut self,
+        id: PortId,
+        state: Option<&PortState>,
+        nodes: &mut Nodes,
+    ) -> Result<(), TablesError> {
+        let key = key(id);
+        self.stale.remove(&key);
+        let Some(state) = state else {
+            return self.remove(&key);
+        };
+        let spread = self.spread(state, nodes)?;
+        let Some(mut known) = self.known.get(&key).copied() else {
+            return self.insert(key, spread);
+        };
+        let before = known.port.spread;
+        if same_nodes(&before, &spread) {
+            self.wide.leave(&spread);
+            known.port.spread.flags = flags(state, &known.history);
+        } else {
+            if before.count != 0 {
+                self.remember(&mut known, before)?;
+            } else {
+                self.wide.leave(&before);
+            }
+            known.changed = Instant::now();
+            self.changed.insert(key);
+            known.port.spread = spread;
+            known.port.spread.flags = flags(state, &known.history);
+        }
+        if known.port.spread != before {
+            self.map.insert(key, known.port, 0)?;
+        }
+        self.known.insert(key, known);
+        Ok(())
+    }
+
+    fn insert(&mut self, key: PortKey, spread: Spread) -> Result<(), TablesError> {
+        let number = self
+            .numbers
+            .take()
+            .ok_or(TablesError::Full(MAX_PORTS, "ports of VIPs"))?;
+        let port = Port { number, spread };
+        self.map.insert(key, port, 0)?;
+        let known = Known {
+            port,
+            history: History::default(),
+            changed: Instant::now(),
+        };
+        self.known.insert(key, known);
+        Ok(())
+    }
+
+    /// Before a spread is replaced, it is where those who look for a flow can find it.
+    fn remember(&mut self, known: &mut Known, before: Spread) -> Result<(), TablesError> {
+        let mut spreads = [Spread::default(); MAX_HISTORY];
+        spreads[0] = before;
+        let mut place = 1;
+        for earlier in known.history.spreads {
+            if earlier.count == 0 {
+                continue;
+            }
+            if place < MAX_HISTORY && !same_nodes(&earlier, &before) {
+                spreads[place] = earlier;
+                place += 1;
+            } else {
+                self.wide.leave(&earlier);
+            }
+        }
+        known.history = History { spreads };
+        self.history.insert(known.port.number, known.history, 0)?;
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &PortKey) -> Result<(), TablesError> {
+        self.stale.remove(key);
+        let Some(known) = self.known.remove(key) else {
+            return Ok(());
+        };
+        self.map.remove(key)?;
+        self.changed.remove(key);
+        self.forget_history(&known)?;
+        self.wide.leave(&known.port.spread);
+        self.numbers.give(known.port.number);
+        self.wide.sweep();
+        Ok(())
+    }
+
+    fn forget_history(&mut self, known: &Known) -> Result<(), TablesError> {
+        if known.history == History::default() {
+            return Ok(());
+        }
+        self.history.remove(&known.port.number)?;
+        for spread in &known.history.spreads {
+            self.wide.leave(spread);
+        }
+        Ok(())
+    }
+
+    /// Forgets earlier spreads that have been asked long enough.
+    pub(super) fn expire(&mut self) -> Result<(), TablesError> {
+        let over: Vec<PortKey> = self
+            .changed
+            .iter()
+            .filter(|key| {
+                self.known
+                    .get(*key)
+                    .is_none_or(|known| known.changed.elapsed() >= HISTORY)
+            })
+            .copied()
+            .collect();
+        for key in over {
+            self.changed.remove(&key);
+            let Some(mut known) = self.known.get(&key).copied() else {
+                continue;
+            };
+            self.forget_history(&known)?;
+            known.history = History::default();
+            known.port.spread.flags &= !port_flag::HELD;
+            self.map.insert(key, known.port, 0)?;
+            self.known.insert(key, known);
+        }
+        self.wide.sweep();
+        Ok(())
+    }
+
+    /// Removes what nobody asked for.
+    pub(super) fn sweep(&mut self) -> Result<(), TablesError> {
+        for key in std::mem::take(&mut self.stale) {
+            self.remove(&key)?;
+        }
+        self.wide.sweep();
+        Ok(())
+    }
+
+    fn spread(&mut self, state: &PortState, nodes: &mut Nodes) -> Result<Spread, TablesError> {
+        let mut spread = Spread {
+            flags: flags(state, &History::default()),
+            ..Spread::default()
+        };
+        if state.nodes.len() <= NARROW {
+            for (place, (name, weight)) in state.nodes.iter().enumerate() {
+                spread.members[place] = Member {
+                    node: nodes.place(name, state.interface)?,
+                    weight: *weight,
+                };
+                spread.count += 1;
+            }
+        } else {
+            spread.count = Spread::WIDE;
+            spread.table = self.wide.take(&state.nodes, state.interface, nodes)?;
+        }
+        Ok(spread)
+    }
+}
+
+fn flags(state: &PortState, history: &History) -> u16 {
+    let mut flags = 0;
+    let mut flag = |set: bool, bit: u16| flags |= if set { bit } else { 0 };
+    flag(state.affinity, port_flag::AFFINITY);
+    flag(state.udp_ports, port_flag::UDP_PORTS);
+    flag(state.host, port_flag::HOST);
+    flag(*history != History::default(), port_flag::HELD);
+    flags
+}
+
+/// Whether two spreads are alike but for their flags.
+fn same_nodes(one: &Spread, other: &Spread) -> bool {
+    Spread { flags: 0, ..*one } == Spread { flags: 0, ..*other }
+}
+
+fn key(id: PortId) -> PortKey {
+    PortKey {
+        vip: VipKey::from_address(id.vip),
+        port: id.port,
+        protocol: match id.protocol {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        },
+        zero: 0,
+    }
+}

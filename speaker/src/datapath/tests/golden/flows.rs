@@ -1,0 +1,177 @@
+//! TCP flows: which node delivers them when tables change.
+
+use super::*;
+
+#[test]
+fn a_flow_stays_where_it_began() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
+        let (syn, data) = (
+            mk(vip, 6, &mk_tcp(port, 80, SYN)),
+            mk(vip, 6, &mk_tcp(port, 80, ACK)),
+        );
+        assert_eq!(program.fate(&syn), Fate::Next);
+        assert_eq!(program.fate(&data), Fate::Next);
+        // The bucket goes to another; this flow does not.
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+        assert_eq!(program.fate(&data), Fate::Next, "it is known here");
+        let fin = mk(vip, 6, &mk_tcp(port, 80, FIN | ACK));
+        assert_eq!(program.fate(&fin), Fate::Next);
+        assert_eq!(
+            program.fate(&data),
+            Fate::Next,
+            "what follows a FIN is the flow's"
+        );
+        // One that began after goes where it belongs.
+        let later = port_of(vip, &[("other", &["other", "third"]), ("here", &NODES)]) + 1;
+        let later = (later..u16::MAX)
+            .find(|port| owner(vip, *port, &["other", "third"]) == "other")
+            .unwrap();
+        assert_eq!(
+            program.fate(&mk(vip, 6, &mk_tcp(later, 80, SYN))),
+            Fate::Sent("other")
+        );
+    }
+}
+
+#[test]
+fn a_syn_that_was_delivered_is_delivered_again() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
+    let syn = mk(vip, 6, &mk_tcp(port, 80, SYN));
+    assert_eq!(program.fate(&syn), Fate::Next);
+    program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+    assert_eq!(
+        program.fate(&syn),
+        Fate::Next,
+        "a repeated SYN, before the answer came"
+    );
+}
+
+#[test]
+fn an_unknown_flow_is_looked_for_where_its_bucket_was() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+        let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
+        let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+        assert_eq!(program.fate(&data), Fate::HandedOn("other", 7));
+        // Steered here by another node, the same; but never back to it.
+        assert_eq!(
+            program.fate(&mk_from("third", 64, vip, 6, &mk_tcp(port, 80, ACK))),
+            Fate::HandedOn("other", 7)
+        );
+        assert_eq!(
+            program.fate(&mk_from("other", 64, vip, 6, &mk_tcp(port, 80, ACK))),
+            Fate::Next
+        );
+        // A reset too, and an error about it not.
+        assert_eq!(
+            program.fate(&mk(vip, 6, &mk_tcp(port, 80, RST))),
+            Fate::HandedOn("other", 7)
+        );
+        // It was handed on before, and this node is first: it ends here.
+        assert_eq!(
+            program.fate(&mk_from("third", 7, vip, 6, &mk_tcp(port, 80, ACK))),
+            Fate::Next
+        );
+        // A SYN begins a flow, and then it is known.
+        assert_eq!(
+            program.fate(&mk(vip, 6, &mk_tcp(port, 80, SYN))),
+            Fate::Next
+        );
+        assert_eq!(program.fate(&data), Fate::Next);
+    }
+}
+
+#[test]
+fn nothing_is_handed_on_before_the_flows_were_entered() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    program.port(vip, Protocol::Tcp, 80, mk_port(&["other"]));
+    program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+    program.tables.seeded(false).expect("the map takes it");
+    let port = port_of(vip, &[("here", &NODES), ("other", &["other"])]);
+    let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+    assert_eq!(program.fate(&data), Fate::Next);
+    program.tables.seeded(true).expect("the map takes it");
+    assert_eq!(program.fate(&data), Fate::HandedOn("other", 7));
+    // Nor to who is gone, or does not keep flows.
+    for state in [
+        NodeState {
+            alive: false,
+            ..mk_node("other")
+        },
+        NodeState {
+            steers: false,
+            ..mk_node("other")
+        },
+    ] {
+        program.change(&Change::Node(mk_id("other"), Some(state)));
+        assert_eq!(program.fate(&data), Fate::Next);
+    }
+}
+
+#[test]
+fn who_is_asked_too_early_waits() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    // By this node's table the flow is another's of a lower seed, and a third sent it here nevertheless.
+    program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+    let seed = |node: &str| landfall_core::steering::seed(&node.into());
+    let below = ["other", "third"]
+        .into_iter()
+        .find(|node| seed(node) < seed("here"));
+    let from = |node: &str| if node == "other" { "third" } else { "other" };
+    if let Some(below) = below {
+        let port = port_of(vip, &[(below, &["other", "third"])]);
+        let frame = mk_from(from(below), 64, vip, 6, &mk_tcp(port, 80, ACK));
+        assert_eq!(program.fate(&frame), Fate::Dropped);
+        assert_eq!(program.verdict(Verdict::Waiting), 1);
+    }
+    let above = ["other", "third"]
+        .into_iter()
+        .find(|node| seed(node) > seed("here"));
+    if let Some(above) = above {
+        let port = port_of(vip, &[(above, &["other", "third"])]);
+        let frame = mk_from(from(above), 64, vip, 6, &mk_tcp(port, 80, ACK));
+        assert_eq!(program.fate(&frame), Fate::HandedOn(above, 7));
+    }
+    assert!(below.is_some() || above.is_some());
+}
+
+#[test]
+fn what_a_node_sends_for_itself_or_those_behind_it_is_a_clients() {
+    let mut program = Program::load();
+    let vip: IpAddr = V4.into();
+    let port = port_of(vip, &[("other", &NODES)]);
+    // A client that another node forwards for no reason it told of: taken as steered.
+    let steered = mk_from("third", 64, vip, 6, &mk_tcp(port, 80, SYN));
+    assert_eq!(program.fate(&steered), Fate::Next);
+    // A pod of that node: a client like any.
+    let pod: IpAddr = "10.2.0.9".parse().unwrap();
+    let sport = (1024..u16::MAX)
+        .find(|sport| {
+            let bucket = rendezvous::bucket(
+                &landfall_ebpf_common::VipKey::from_address(pod).0,
+                &landfall_ebpf_common::VipKey::from_address(vip).0,
+                ports(*sport),
+            );
+            &*first(&mk_spread(&NODES), bucket).unwrap().0 == "other"
+        })
+        .unwrap();
+    let own = mk_frame_from(
+        mac("third"),
+        0x0800,
+        &mk_ip(pod, vip, 6, 64, &mk_tcp(sport, 80, SYN)),
+    );
+    assert_eq!(program.fate(&own), Fate::Sent("other"));
+    // UDP that was steered is not steered again.
+    assert_eq!(
+        program.fate(&mk_from("third", 64, vip, 17, &mk_udp(9, 80, b"x"))),
+        Fate::Next
+    );
+}

@@ -1,0 +1,291 @@
+//! What the data path should know: the nodes, how they are reached, and over which of them each port is spread.
+//!
+//! A node is in a port's table when its own speaker says that it serves the Service, and no earlier; it leaves at once:
+//! by the slice, by its own word, by its death. All nodes say the same of the same inputs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use landfall_core::election::{NodeRegister, service_id};
+use landfall_core::groups::{Group, GroupService};
+use landfall_core::ip::Family;
+use landfall_core::model::{NodeName, Protocol};
+use landfall_core::steering::Distribution;
+
+use super::Speaker;
+use crate::announcer::MacAddr;
+use crate::datapath::{Attachment, Change, NodeId, NodeState, PortId, PortState, VipState};
+
+/// What one group adds to what the data path should know.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Steered {
+    pub(super) vips: BTreeMap<IpAddr, VipState>,
+    pub(super) ports: BTreeMap<PortId, PortState>,
+}
+
+/// What the data path was told, and what is new since.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    vips: Ledger<IpAddr, VipState>,
+    ports: Ledger<PortId, PortState>,
+    nodes: BTreeMap<NodeId, NodeState>,
+    complete: bool,
+}
+
+/// A map, and what its entries were before they were touched.
+#[derive(Debug)]
+struct Ledger<K, V> {
+    now: BTreeMap<K, V>,
+    before: BTreeMap<K, Option<V>>,
+}
+
+impl<K, V> Default for Ledger<K, V> {
+    fn default() -> Self {
+        Self {
+            now: BTreeMap::new(),
+            before: BTreeMap::new(),
+        }
+    }
+}
+
+impl<K: Ord + Clone, V: Clone + PartialEq> Ledger<K, V> {
+    fn set(&mut self, key: &K, value: Option<&V>) {
+        let old = match value {
+            Some(value) => self.now.insert(key.clone(), value.clone()),
+            None => self.now.remove(key),
+        };
+        self.before.entry(key.clone()).or_insert(old);
+    }
+
+    /// What is other than when it was asked last.
+    fn changes(&mut self) -> Vec<(K, Option<V>)> {
+        std::mem::take(&mut self.before)
+            .into_iter()
+            .filter_map(|(key, old)| {
+                let new = self.now.get(&key);
+                (new != old.as_ref()).then(|| (key, new.cloned()))
+            })
+            .collect()
+    }
+}
+
+impl Told {
+    pub(super) fn remove(&mut self, part: &Steered) {
+        part.vips.keys().for_each(|vip| self.vips.set(vip, None));
+        part.ports.keys().for_each(|id| self.ports.set(id, None));
+    }
+
+    pub(super) fn insert(&mut self, part: &Steered) {
+        for (vip, state) in &part.vips {
+            self.vips.set(vip, Some(state));
+        }
+        for (id, state) in &part.ports {
+            self.ports.set(id, Some(state));
+        }
+    }
+
+    /// What changed of VIPs and ports. A port goes before its VIP: what is matched is known.
+    fn changes(&mut self) -> impl Iterator<Item = Change> + use<> {
+        let ports = self.ports.changes().into_iter();
+        let vips = self.vips.changes().into_iter();
+        ports
+            .map(|(id, state)| Change::Port(id, state))
+            .chain(vips.map(|(vip, state)| Change::Vip(vip, state)))
+    }
+
+    fn nodes(&mut self, wanted: BTreeMap<NodeId, NodeState>) -> Vec<Change> {
+        let gone = self.nodes.keys().filter(|id| !wanted.contains_key(*id));
+        let mut changes: Vec<Change> = gone.map(|id| Change::Node(id.clone(), None)).collect();
+        for (id, state) in &wanted {
+            if self.nodes.get(id) != Some(state) {
+                changes.push(Change::Node(id.clone(), Some(state.clone())));
+            }
+        }
+        self.nodes = wanted;
+        changes
+    }
+}
+
+impl Speaker {
+    /// Tells the data path what is new. A death is told at once; the tables follow.
+    ///
+    /// Before this node knows what the others say, an earlier process's tables are right, and it says nothing.
+    pub(super) fn tell(&mut self) {
+        if !self.is_ready() {
+            return;
+        }
+        let mut changes = self.told_nodes();
+        changes.extend(self.told.changes());
+        if !std::mem::replace(&mut self.told.complete, true) {
+            changes.push(Change::Complete);
+        }
+        self.parts.datapath.change(changes);
+    }
+
+    fn told_nodes(&mut self) -> Vec<Change> {
+        let wanted = self.node_states();
+        self.told.nodes(wanted)
+    }
+
+    /// Tells the data path at once who is alive and who is not.
+    pub(super) fn tell_nodes(&mut self) {
+        if self.told.complete {
+            let changes = self.told_nodes();
+            self.parts.datapath.change(changes);
+        }
+    }
+
+    /// Whether the programs are at every uplink and know what they need.
+    pub(super) fn check_steers(&mut self) {
+        let attachments = self.parts.datapath.attachments();
+        let steers = self.told.complete
+            && !self.uplinks.is_empty()
+            && self.uplinks.iter().all(|uplink| {
+                matches!(
+                    attachments.get(uplink),
+                    Some(Attachment::Tcx | Attachment::Clsact)
+                )
+            });
+        self.election.set_steers(steers);
+    }
+
+    /// Another node was heard at an interface: that is where frames reach it.
+    pub(super) fn heard_from(&mut self, node: &NodeName, interface: u32, from: MacAddr) {
+        let id = NodeId {
+            name: node.clone(),
+            interface,
+        };
+        if self.macs.insert(id, from) != Some(from) {
+            self.nodes_stale = true;
+        }
+    }
+
+    fn node_states(&self) -> BTreeMap<NodeId, NodeState> {
+        let me = &self.identity.node;
+        let mut states = BTreeMap::new();
+        for uplink in &self.uplinks {
+            for name in self.election.known() {
+                let Some(register) = self.election.register(name) else {
+                    continue;
+                };
+                let id = NodeId {
+                    name: name.clone(),
+                    interface: *uplink,
+                };
+                // A hello is signed, the Ethernet header around it is not: it has to be an address of the node's.
+                let mac = self.macs.get(&id).map(|mac| mac.0).filter(|mac| {
+                    register
+                        .interfaces
+                        .iter()
+                        .any(|interface| interface.mac == *mac)
+                });
+                let state = NodeState {
+                    here: name == me,
+                    alive: self.is_there(name),
+                    suspected: false,
+                    steers: register.capabilities.steers,
+                    mac,
+                    address: None,
+                    routed: self.behind(name, register),
+                };
+                states.insert(id, state);
+            }
+        }
+        states
+    }
+
+    /// Whether a node's data path may be relied upon.
+    pub(super) fn is_there(&self, node: &NodeName) -> bool {
+        self.election.is_alive(node)
+    }
+
+    /// What a node sends as itself or for those behind it.
+    fn behind(&self, name: &NodeName, register: &NodeRegister) -> BTreeSet<IpNet> {
+        let own = register
+            .interfaces
+            .iter()
+            .flat_map(|interface| &interface.addresses)
+            .map(|address| IpNet::from(*address));
+        let node = self.index.nodes().get(name);
+        let known = node.into_iter().flat_map(|node| {
+            let addresses = node.addresses.iter().map(|address| IpNet::from(*address));
+            addresses.chain(node.pod_cidrs.iter().map(IpNet::trunc))
+        });
+        own.chain(known).collect()
+    }
+
+    /// What one group adds.
+    pub(super) fn steered(&self, group: &Group) -> Steered {
+        let mut steered = Steered::default();
+        let places = self.election.places(group);
+        for vip in &group.vips {
+            let uplink = places
+                .get(&vip.address)
+                .and_then(|place| self.interface(&place.name))
+                .map(|interface| interface.index);
+            let state = VipState {
+                steer: group.steers() && uplink.is_some(),
+                udp_port: None,
+            };
+            steered.vips.insert(vip.address, state);
+            let Some(uplink) = uplink.filter(|_| state.steer) else {
+                continue;
+            };
+            for service in &group.services {
+                self.steered_ports(group, service, vip.address, uplink, &mut steered.ports);
+            }
+            if let Some(state) = steered.vips.get_mut(&vip.address) {
+                state.udp_port = lone_udp_port(vip.address, &steered.ports);
+            }
+        }
+        steered
+    }
+
+    fn steered_ports(
+        &self,
+        group: &Group,
+        service: &GroupService,
+        vip: IpAddr,
+        interface: u32,
+        into: &mut BTreeMap<PortId, PortState>,
+    ) {
+        let id = service_id(&service.key);
+        let serves =
+            |node: &NodeName| self.is_there(node) && self.election.serves(node, &group.id, id);
+        for port in &service.ports {
+            let spread = service
+                .spreads
+                .get(&(Family::of(vip), port.protocol, port.port));
+            let nodes: Distribution = spread
+                .into_iter()
+                .flatten()
+                .filter(|(node, _)| serves(node))
+                .map(|(node, weight)| (node.clone(), *weight))
+                .collect();
+            let port_id = PortId {
+                vip,
+                protocol: port.protocol,
+                port: port.port,
+            };
+            let state = PortState {
+                nodes,
+                interface,
+                affinity: service.affinity,
+                udp_ports: service.udp_ports,
+                host: !service.host_endpoints.is_empty(),
+            };
+            into.insert(port_id, state);
+        }
+    }
+}
+
+/// A UDP port of the address, if all of them are spread alike and by the client's address.
+fn lone_udp_port(vip: IpAddr, ports: &BTreeMap<PortId, PortState>) -> Option<u16> {
+    let mut of_vip = ports
+        .iter()
+        .filter(|(id, _)| id.vip == vip && id.protocol == Protocol::Udp);
+    let (id, state) = of_vip.next()?;
+    let alike = !state.udp_ports && of_vip.all(|(_, other)| other == state);
+    alike.then_some(id.port)
+}
