@@ -145,7 +145,7 @@ pub enum AnnouncerEvent {
         /// Where it was seen.
         interface: Arc<str>,
     },
-    /// A hello frame arrived. Its payload is not yet authenticated.
+    /// A frame of the hellos' ethertype arrived. Its payload is not yet authenticated.
     Hello {
         /// Where it arrived.
         interface: u32,
@@ -177,6 +177,6 @@ pub trait Announcer: Send + Sync {
     fn reannounce(&self, vip: IpAddr);
     /// The addresses whose hellos and conflicts this node should hear: opens or closes the listening sockets.
     fn listen(&self, interfaces: &[u32]);
-    /// Sends a hello frame out of an interface.
-    fn hello(&self, interface: u32, payload: &[u8]);
+    /// Sends a frame of the hellos' ethertype out of an interface, to one station or to all that listen.
+    fn hello(&self, interface: u32, to: Option<MacAddr>, payload: &[u8]);
 }

@@ -11,6 +11,7 @@
 
 mod debug;
 mod desired;
+mod echo;
 pub mod ready;
 mod shown;
 mod steering;
@@ -36,6 +37,7 @@ use crate::membership::{Expected, Membership, MembershipEvent};
 use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
 use desired::Desired;
+use echo::Echo;
 use ready::Check;
 use steering::Told;
 
@@ -110,6 +112,7 @@ pub struct Speaker {
     /// Where other nodes were heard, by their hellos.
     macs: BTreeMap<NodeId, MacAddr>,
     nodes_stale: bool,
+    echoes: BTreeMap<NodeId, Echo>,
     apply_at: Option<Duration>,
     groups_changed: bool,
     hello_at: Duration,
@@ -147,6 +150,7 @@ impl Speaker {
             told: Told::default(),
             macs: BTreeMap::new(),
             nodes_stale: false,
+            echoes: BTreeMap::new(),
             apply_at: None,
             groups_changed: true,
             hello_at: Duration::ZERO,
@@ -212,7 +216,11 @@ impl Speaker {
                 interface,
                 from,
                 payload,
-            } => self.hello(interface, from, &payload, now),
+            } => {
+                if !self.echo(interface, from, &payload, now) {
+                    self.hello(interface, from, &payload, now);
+                }
+            }
         }
     }
 
@@ -272,7 +280,7 @@ impl Speaker {
             };
             self.parts
                 .announcer
-                .hello(*interface, &seal(&hello, &self.keys));
+                .hello(*interface, None, &seal(&hello, &self.keys));
             self.metrics.hellos_sent.inc();
         }
     }
@@ -335,6 +343,7 @@ impl Speaker {
         }
         self.check_ready(&changed, now);
         self.check_steers();
+        self.ask_echoes(now);
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
         if tick.all {

@@ -677,7 +677,7 @@ fn hellos_reach_who_listens() {
         })
     };
     std::thread::sleep(Duration::from_millis(100));
-    sender.handle().hello(sender.index, b"opaque");
+    sender.handle().hello(sender.index, None, b"opaque");
     let expected = (hearer.index, segment.node.mac(), b"opaque".to_vec());
     assert_eq!(hello(&hearer, PATIENCE), Some(expected));
     let short = Duration::from_millis(200);

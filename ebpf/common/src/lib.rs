@@ -6,6 +6,7 @@
 #![no_std]
 
 mod address;
+pub mod echo;
 mod flow;
 pub mod handing_on;
 mod port;

@@ -4,10 +4,10 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::Verdict;
 
-use crate::packet::Packet;
+use crate::packet::{ETH_HEADER, Packet};
+use crate::witness::turn_addresses;
 use crate::{NEXT, maps};
 
-const ETH_HEADER: usize = 14;
 /// The answer's TTL or hop limit: Linux's own.
 const TTL: u8 = 64;
 
@@ -24,7 +24,6 @@ pub(crate) fn answer(context: &TcContext, packet: &Packet) -> i32 {
 
 #[inline(always)]
 fn turn(context: &TcContext, packet: &Packet, v6: bool) -> Option<()> {
-    let macs: [u8; 12] = context.load(0).ok()?;
     // The type and the code share a word of the checksum; a pseudo header's addresses only change places.
     let (from, to, checksum) = if v6 {
         (128_u16 << 8, 129_u16 << 8, packet.transport + 2)
@@ -52,10 +51,7 @@ fn turn(context: &TcContext, packet: &Packet, v6: bool) -> Option<()> {
         context.store(ETH_HEADER + 12, &turned, 0).ok()?;
         set_ttl(context, packet.ttl, TTL)?;
     }
-    let mut turned = [0_u8; 12];
-    turned[..6].copy_from_slice(&macs[6..]);
-    turned[6..].copy_from_slice(&macs[..6]);
-    context.store(0, &turned, 0).ok()
+    turn_addresses(context)
 }
 
 /// Changes an IPv4 TTL, and the header's checksum by the difference (RFC 1624).

@@ -6,6 +6,7 @@
 //!                    ├─ spread   bucket to node
 //!                    └─ flows    what this node delivers
 //!              └─> echo     answers to echo requests
+//!        └─> witness  answers to other nodes that ask whether this one takes packets
 //! ```
 //!
 //! The program looks at every frame that comes in by an uplink, in front of all other programs. What it does not
@@ -19,6 +20,7 @@ mod maps;
 mod packet;
 mod spread;
 mod steer;
+mod witness;
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -31,7 +33,7 @@ const DROP: i32 = 2;
 #[classifier]
 pub fn landfall_uplink(context: TcContext) -> i32 {
     let Some(frame) = packet::Frame::of(&context) else {
-        return NEXT;
+        return witness::answer(&context);
     };
     let Some(vip) = maps::vip(&frame.vip) else {
         return NEXT;

@@ -7,7 +7,7 @@ use landfall_ebpf_common::{FlowKey, FragmentKey, VipKey};
 const PACKET_HOST: u32 = 0;
 
 const ETH_SOURCE: usize = 6;
-const ETH_HEADER: usize = 14;
+pub(crate) const ETH_HEADER: usize = 14;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const IPV4_HEADER: usize = 20;
@@ -36,6 +36,17 @@ pub(crate) const SYN: u8 = 2;
 pub(crate) const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;
 
+/// Whether a frame is for this host and carries no VLAN tag beside it.
+#[inline(always)]
+pub(crate) fn is_ours(context: &TcContext) -> bool {
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+    let (tagged, packet_type) = unsafe {
+        let skb = context.skb.skb;
+        ((*skb).vlan_present, (*skb).pkt_type)
+    };
+    tagged == 0 && packet_type == PACKET_HOST
+}
+
 /// An IP packet for this host, without a VLAN tag.
 pub(crate) struct Frame {
     /// Its destination.
@@ -49,14 +60,11 @@ impl Frame {
     /// in the frame (then its ethertype is not IP's) or beside it.
     #[inline(always)]
     pub(crate) fn of(context: &TcContext) -> Option<Self> {
-        // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
-        let (protocol, tagged, packet_type) = unsafe {
-            let skb = context.skb.skb;
-            ((*skb).protocol, (*skb).vlan_present, (*skb).pkt_type)
-        };
-        if tagged != 0 || packet_type != PACKET_HOST {
+        if !is_ours(context) {
             return None;
         }
+        // SAFETY: as there.
+        let protocol = unsafe { (*context.skb.skb).protocol };
         match u16::from_be(protocol as u16) {
             ETH_P_IP => Some(Self {
                 vip: VipKey::v4(context.load(ETH_HEADER + IPV4_DESTINATION).ok()?),

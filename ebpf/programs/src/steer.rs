@@ -9,11 +9,10 @@ use landfall_ebpf_common::{
     port_flag,
 };
 
-use crate::packet::{Frame, Kind, Packet, TCP, UDP};
+use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP};
 use crate::spread::choose;
 use crate::{DROP, NEXT, echo, flows, maps};
 
-const ETH_HEADER: usize = 14;
 /// Where the hop limit lies in an IPv6 header.
 const HOP_LIMIT: usize = 7;
 

@@ -276,8 +276,8 @@ pub(super) fn nd_probe(mac: MacAddr, vip: Ipv6Addr) -> Vec<u8> {
 }
 
 /// A hello frame.
-pub(super) fn hello(mac: MacAddr, payload: &[u8]) -> Vec<u8> {
-    let mut frame = ethernet(HELLO_GROUP, mac, EtherType(HELLO), payload.len());
+pub(super) fn hello(mac: MacAddr, to: MacAddr, payload: &[u8]) -> Vec<u8> {
+    let mut frame = ethernet(to, mac, EtherType(HELLO), payload.len());
     frame[ETHERNET..].copy_from_slice(payload);
     frame
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use tokio::sync::mpsc;
 
-use super::{Announcement, Announcer};
+use super::{Announcement, Announcer, MacAddr};
 
 /// What the loop asks of the task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub(super) enum Command {
     Withdraw(IpAddr),
     Reannounce(IpAddr),
     Listen(Vec<u32>),
-    Hello(u32, Vec<u8>),
+    Hello(u32, Option<MacAddr>, Vec<u8>),
 }
 
 /// The announcer of this node. The task ends, and is silent, when the last handle is dropped.
@@ -47,7 +47,7 @@ impl Announcer for Handle {
         self.send(Command::Listen(interfaces.to_vec()));
     }
 
-    fn hello(&self, interface: u32, payload: &[u8]) {
-        self.send(Command::Hello(interface, payload.to_vec()));
+    fn hello(&self, interface: u32, to: Option<MacAddr>, payload: &[u8]) {
+        self.send(Command::Hello(interface, to, payload.to_vec()));
     }
 }

@@ -181,9 +181,10 @@ impl Task {
                 self.close_sockets();
                 self.open_sockets();
             }
-            Command::Hello(interface, payload) => {
+            Command::Hello(interface, to, payload) => {
                 if let Some(link) = self.links.get(&interface) {
-                    let frame = frame::hello(link.interface.mac, &payload);
+                    let to = to.unwrap_or(frame::HELLO_GROUP);
+                    let frame = frame::hello(link.interface.mac, to, &payload);
                     self.send(interface, &frame);
                 }
             }

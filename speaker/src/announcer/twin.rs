@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::mpsc;
 
-use super::{Announcement, Announcer, AnnouncerEvent};
+use super::{Announcement, Announcer, AnnouncerEvent, MacAddr};
 
 /// How many events the twin holds for a loop that does not read.
 const EVENTS: usize = 1024;
@@ -71,7 +71,7 @@ impl Announcer for Twin {
         self.lock().listening = interfaces.to_vec();
     }
 
-    fn hello(&self, interface: u32, payload: &[u8]) {
+    fn hello(&self, interface: u32, _to: Option<MacAddr>, payload: &[u8]) {
         self.lock().hellos.push((interface, payload.to_vec()));
     }
 }

@@ -182,7 +182,7 @@ impl Speaker {
                 });
                 let state = NodeState {
                     here: name == me,
-                    alive: self.is_there(name),
+                    alive: self.is_there(name, *uplink),
                     suspected: false,
                     steers: register.capabilities.steers,
                     mac,
@@ -193,11 +193,6 @@ impl Speaker {
             }
         }
         states
-    }
-
-    /// Whether a node's data path may be relied upon.
-    pub(super) fn is_there(&self, node: &NodeName) -> bool {
-        self.election.is_alive(node)
     }
 
     /// What a node sends as itself or for those behind it.
@@ -251,8 +246,9 @@ impl Speaker {
         into: &mut BTreeMap<PortId, PortState>,
     ) {
         let id = service_id(&service.key);
-        let serves =
-            |node: &NodeName| self.is_there(node) && self.election.serves(node, &group.id, id);
+        let serves = |node: &NodeName| {
+            self.is_there(node, interface) && self.election.serves(node, &group.id, id)
+        };
         for port in &service.ports {
             let spread = service
                 .spreads

@@ -140,6 +140,18 @@ impl Elector {
         *node == self.me || self.peers.get(node).is_some_and(|peer| peer.alive)
     }
 
+    /// When a peer's last hello was heard on an interface; nothing if that was too long ago to count.
+    pub fn last_hello(&self, node: &NodeName, interface: &Arc<str>) -> Option<Duration> {
+        self.peers.get(node)?.hellos.get(interface).copied()
+    }
+
+    /// A dead peer is not to be forgotten yet.
+    pub fn remember(&mut self, node: &NodeName, now: Duration) {
+        if let Some(died) = self.peers.get_mut(node).and_then(|peer| peer.died.as_mut()) {
+            *died = now;
+        }
+    }
+
     /// Every node that is known, alive or not; this one too.
     pub fn known(&self) -> impl Iterator<Item = &NodeName> {
         std::iter::once(&self.me).chain(self.peers.keys())

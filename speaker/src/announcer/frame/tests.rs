@@ -310,7 +310,7 @@ fn nd_that_says_nothing() {
 
 #[test]
 fn hellos_carry_what_they_were_given() {
-    let frame = hello(MAC, b"opaque");
+    let frame = hello(MAC, HELLO_GROUP, b"opaque");
     assert_eq!(frame[..6], HELLO_GROUP.0);
     assert_eq!(parse_hello(&frame), Some((MAC, &b"opaque"[..])));
     assert_eq!(parse_hello(&arp_probe(MAC, VIP)), None);

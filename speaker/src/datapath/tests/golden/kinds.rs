@@ -433,3 +433,26 @@ fn errors_go_where_the_packet_came_from_that_they_are_about() {
     let frame = mk_frame(0x86dd, &mk_ip(router, V6.into(), 58, 64, &payload));
     assert_eq!(program.fate(&frame), Fate::Sent("other"));
 }
+
+#[test]
+fn another_nodes_question_is_answered_for_us_alone() {
+    use landfall_ebpf_common::echo;
+    let mut program = Program::load();
+    let mk = |kind: u8| {
+        let mut payload = echo::message(kind, 77).to_vec();
+        payload.resize(46, 0);
+        mk_frame_from(mac("other"), echo::ETHERTYPE, &payload)
+    };
+    let question = mk(echo::REQUEST);
+    let (action, out) = program.raw(&question);
+    assert_eq!(action, 7);
+    assert_eq!((&out[..6], &out[6..12]), (&question[6..12], &question[..6]));
+    assert_eq!(echo::read(&out[14..]), Some((echo::ANSWER, 77)));
+    // An answer is the speaker's, as a hello is, and what is meant for another host is not ours.
+    assert_eq!(program.fate(&mk(echo::ANSWER)), Fate::Next);
+    assert_eq!(program.fate(&mk(1)), Fate::Next);
+    let mut others = question.clone();
+    others[..6].copy_from_slice(&mac("third"));
+    assert_eq!(program.fate(&others), Fate::Next);
+    assert_eq!(program.fate(&question[..20]), Fate::Next);
+}

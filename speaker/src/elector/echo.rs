@@ -1,0 +1,156 @@
+//! The witness of another node's data path: an echo that its kernel answers, with or without a living speaker.
+//!
+//! Who says hello needs no witness. Once a node that steers has not been heard for a while on an interface, it is asked
+//! there, ten times a second. While it answers, its speaker is absent and no more: it
+//! stays in the tables. When it does not, it is gone.
+//!
+//! ```text
+//!  2 (a request) or 3 (an answer) 1 B | token 8 B
+//! ```
+//! The token is random, so that nobody can answer who was not asked; who is on the way could, and could as well take
+//! the packets themselves.
+
+use std::time::Duration;
+
+use landfall_core::model::NodeName;
+use landfall_ebpf_common::echo;
+
+use super::Speaker;
+use crate::announcer::MacAddr;
+use crate::datapath::NodeId;
+
+/// Who was not heard for so long is asked: one hello may be lost.
+const SILENT: Duration = Duration::from_millis(700);
+/// Time between two questions, and between two to a node that is gone.
+const EVERY: Duration = Duration::from_millis(100);
+const EVERY_GONE: Duration = Duration::from_secs(1);
+/// So many questions without an answer, and it is gone.
+const PATIENCE: u32 = 3;
+
+/// What is known of a node that is asked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Echo {
+    token: u64,
+    asked: Duration,
+    unanswered: u32,
+}
+
+impl Speaker {
+    /// Asks those who are not heard, and draws the conclusions.
+    pub(super) fn ask_echoes(&mut self, now: Duration) {
+        let mut questions = Vec::new();
+        let mut changed = false;
+        for (id, mac) in &self.macs {
+            let heard = self
+                .name_of(id.interface)
+                .and_then(|interface| self.election.last_hello(&id.name, &interface));
+            let steers = self
+                .election
+                .register(&id.name)
+                .is_some_and(|register| register.capabilities.steers);
+            if !steers || heard.is_some_and(|heard| now.saturating_sub(heard) < SILENT) {
+                changed |= self.echoes.remove(id).is_some_and(|echo| echo.is_over());
+                continue;
+            }
+            let echo = self.echoes.entry(id.clone()).or_insert(Echo {
+                token: 0,
+                asked: Duration::ZERO,
+                unanswered: 0,
+            });
+            let before = echo.is_over();
+            let every = if before { EVERY_GONE } else { EVERY };
+            if now.saturating_sub(echo.asked) < every {
+                continue;
+            }
+            if echo.asked > Duration::ZERO {
+                echo.unanswered = echo.unanswered.saturating_add(1);
+            }
+            changed |= echo.is_over() != before;
+            echo.token = rand::random();
+            echo.asked = now;
+            questions.push((id.interface, *mac, echo.token));
+        }
+        for (interface, mac, token) in questions {
+            let payload = echo::message(echo::REQUEST, token);
+            self.parts.announcer.hello(interface, Some(mac), &payload);
+        }
+        if changed {
+            self.nodes_stale = true;
+            self.desired.forget();
+            self.apply_at.get_or_insert(now);
+        }
+    }
+
+    /// A frame that is no hello; says whether it was an answer.
+    pub(super) fn echo(
+        &mut self,
+        interface: u32,
+        from: MacAddr,
+        payload: &[u8],
+        now: Duration,
+    ) -> bool {
+        let Some((kind, token)) = echo::read(payload) else {
+            return false;
+        };
+        let asked = self.echoes.iter_mut().find(|(id, echo)| {
+            id.interface == interface && echo.token == token && self.macs.get(id) == Some(&from)
+        });
+        if kind == echo::ANSWER
+            && let Some((id, echo)) = asked
+        {
+            let was_over = echo.is_over();
+            // Its next question counts from one again.
+            echo.unanswered = 0;
+            let name = id.name.clone();
+            self.election.remember(&name, now);
+            if was_over {
+                self.nodes_stale = true;
+                self.desired.forget();
+                self.apply_at.get_or_insert(now);
+            }
+        }
+        true
+    }
+
+    /// Whether packets that are sent to a node by an interface arrive, as far as is known.
+    pub(super) fn is_there(&self, node: &NodeName, interface: u32) -> bool {
+        if *node == self.identity.node {
+            return true;
+        }
+        let id = NodeId {
+            name: node.clone(),
+            interface,
+        };
+        if self.says_down(&id) {
+            return false;
+        }
+        match self.echoes.get(&id) {
+            Some(echo) => !echo.is_over(),
+            // Without a program it is as alive as its speaker.
+            None => self.name_of(interface).is_some_and(|name| {
+                self.election.is_alive(node) && self.election.last_hello(node, &name).is_some()
+            }),
+        }
+    }
+}
+
+impl Speaker {
+    /// Whether a node itself says, by another way, that the interface at which it was heard is down.
+    fn says_down(&self, id: &NodeId) -> bool {
+        let (Some(mac), Some(register)) = (self.macs.get(id), self.election.register(&id.name))
+        else {
+            return false;
+        };
+        self.election.is_alive(&id.name)
+            && register
+                .interfaces
+                .iter()
+                .any(|interface| interface.mac == mac.0 && !interface.up)
+    }
+}
+
+impl Echo {
+    fn is_over(&self) -> bool {
+        self.unanswered >= PATIENCE
+    }
+}
