@@ -27,6 +27,7 @@ pub use decide::{Candidate, HASH, rank, score};
 pub use elector::{Change, Config, Elector, Leadership, Lost, Outgoing, PeerView, Tick, View};
 pub use eligibility::{Ineligible, InterfaceChoice, Verdict};
 pub use peer::{
-    BootId, Capabilities, Claim, ClaimMode, GroupRegister, InterfaceFact, NodeRegister, service_id,
+    BootId, Capabilities, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPort, InterfaceFact,
+    NodeRegister, service_id,
 };
 pub use wire::{Frame, FrameError, MAX_FRAME};

@@ -11,6 +11,7 @@
 //! [`uninstall`] is what removes it.
 
 mod conntrack;
+mod flows;
 mod layout;
 mod metrics;
 mod pins;
@@ -23,6 +24,7 @@ mod worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -82,6 +84,9 @@ pub enum Change {
     Node(NodeId, Option<NodeState>),
     /// A port of a VIP.
     Port(PortId, Option<PortState>),
+    /// Who holds flows of the buckets of a page of a port's, though they are another's: all of the page's buckets of
+    /// which somebody does.
+    Holders(PortId, u16, BucketHolders),
     /// All has been said at least once: what an earlier process has left besides is to be forgotten.
     Complete,
 }
@@ -94,6 +99,12 @@ pub struct NodeId {
     /// The index of this node's interface.
     pub interface: u32,
 }
+
+/// The nodes that hold flows of a bucket, by bucket.
+pub type BucketHolders = BTreeMap<u32, BTreeSet<NodeName>>;
+
+/// Of which buckets a node holds flows though they are another's, by TCP port.
+pub type Held = BTreeMap<PortId, BTreeSet<u32>>;
 
 /// What to do with packets to a VIP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -181,6 +192,8 @@ pub trait DataPath: Send + Sync {
     fn change(&self, changes: Vec<Change>);
     /// What was counted for each VIP, all uplinks together.
     fn counts(&self) -> BTreeMap<IpAddr, VipCount>;
+    /// Of which buckets this node holds flows though they are another's.
+    fn held(&self) -> Arc<Held>;
     /// How the programs are attached, by interface index.
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
 }

@@ -24,13 +24,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use landfall_core::election::{
-    BootId, Change, Config as ElectionConfig, Elector, InterfaceFact, Outgoing,
+    BootId, Change, Config as ElectionConfig, Elector, HeldPort, InterfaceFact, Outgoing,
 };
 use landfall_core::groups::{Group, GroupId, GroupIndex};
 use landfall_core::model::{Event, NodeName};
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
-use crate::datapath::{DataPath, NodeId};
+use crate::datapath::{DataPath, Held, NodeId};
 use crate::hello::{Hello, HelloError, Opener, seal};
 use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
@@ -109,10 +109,18 @@ pub struct Speaker {
     uplinks: BTreeSet<u32>,
     desired: Desired,
     told: Told,
+    /// Whether there is a data path or not is known.
+    data_path_known: bool,
+    /// The programs are at every uplink and know what they need.
+    steers: bool,
     /// Where other nodes were heard, by their hellos.
     macs: BTreeMap<NodeId, MacAddr>,
     nodes_stale: bool,
     echoes: BTreeMap<NodeId, Echo>,
+    /// Of which buckets this node holds flows that are another's, as it has said.
+    held: Arc<Held>,
+    /// Who holds flows of these pages is to be told to the data path, once it knows the ports.
+    held_pages: BTreeSet<(HeldPort, u16)>,
     apply_at: Option<Duration>,
     groups_changed: bool,
     hello_at: Duration,
@@ -148,9 +156,13 @@ impl Speaker {
             uplinks: BTreeSet::new(),
             desired: Desired::default(),
             told: Told::default(),
+            data_path_known: false,
+            steers: false,
             macs: BTreeMap::new(),
             nodes_stale: false,
             echoes: BTreeMap::new(),
+            held: Arc::default(),
+            held_pages: BTreeSet::new(),
             apply_at: None,
             groups_changed: true,
             hello_at: Duration::ZERO,
@@ -342,8 +354,9 @@ impl Speaker {
             self.look_again(vip);
         }
         self.check_ready(&changed, now);
-        self.check_steers();
+        self.check_steers(now);
         self.ask_echoes(now);
+        self.say_held();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
         if tick.all {
@@ -352,6 +365,11 @@ impl Speaker {
         }
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();
+        }
+        self.held_pages.extend(tick.held);
+        if self.told.is_complete() && !self.held_pages.is_empty() {
+            let pages = std::mem::take(&mut self.held_pages);
+            self.tell_holders(pages);
         }
         if !tick.heard.is_empty() {
             self.desired.touch(&tick.heard);

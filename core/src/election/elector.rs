@@ -16,7 +16,10 @@ use std::time::Duration;
 
 use super::eligibility::{Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge};
 use super::gossip::Registers;
-use super::peer::{BootId, Claim, ClaimMode, GroupRegister, InterfaceFact, NodeRegister};
+use super::peer::{
+    BootId, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPage, HeldPort, InterfaceFact,
+    NodeRegister, Topic, Word,
+};
 use crate::groups::{Group, GroupId, GroupIndex};
 use crate::model::NodeName;
 use liveness::Peer;
@@ -109,6 +112,8 @@ pub struct Tick {
     pub all: bool,
     /// The groups of which somebody said something new.
     pub heard: BTreeSet<GroupId>,
+    /// The pages of buckets of which somebody holds other flows than before.
+    pub held: BTreeSet<(HeldPort, u16)>,
     /// What to send.
     pub frames: Vec<Outgoing>,
     /// Peers that fell silent without having left.
@@ -182,6 +187,7 @@ pub struct Elector {
     local: BTreeMap<GroupId, Local>,
     segments: Segments,
     dirty: BTreeSet<GroupId>,
+    held_dirty: BTreeSet<(HeldPort, u16)>,
     all_dirty: bool,
     pending: BTreeSet<GroupId>,
     sent: u64,
@@ -212,6 +218,7 @@ impl Elector {
             local: BTreeMap::new(),
             segments: Segments::default(),
             dirty: BTreeSet::new(),
+            held_dirty: BTreeSet::new(),
             all_dirty: true,
             pending: BTreeSet::new(),
             sent: 0,
@@ -276,7 +283,7 @@ impl Elector {
     }
 
     /// Whether a node says that it serves a Service of a group; of a node that is not heard, what it said last.
-    pub fn serves(&self, node: &NodeName, group: &str, service: u64) -> bool {
+    pub fn serves(&self, node: &NodeName, group: &GroupId, service: u64) -> bool {
         if *node == self.me {
             return self
                 .local
@@ -286,6 +293,36 @@ impl Elector {
         self.registers(node)
             .and_then(|registers| registers.group(group))
             .is_some_and(|register| register.serves.contains(&service))
+    }
+
+    /// Says of which buckets of a port this node holds flows though they are another's.
+    pub fn set_held(&mut self, port: HeldPort, buckets: &BTreeSet<u32>) {
+        let page = |bucket: u32| u16::try_from(bucket / HELD_PAGE).expect("there are fewer pages");
+        let before: BTreeSet<u16> = self.own.held(port).map(|(page, _)| page).collect();
+        let now: BTreeSet<u16> = buckets.iter().map(|bucket| page(*bucket)).collect();
+        for number in before.union(&now) {
+            let first = u32::from(*number) * HELD_PAGE;
+            let held = HeldPage::of(buckets.range(first..first + HELD_PAGE).copied());
+            let word = (held != HeldPage::default()).then_some(Word::Held(held));
+            if self.own.set(&Topic::Held(port, *number), word) {
+                self.held_dirty.insert((port, *number));
+            }
+        }
+    }
+
+    /// Who holds flows of the buckets of a page, this node and the dead among them.
+    pub fn holders(&self, port: HeldPort, page: u16) -> BTreeMap<u32, BTreeSet<NodeName>> {
+        let mut holders = BTreeMap::<u32, BTreeSet<NodeName>>::new();
+        for node in self.known() {
+            let held = self
+                .registers(node)
+                .and_then(|words| words.held_page(port, page));
+            for place in held.into_iter().flat_map(HeldPage::places) {
+                let bucket = u32::from(page) * HELD_PAGE + place;
+                holders.entry(bucket).or_default().insert(node.clone());
+            }
+        }
+        holders
     }
 
     /// What a node says of itself; of one that is not heard, what it said last.
@@ -376,6 +413,7 @@ impl Elector {
         self.dirty.extend(changed.iter().cloned());
         self.refresh(now);
         tick.lost = std::mem::take(&mut self.lost);
+        tick.held = std::mem::take(&mut self.held_dirty);
         self.rebalance(now, index);
         self.last_tick = now;
 
@@ -435,7 +473,7 @@ impl Elector {
             .and_then(|peer| peer.registers.as_ref())
     }
 
-    fn subjects<'a>(&'a self, id: &str, names: &'a [NodeName]) -> Vec<Subject<'a>> {
+    fn subjects<'a>(&'a self, id: &GroupId, names: &'a [NodeName]) -> Vec<Subject<'a>> {
         names
             .iter()
             .map(|node| {
@@ -566,7 +604,7 @@ impl Local {
 
 impl Elector {
     /// The highest epoch that anybody, dead or alive, claimed or has seen.
-    fn highest_epoch(&self, id: &str) -> u64 {
+    fn highest_epoch(&self, id: &GroupId) -> u64 {
         self.peers
             .values()
             .filter_map(|peer| peer.registers.as_ref()?.group(id))

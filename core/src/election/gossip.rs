@@ -6,18 +6,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::peer::{BootId, GroupRegister, NodeRegister};
+use super::peer::{BootId, GroupRegister, HeldPage, HeldPort, NodeRegister, Topic, Word};
 use super::wire::{Frame, Mark};
 use crate::groups::GroupId;
 use crate::model::NodeName;
 
-/// Registers that go into one update, so that it fits a datagram.
-const GROUPS_PER_FRAME: usize = 12;
+/// About how many bytes of registers go into one update, so that it fits a datagram.
+const FRAME: usize = 1000;
 /// Marks that go into one frame.
 const MARKS_PER_FRAME: usize = 24;
 /// Earlier runs of a peer that are remembered, so that a late frame of one is not taken for a restart.
 const RETIRED_BOOTS: usize = 8;
-/// Registers of groups that are gone are kept this many deep.
+/// Registers that are gone are kept this many deep.
 const MAX_TOMBSTONES: usize = 4096;
 
 /// The registers of one run of a node.
@@ -27,7 +27,7 @@ pub(super) struct Registers {
     /// Every change up to this version is here.
     pub(super) version: u64,
     pub(super) node: Option<(u64, NodeRegister)>,
-    pub(super) groups: BTreeMap<GroupId, (u64, Option<GroupRegister>)>,
+    pub(super) words: BTreeMap<Topic, (u64, Option<Word>)>,
     retired: VecDeque<BootId>,
 }
 
@@ -37,7 +37,7 @@ impl Registers {
             boot,
             version: 0,
             node: None,
-            groups: BTreeMap::new(),
+            words: BTreeMap::new(),
             retired: VecDeque::new(),
         }
     }
@@ -64,10 +64,31 @@ impl Registers {
         self.node.as_ref().map(|(_, register)| register)
     }
 
-    pub(super) fn group(&self, id: &str) -> Option<&GroupRegister> {
-        self.groups
-            .get(id)
-            .and_then(|(_, register)| register.as_ref())
+    pub(super) fn group(&self, id: &GroupId) -> Option<&GroupRegister> {
+        match self.words.get(&Topic::Group(id.clone()))? {
+            (_, Some(Word::Group(register))) => Some(register),
+            _ => None,
+        }
+    }
+
+    /// The groups' registers.
+    pub(super) fn groups(&self) -> impl Iterator<Item = (&GroupId, &GroupRegister)> {
+        self.words
+            .iter()
+            .filter_map(|(topic, (_, word))| match (topic, word) {
+                (Topic::Group(id), Some(Word::Group(register))) => Some((id, register)),
+                _ => None,
+            })
+    }
+
+    /// The pages of buckets that it holds of a port.
+    pub(super) fn held(&self, port: HeldPort) -> impl Iterator<Item = (u16, &HeldPage)> {
+        self.words
+            .range(Topic::Held(port, 0)..=Topic::Held(port, u16::MAX))
+            .filter_map(|(topic, (_, word))| match (topic, word) {
+                (Topic::Held(_, page), Some(Word::Held(held))) => Some((*page, held)),
+                _ => None,
+            })
     }
 
     /// Changes the node's register; says whether that changed anything.
@@ -80,33 +101,46 @@ impl Registers {
         true
     }
 
+    /// A page of the buckets that it holds of a port.
+    pub(super) fn held_page(&self, port: HeldPort, page: u16) -> Option<&HeldPage> {
+        match self.words.get(&Topic::Held(port, page))? {
+            (_, Some(Word::Held(held))) => Some(held),
+            _ => None,
+        }
+    }
+
     /// Changes a group's register; says whether that changed anything.
     pub(super) fn set_group(&mut self, id: &GroupId, register: Option<GroupRegister>) -> bool {
-        match self.groups.get(id) {
-            Some((_, old)) if *old == register => return false,
-            None if register.is_none() => return false,
+        self.set(&Topic::Group(id.clone()), register.map(Word::Group))
+    }
+
+    /// Changes a register; says whether that changed anything.
+    pub(super) fn set(&mut self, topic: &Topic, word: Option<Word>) -> bool {
+        match self.words.get(topic) {
+            Some((_, old)) if *old == word => return false,
+            None if word.is_none() => return false,
             _ => {}
         }
         self.version += 1;
-        self.groups.insert(id.clone(), (self.version, register));
+        self.words.insert(topic.clone(), (self.version, word));
         self.prune();
         true
     }
 
     fn prune(&mut self) {
-        if self.groups.len() <= MAX_TOMBSTONES {
+        if self.words.len() <= MAX_TOMBSTONES {
             return;
         }
-        let mut gone: Vec<(u64, GroupId)> = self
-            .groups
+        let mut gone: Vec<(u64, Topic)> = self
+            .words
             .iter()
-            .filter(|(_, (_, register))| register.is_none())
-            .map(|(id, (version, _))| (*version, id.clone()))
+            .filter(|(_, (_, word))| word.is_none())
+            .map(|(topic, (version, _))| (*version, topic.clone()))
             .collect();
         gone.sort_unstable();
         let excess = gone.len().saturating_sub(MAX_TOMBSTONES / 2);
-        for (_, id) in gone.into_iter().take(excess) {
-            self.groups.remove(&id);
+        for (_, topic) in gone.into_iter().take(excess) {
+            self.words.remove(&topic);
         }
     }
 
@@ -115,23 +149,23 @@ impl Registers {
         if from >= self.version {
             return Vec::new();
         }
-        let mut groups: Vec<_> = self
-            .groups
+        let mut words: Vec<_> = self
+            .words
             .iter()
             .filter(|(_, (version, _))| *version > from)
-            .map(|(id, (version, register))| (id.clone(), *version, register.clone()))
+            .map(|(topic, (version, word))| (topic.clone(), *version, word.clone()))
             .collect();
-        groups.sort_unstable_by_key(|(_, version, _)| *version);
+        words.sort_unstable_by_key(|(_, version, _)| *version);
         let mut own = self.node.clone().filter(|(version, _)| *version > from);
         let mut frames = Vec::new();
         let mut start = from;
         loop {
-            let rest = groups.split_off(groups.len().min(GROUPS_PER_FRAME));
+            let rest = words.split_off(fitting(&words));
             let last = rest.is_empty();
             let end = if last {
                 self.version
             } else {
-                groups.last().map_or(start, |(_, version, _)| *version)
+                words.last().map_or(start, |(_, version, _)| *version)
             };
             // The node's register goes first, and again in no other frame: spans stay correct, since a frame
             // may carry more than its span.
@@ -143,13 +177,13 @@ impl Registers {
                 },
                 from: start,
                 node: own.take(),
-                groups,
+                words,
             });
             if last {
                 return frames;
             }
             start = end;
-            groups = rest;
+            words = rest;
         }
     }
 
@@ -159,7 +193,7 @@ impl Registers {
         from: u64,
         to: u64,
         node: Option<(u64, NodeRegister)>,
-        groups: Vec<(GroupId, u64, Option<GroupRegister>)>,
+        words: Vec<(Topic, u64, Option<Word>)>,
     ) -> Merged {
         let mut merged = Merged::default();
         if let Some((version, register)) = node
@@ -168,13 +202,16 @@ impl Registers {
             merged.node = self.register() != Some(&register);
             self.node = Some((version, register));
         }
-        for (id, version, register) in groups {
-            let known = self.groups.get(&id);
+        for (topic, version, word) in words {
+            let known = self.words.get(&topic);
             if known.is_none_or(|(known, _)| *known < version) {
-                if known.and_then(|(_, register)| register.as_ref()) != register.as_ref() {
-                    merged.groups.push(id.clone());
+                if known.and_then(|(_, word)| word.as_ref()) != word.as_ref() {
+                    match &topic {
+                        Topic::Group(id) => merged.groups.push(id.clone()),
+                        Topic::Held(port, page) => merged.held.push((*port, *page)),
+                    }
                 }
-                self.groups.insert(id, (version, register));
+                self.words.insert(topic, (version, word));
             }
         }
         if from <= self.version {
@@ -192,7 +229,24 @@ impl Registers {
 pub(super) struct Merged {
     pub(super) node: bool,
     pub(super) groups: Vec<GroupId>,
+    pub(super) held: Vec<(HeldPort, u16)>,
     pub(super) gap: bool,
+}
+
+/// How many of these fit one frame; at least one.
+fn fitting(words: &[(Topic, u64, Option<Word>)]) -> usize {
+    let mut room = FRAME;
+    let fit = words.iter().take_while(|(topic, _, word)| {
+        let name = match topic {
+            Topic::Group(id) => id.len(),
+            Topic::Held(..) => 24,
+        };
+        let size = name + 12 + word.as_ref().map_or(0, Word::size);
+        let fits = size <= room;
+        room = room.saturating_sub(size);
+        fits
+    });
+    fit.count().max(1).min(words.len())
 }
 
 /// The marks, in frames that fit a datagram.

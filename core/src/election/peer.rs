@@ -1,6 +1,6 @@
 //! What a node says of itself.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use xxhash_rust::xxh64::xxh64;
 
+use crate::groups::GroupId;
 use crate::model::{NodeName, ObjectKey};
 
 /// Tells one run of a speaker from another. Random; only equality matters.
@@ -100,6 +101,81 @@ impl Claim {
     /// Whether it stays.
     pub fn held(&self) -> bool {
         self.mode == ClaimMode::Held
+    }
+}
+
+/// A TCP port of a VIP, whose flows nodes hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct HeldPort {
+    /// The VIP.
+    pub vip: IpAddr,
+    /// The port.
+    pub port: u16,
+}
+
+/// How many buckets a [`HeldPage`] tells of.
+pub const HELD_PAGE: u32 = 1024;
+
+/// Buckets of a page of which a node holds flows though they are another's: those words of the page's bit map that
+/// are not zero, by place.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldPage(pub BTreeMap<u8, u64>);
+
+impl HeldPage {
+    /// The page of these buckets, all of which have to be on it.
+    pub fn of(buckets: impl IntoIterator<Item = u32>) -> Self {
+        let mut words = BTreeMap::<u8, u64>::new();
+        for bucket in buckets {
+            let place = bucket % HELD_PAGE;
+            let word = u8::try_from(place / 64).expect("a page has sixteen words");
+            *words.entry(word).or_default() |= 1 << (place % 64);
+        }
+        Self(words)
+    }
+
+    /// The buckets, as numbers within the page.
+    pub fn places(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().flat_map(|(word, bits)| {
+            (0..64)
+                .filter(move |bit| bits >> bit & 1 == 1)
+                .map(move |bit| u32::from(*word) * 64 + bit)
+        })
+    }
+}
+
+/// What a register is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Topic {
+    /// A group.
+    Group(GroupId),
+    /// A page of a port's buckets.
+    Held(HeldPort, u16),
+}
+
+/// What a node says of itself about a topic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Word {
+    /// About a group.
+    Group(GroupRegister),
+    /// About a page of a port's buckets.
+    Held(HeldPage),
+}
+
+impl Word {
+    /// Whether it is a word about such a topic.
+    pub(super) fn suits(&self, topic: &Topic) -> bool {
+        matches!(
+            (self, topic),
+            (Self::Group(_), Topic::Group(_)) | (Self::Held(_), Topic::Held(..))
+        )
+    }
+
+    /// About how many bytes it takes on the wire.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Self::Group(group) => 40 + 10 * group.serves.len(),
+            Self::Held(page) => 2 + 11 * page.0.len(),
+        }
     }
 }
 

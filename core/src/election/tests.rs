@@ -3,6 +3,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::decide::beats;
+use super::peer::{HeldPage, Topic, Word};
 use super::wire::Mark;
 use super::*;
 use crate::model::{
@@ -57,10 +58,10 @@ fn mk_update() -> Frame {
         },
         from: 0,
         node: Some((1, NodeRegister::default())),
-        groups: vec![(
-            "g".into(),
+        words: vec![(
+            Topic::Group("g".into()),
             3,
-            Some(GroupRegister {
+            Some(Word::Group(GroupRegister {
                 claim: Some(Claim {
                     epoch: 2,
                     since: 5,
@@ -68,8 +69,46 @@ fn mk_update() -> Frame {
                 }),
                 ready: true,
                 ..GroupRegister::default()
-            }),
+            })),
         )],
+    }
+}
+
+#[test]
+fn a_page_holds_the_buckets_it_was_made_of() {
+    let buckets = [0, 63, 64, 700, HELD_PAGE - 1];
+    let first = 3 * HELD_PAGE;
+    let page = HeldPage::of(buckets.map(|bucket| first + bucket));
+    assert_eq!(page.places().collect::<Vec<_>>(), buckets);
+    assert_eq!(HeldPage::of([]), HeldPage::default());
+}
+
+#[test]
+fn a_word_about_another_topic_or_beyond_a_page_is_refused() {
+    let frame = |topic, word| Frame::Update {
+        mark: Mark {
+            node: "a".into(),
+            boot: BootId(7),
+            version: 3,
+        },
+        from: 0,
+        node: None,
+        words: vec![(topic, 3, Some(word))],
+    };
+    let port = HeldPort {
+        vip: [10, 0, 0, 1].into(),
+        port: 80,
+    };
+    let page = Word::Held(HeldPage::of([1, 900]));
+    let good = frame(Topic::Held(port, 2), page.clone());
+    assert_eq!(Frame::decode(&good.encode()), Ok(good));
+    for bad in [
+        frame(Topic::Held(port, u16::MAX), page.clone()),
+        frame(Topic::Group("g".into()), page),
+        frame(Topic::Held(port, 2), Word::Group(GroupRegister::default())),
+        frame(Topic::Held(port, 2), Word::Held(HeldPage([(16, 1)].into()))),
+    ] {
+        assert_eq!(Frame::decode(&bad.encode()), Err(FrameError::Malformed));
     }
 }
 
@@ -164,19 +203,23 @@ proptest! {
             let before = owner.version;
             let register = (epoch > 0).then(|| GroupRegister { seen: epoch, ..GroupRegister::default() });
             owner.set_group(&format!("g{group}").as_str().into(), register);
+            // Pages of buckets besides, some of them larger than a frame likes.
+            let port = HeldPort { vip: [10, 0, 0, group].into(), port: 80 };
+            let held = HeldPage::of((0..HELD_PAGE).filter(|bucket| epoch > 0 && u64::from(bucket % 7) == epoch));
+            owner.set(&Topic::Held(port, epoch as u16), (held != HeldPage::default()).then_some(Word::Held(held)));
             frames.extend(owner.since(&me, before));
         }
         frames.extend(frames.clone());
         frames.shuffle(&mut StdRng::seed_from_u64(order));
         let mut copy = super::gossip::Registers::new(BootId(1));
         for frame in frames.into_iter().chain(owner.since(&me, 0)) {
-            if let Frame::Update { mark, from, node, groups } = frame {
-                copy.merge(from, mark.version, node, groups);
+            if let Frame::Update { mark, from, node, words } = frame {
+                copy.merge(from, mark.version, node, words);
             }
         }
         prop_assert_eq!(copy.version, owner.version);
-        for (id, (_, register)) in &owner.groups {
-            prop_assert_eq!(copy.group(id), register.as_ref());
+        for (topic, (_, word)) in &owner.words {
+            prop_assert_eq!(copy.words.get(topic).and_then(|(_, word)| word.as_ref()), word.as_ref());
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::peer::{BootId, GroupRegister, NodeRegister};
-use crate::groups::GroupId;
+use landfall_ebpf_common::rendezvous::BUCKETS;
+
+use super::peer::{BootId, HELD_PAGE, NodeRegister, Topic, Word};
 use crate::model::NodeName;
 
 /// The version of the encoding; another is refused and counted.
@@ -11,7 +12,7 @@ const VERSION: u8 = 1;
 /// The longest frame that is taken, in bytes.
 pub const MAX_FRAME: usize = 64 * 1024;
 const MAX_NAME: usize = 253;
-const MAX_GROUPS: usize = 4096;
+const MAX_WORDS: usize = 4096;
 const MAX_INTERFACES: usize = 256;
 
 /// How far somebody's registers are known.
@@ -36,8 +37,8 @@ pub enum Frame {
         from: u64,
         /// The node's own register with its version, if it changed.
         node: Option<(u64, NodeRegister)>,
-        /// The groups' registers with their versions; nothing for one that is gone.
-        groups: Vec<(GroupId, u64, Option<GroupRegister>)>,
+        /// The registers with their versions; nothing for one that is gone.
+        words: Vec<(Topic, u64, Option<Word>)>,
     },
     /// Asks for what changed after these marks.
     Want {
@@ -95,17 +96,27 @@ impl Frame {
         let name = |mark: &Mark| mark.node.0.len() <= MAX_NAME;
         match self {
             Self::Update {
-                mark, node, groups, ..
+                mark, node, words, ..
             } => {
                 name(mark)
-                    && groups.len() <= MAX_GROUPS
-                    && groups.iter().all(|(id, _, _)| id.len() <= MAX_NAME)
+                    && words.len() <= MAX_WORDS
+                    && words.iter().all(|(topic, _, word)| {
+                        let named = match topic {
+                            Topic::Group(id) => id.len() <= MAX_NAME,
+                            Topic::Held(_, page) => u32::from(*page) < BUCKETS / HELD_PAGE,
+                        };
+                        let sound = match word {
+                            Some(Word::Held(page)) => page.0.keys().all(|word| *word < 16),
+                            Some(Word::Group(_)) | None => true,
+                        };
+                        named && sound && word.as_ref().is_none_or(|word| word.suits(topic))
+                    })
                     && node
                         .as_ref()
                         .is_none_or(|(_, node)| node.interfaces.len() <= MAX_INTERFACES)
             }
             Self::Want { from, marks } | Self::Known { from, marks } => {
-                from.0.len() <= MAX_NAME && marks.len() <= MAX_GROUPS && marks.iter().all(name)
+                from.0.len() <= MAX_NAME && marks.len() <= MAX_WORDS && marks.iter().all(name)
             }
         }
     }

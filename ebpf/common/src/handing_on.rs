@@ -67,13 +67,14 @@ impl Arrival {
         }
     }
 
-    /// Whether it is dropped rather than delivered when there is nobody to hand it on to. A node that was sent it
-    /// as if it were first, and does not think so, will know better when the sender tries again; if it delivered
-    /// it, the reset that answers would end a flow that lives elsewhere.
+    /// Whether it is dropped rather than delivered when there is nobody to hand it on to: the tables are changing.
+    /// A node that was sent it as if it were first, and does not think so, will know better when the client tries
+    /// again; a node that thinks it is first, and to which it was handed on, will be sent it as the first. If they
+    /// delivered it, the reset that answers would end a flow that lives elsewhere.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     pub const fn waits(self) -> bool {
-        self.from_peer && !self.first_here && !self.was_handed_on()
+        self.from_peer && self.first_here == self.was_handed_on()
     }
 }
 

@@ -105,13 +105,12 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
         arrival.ttl_after()
     };
     let Some(ttl) = after else {
-        return up(Verdict::Delivered);
+        return stay(arrival, settings.seeded);
     };
     let mut next = Candidate {
         number: 0,
         seed: u64::MAX,
     };
-    next.consider(packet.target, packet, arrival);
     let key = HoldersKey {
         port,
         bucket: packet.bucket,
@@ -121,8 +120,13 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
             next.consider(holders.nodes[place], packet, arrival);
         }
     }
+    // Where the holders have spoken, only what changed last is older than their word.
+    let known = next.number != 0;
     if let Some(history) = maps::history(port) {
         for place in 0..MAX_HISTORY {
+            if known && place > 0 {
+                break;
+            }
             let spread = &history.spreads[place];
             if spread.count == 0 {
                 break;
@@ -130,12 +134,11 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
             next.consider(choose(spread, packet.bucket, false), packet, arrival);
         }
     }
+    if next.number == 0 && arrival.waits() {
+        next.consider(packet.target, packet, arrival);
+    }
     if next.number == 0 {
-        if arrival.waits() {
-            maps::note(Verdict::Waiting);
-            return DROP;
-        }
-        return up(Verdict::Delivered);
+        return stay(arrival, settings.seeded);
     }
     let Some(node) = maps::node(next.number) else {
         return up(Verdict::Unreachable);
@@ -149,6 +152,16 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
         return up(Verdict::Unreachable);
     }
     send(context, node, Verdict::HandedOn)
+}
+
+/// Nobody is there to hand it on to.
+#[inline(always)]
+fn stay(arrival: Arrival, seeded: u32) -> i32 {
+    if seeded != 0 && arrival.waits() {
+        maps::note(Verdict::Waiting);
+        return DROP;
+    }
+    up(Verdict::Delivered)
 }
 
 /// To whom to hand on next: of those that may, the one with the lowest seed.

@@ -3,7 +3,7 @@
 //! Nodes, VIPs and ports have numbers in the maps. A number means something on this node alone: an earlier process's
 //! are read from the maps and kept, so that what is pinned goes on meaning what it meant.
 
-mod flows;
+mod holders;
 mod nodes;
 mod numbers;
 mod ports;
@@ -27,8 +27,6 @@ pub(super) enum TablesError {
     Missing(&'static str),
     #[error(transparent)]
     Map(#[from] MapError),
-    #[error("reading the connections that were there before: {0}")]
-    Connections(#[source] std::io::Error),
     #[error("the data path has room for {0} {1} and no more")]
     Full(u32, &'static str),
 }
@@ -38,7 +36,6 @@ pub(super) struct Tables {
     vips: vips::Vips,
     nodes: nodes::Nodes,
     ports: ports::Ports,
-    flows: flows::Flows,
     settings: Array<MapData, Settings>,
     verdicts: PerCpuArray<MapData, u64>,
 }
@@ -50,7 +47,7 @@ impl std::fmt::Debug for Tables {
 }
 
 /// A map of the object, to be taken once.
-fn taken<M: TryFrom<Map, Error = MapError>>(
+pub(super) fn taken<M: TryFrom<Map, Error = MapError>>(
     ebpf: &mut Ebpf,
     name: &'static str,
 ) -> Result<M, TablesError> {
@@ -65,7 +62,6 @@ impl Tables {
             vips: vips::Vips::adopt(ebpf)?,
             nodes: nodes::Nodes::adopt(ebpf)?,
             ports: ports::Ports::adopt(ebpf)?,
-            flows: flows::Flows::adopt(ebpf)?,
             settings: taken(ebpf, map::SETTINGS)?,
             verdicts: taken(ebpf, map::VERDICTS)?,
         })
@@ -82,6 +78,9 @@ impl Tables {
                 self.nodes.set(id, state.as_ref())
             }
             Change::Port(id, state) => self.ports.set(*id, state.as_ref(), &mut self.nodes),
+            Change::Holders(id, page, holders) => {
+                self.ports.holders(*id, *page, holders, &mut self.nodes)
+            }
             Change::Complete => {
                 self.ports.sweep()?;
                 self.vips.sweep()?;
@@ -92,16 +91,13 @@ impl Tables {
 
     /// Forgets what is past.
     pub(super) fn expire(&mut self) -> Result<(), TablesError> {
-        self.ports.expire()
+        self.ports.expire(ports::HISTORY)
     }
 
-    /// Enters the flows that are delivered here already, and forgets those that are no more. From then on what is not
-    /// known here may be looked for elsewhere.
-    pub(super) fn reconcile_flows(&mut self) -> Result<(), TablesError> {
-        let vips = self.vips.addresses().collect();
-        let reconciled = self.flows.reconcile(&vips)?;
-        tracing::debug!(?reconciled, "compared with connection tracking");
-        self.seeded(true)
+    /// As if it were long past.
+    #[cfg(test)]
+    pub(super) fn forget_history(&mut self) -> Result<(), TablesError> {
+        self.ports.expire(std::time::Duration::ZERO)
     }
 
     /// Whether the flows that were there before have been entered.

@@ -14,13 +14,14 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use landfall_ebpf_common::{UPLINK_INGRESS, tcx};
+use landfall_ebpf_common::{UPLINK_INGRESS, map, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 
+use super::flows::FlowMap;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
-use super::tables::{Tables, TablesError};
+use super::tables::{self, Tables, TablesError};
 use super::{Attachment, Hook};
 
 /// The object that the build script has compiled.
@@ -114,6 +115,11 @@ impl Uplink {
     /// The maps, to be taken once.
     pub(super) fn tables(&mut self) -> Result<Tables, TablesError> {
         Tables::adopt(&mut self.ebpf)
+    }
+
+    /// The map of flows, to be taken once.
+    pub(super) fn flows(&mut self) -> Result<FlowMap, TablesError> {
+        tables::taken(&mut self.ebpf, map::FLOWS)
     }
 
     /// The interfaces that carry it, as far as this process knows.

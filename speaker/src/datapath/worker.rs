@@ -4,28 +4,29 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 
+use super::flows::Flows;
 use super::metrics::{AttachedLabels, Metrics, RestoredLabels};
 use super::pins::Pins;
 use super::tables::{Tables, TablesError};
 use super::uplink::{Restored, Uplink};
 use super::{
-    Attachment, Change, Config, DataPath, NodeId, NodeState, PortId, PortState, VipCount, VipState,
+    Attachment, BucketHolders, Change, Config, DataPath, Held, NodeId, NodeState, PortId,
+    PortState, VipCount, VipState,
 };
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
-/// How often the flows are compared with connection tracking.
-const FLOWS_EVERY: Duration = Duration::from_secs(60);
 
 /// The data path of this node. Dropping it ends the thread and leaves programs and counts in the kernel.
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
+    flows: Arc<Flows>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -54,13 +55,14 @@ impl Worker {
     pub(super) fn start(config: Config, registry: &mut Registry) -> Self {
         let shared = Arc::new(Shared::default());
         let metrics = Metrics::register(registry, Arc::clone(&shared.tables));
+        let flows = Arc::new(Flows::start(Arc::clone(&shared.tables)));
         let mut task = Task {
             config,
             shared: Arc::clone(&shared),
             metrics,
             uplink: None,
             wanted: Wanted::default(),
-            flows_at: None,
+            flows: Arc::clone(&flows),
             last_reason: None,
         };
         let thread = thread::Builder::new()
@@ -69,6 +71,7 @@ impl Worker {
             .expect("the system has a thread to spare");
         Self {
             shared,
+            flows,
             thread: Some(thread),
         }
     }
@@ -101,6 +104,10 @@ impl DataPath for Worker {
             .unwrap_or_default()
     }
 
+    fn held(&self) -> Arc<Held> {
+        self.flows.held()
+    }
+
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
         lock(&self.shared.attachments).clone()
     }
@@ -127,6 +134,7 @@ struct Wanted {
     vips: BTreeMap<IpAddr, VipState>,
     nodes: BTreeMap<NodeId, NodeState>,
     ports: BTreeMap<PortId, PortState>,
+    holders: BTreeMap<(PortId, u16), BucketHolders>,
     complete: bool,
 }
 
@@ -136,17 +144,26 @@ impl Wanted {
             Change::Vip(vip, state) => keep(&mut self.vips, vip, *state),
             Change::Node(id, state) => keep(&mut self.nodes, id, state.clone()),
             Change::Port(id, state) => keep(&mut self.ports, id, state.clone()),
+            Change::Holders(id, page, holders) => {
+                let some = (!holders.is_empty()).then(|| holders.clone());
+                keep(&mut self.holders, &(*id, *page), some);
+            }
             Change::Complete => self.complete = true,
         }
     }
 
-    /// The whole, as changes. A port goes after the nodes that it names, a VIP after its ports.
+    /// The whole, as changes. A port goes after the nodes that it names, its holders and its VIP after it.
     fn all(&self) -> Vec<Change> {
         let nodes = self.nodes.iter();
         let ports = self.ports.iter();
         nodes
             .map(|(id, state)| Change::Node(id.clone(), Some(state.clone())))
             .chain(ports.map(|(id, state)| Change::Port(*id, Some(state.clone()))))
+            .chain(
+                self.holders
+                    .iter()
+                    .map(|((id, page), holders)| Change::Holders(*id, *page, holders.clone())),
+            )
             .chain(
                 self.vips
                     .iter()
@@ -175,8 +192,7 @@ struct Task {
     metrics: Metrics,
     uplink: Option<Uplink>,
     wanted: Wanted,
-    /// When the flows are to be compared with connection tracking.
-    flows_at: Option<Instant>,
+    flows: Arc<Flows>,
     last_reason: Option<String>,
 }
 
@@ -192,6 +208,7 @@ impl Task {
         while let Some(order) = self.wait() {
             for change in &order.changes {
                 self.wanted.note(change);
+                self.tell_flows(change);
             }
             let Some(uplinks) = order.uplinks else {
                 continue;
@@ -203,22 +220,16 @@ impl Task {
                 continue;
             }
             self.attach(&uplinks);
-            self.flows();
         }
     }
 
-    /// Compares the flows with connection tracking: when all VIPs are known, after packets may have passed the
-    /// programs by, and now and then.
-    fn flows(&mut self) {
-        let due = self.flows_at.is_none_or(|at| Instant::now() >= at);
-        if !due || !self.wanted.complete {
-            return;
-        }
-        self.flows_at = Some(Instant::now() + FLOWS_EVERY);
-        let mut tables = lock(&self.shared.tables);
-        if let Some(Err(error)) = tables.as_mut().map(Tables::reconcile_flows) {
-            tracing::warn!(%error, "nothing is handed on to earlier holders of a flow until this succeeds");
-            self.flows_at = Some(Instant::now() + RETRY);
+    fn tell_flows(&self, change: &Change) {
+        match change {
+            Change::Vip(vip, state) => self.flows.vip(*vip, state.is_some()),
+            Change::Port(id, state) => self.flows.port(*id, state.as_ref()),
+            Change::Node(id, Some(state)) if state.here => self.flows.here(&id.name),
+            Change::Node(..) | Change::Holders(..) => {}
+            Change::Complete => self.flows.complete(),
         }
     }
 
@@ -251,6 +262,8 @@ impl Task {
         let mut uplink =
             Uplink::load(&pins, self.config.hook).map_err(|error| error.to_string())?;
         *lock(&self.shared.tables) = Some(uplink.tables().map_err(|error| error.to_string())?);
+        self.flows
+            .install(uplink.flows().map_err(|error| error.to_string())?);
         self.uplink = Some(uplink);
         self.last_reason = None;
         self.change(&self.wanted.all());
@@ -300,7 +313,7 @@ impl Task {
             let attachment = match uplink.ensure(interface) {
                 Ok((attachment, restored)) => {
                     if let Some(restored) = restored {
-                        self.flows_at = None;
+                        self.flows.missed();
                         let interface = interface_name(interface);
                         tracing::warn!(interface, ?restored, "the data path was attached anew");
                         let cause = match restored {

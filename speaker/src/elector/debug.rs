@@ -6,10 +6,12 @@
 //!              "standby": "n2", "epoch": 3, "since": 1700000000000, "interface": "eth0", "ready": true,
 //!              "reason": null, "nodes": {"n3": "no sign of life from its speaker"}}],
 //!  "peers": [{"name": "n2", "alive": true, "gossip": true, "heard": ["eth0"], "synced": true, "leaving": false}],
-//!  "interfaces": [{"name": "eth0", "index": 2, "mac": "…", "up": true, "hello": true}]}
+//!  "interfaces": [{"name": "eth0", "index": 2, "mac": "…", "up": true, "hello": true}],
+//!  "steering": {"nodes": [{"name": "n2", "interface": 2, "alive": true, "steers": true, "mac": "…"}],
+//!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}}}}
 //! ```
 //! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that
-//! could not lead, with why.
+//! could not lead, with why. `steering` is what the data path was told: a port's nodes with their weights.
 
 use std::collections::BTreeMap;
 
@@ -56,6 +58,7 @@ impl Speaker {
             "groups": groups,
             "peers": peers,
             "interfaces": interfaces,
+            "steering": self.told.debug(),
         })
     }
 

@@ -71,7 +71,7 @@ impl Speaker {
                 continue;
             };
             let ready = self.is_served(&group, now.saturating_sub(since));
-            self.election.set_ready(&id, ready);
+            self.note_ready(&group, ready);
             self.note_serves(&group, ready, now);
             if ready {
                 self.checks.remove(&id);
@@ -79,6 +79,18 @@ impl Speaker {
                 check.next = now + LOOK_EVERY;
             }
         }
+    }
+
+    /// Who cannot steer yet leaves the leadership of what is steered to those who can, if there are any.
+    fn note_ready(&mut self, group: &Group, ready: bool) {
+        let steers = self.steers || !group.steers();
+        self.election.set_ready(&group.id, ready && steers);
+    }
+
+    /// Looks at all groups again.
+    pub(super) fn check_all(&mut self, now: Duration) {
+        let all = self.index.groups().keys().cloned().collect();
+        self.check_ready(&all, now);
     }
 
     /// Which Services of a group reach an endpoint from here. Where a health-check port says so, it is asked, and what
@@ -93,6 +105,8 @@ impl Speaker {
             let question = (group.id.clone(), asked.unwrap_or_default());
             if !service.endpoint_nodes.contains(me) {
                 self.asking.remove(&question);
+            } else if !self.data_path_known {
+                continue;
             } else if served || (ready && asked.is_none()) {
                 serves.insert(id);
             } else if asked.is_some() {
@@ -180,7 +194,7 @@ impl Speaker {
         let serves: BTreeSet<u64> = of_port.chain(before).collect();
         if serves.len() == group.services.len() {
             self.checks.remove(id);
-            self.election.set_ready(id, true);
+            self.note_ready(&group, true);
         }
         self.election.set_serves(id, serves);
     }

@@ -4,14 +4,17 @@
 //! by the slice, by its own word, by its death. All nodes say the same of the same inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
-use landfall_core::election::{NodeRegister, service_id};
+use landfall_core::election::{HeldPort, NodeRegister, service_id};
 use landfall_core::groups::{Group, GroupService};
 use landfall_core::ip::Family;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
+use serde_json::{Value, json};
 
 use super::Speaker;
 use crate::announcer::MacAddr;
@@ -94,6 +97,36 @@ impl Told {
             .chain(vips.map(|(vip, state)| Change::Vip(vip, state)))
     }
 
+    /// What the data path was told, for people.
+    pub(super) fn debug(&self) -> Value {
+        let nodes: Vec<Value> = self
+            .nodes
+            .iter()
+            .map(|(id, state)| {
+                json!({
+                    "name": id.name, "interface": id.interface, "alive": state.alive,
+                    "steers": state.steers, "mac": state.mac.map(|mac| MacAddr(mac).to_string()),
+                })
+            })
+            .collect();
+        let ports: BTreeMap<String, BTreeMap<&str, u16>> = self
+            .ports
+            .now
+            .iter()
+            .map(|(id, state)| {
+                let address = SocketAddr::new(id.vip, id.port);
+                let nodes = state.nodes.iter().map(|(node, weight)| (&*node.0, *weight));
+                (format!("{address}/{}", id.protocol), nodes.collect())
+            })
+            .collect();
+        json!({"nodes": nodes, "ports": ports})
+    }
+
+    /// Whether the data path was told all there is.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     fn nodes(&mut self, wanted: BTreeMap<NodeId, NodeState>) -> Vec<Change> {
         let gone = self.nodes.keys().filter(|id| !wanted.contains_key(*id));
         let mut changes: Vec<Change> = gone.map(|id| Change::Node(id.clone(), None)).collect();
@@ -123,6 +156,33 @@ impl Speaker {
         self.parts.datapath.change(changes);
     }
 
+    /// Tells the others of which buckets this node holds flows that are another's.
+    pub(super) fn say_held(&mut self) {
+        let held = self.parts.datapath.held();
+        if Arc::ptr_eq(&held, &self.held) {
+            return;
+        }
+        let before = std::mem::replace(&mut self.held, held);
+        for id in before.keys().chain(self.held.keys()) {
+            let none = BTreeSet::new();
+            let buckets = self.held.get(id).unwrap_or(&none);
+            self.election.set_held(held_port(id), buckets);
+        }
+    }
+
+    /// Tells the data path who holds flows of buckets that are another's.
+    pub(super) fn tell_holders(&mut self, pages: BTreeSet<(HeldPort, u16)>) {
+        let changes = pages.into_iter().map(|(port, page)| {
+            let id = PortId {
+                vip: port.vip,
+                protocol: Protocol::Tcp,
+                port: port.port,
+            };
+            Change::Holders(id, page, self.election.holders(port, page))
+        });
+        self.parts.datapath.change(changes.collect());
+    }
+
     fn told_nodes(&mut self) -> Vec<Change> {
         let wanted = self.node_states();
         self.told.nodes(wanted)
@@ -137,8 +197,21 @@ impl Speaker {
     }
 
     /// Whether the programs are at every uplink and know what they need.
-    pub(super) fn check_steers(&mut self) {
+    ///
+    /// Until it is known whether they can be, this node does not say that it serves anything: flows that others hold
+    /// would come here, and it could not hand them on.
+    pub(super) fn check_steers(&mut self, now: Duration) {
         let attachments = self.parts.datapath.attachments();
+        if !self.data_path_known
+            && self.told.complete
+            && self
+                .uplinks
+                .iter()
+                .all(|uplink| attachments.contains_key(uplink))
+        {
+            self.data_path_known = true;
+            self.check_all(now);
+        }
         let steers = self.told.complete
             && !self.uplinks.is_empty()
             && self.uplinks.iter().all(|uplink| {
@@ -147,7 +220,11 @@ impl Speaker {
                     Some(Attachment::Tcx | Attachment::Clsact)
                 )
             });
-        self.election.set_steers(steers);
+        if self.steers != steers {
+            self.steers = steers;
+            self.election.set_steers(steers);
+            self.check_all(now);
+        }
     }
 
     /// Another node was heard at an interface: that is where frames reach it.
@@ -273,6 +350,13 @@ impl Speaker {
             };
             into.insert(port_id, state);
         }
+    }
+}
+
+fn held_port(id: &PortId) -> HeldPort {
+    HeldPort {
+        vip: id.vip,
+        port: id.port,
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
-use crate::datapath::{Attachment, Change as Told, VipCount};
+use crate::datapath::{Attachment, Change as Told, Held, VipCount};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 
@@ -56,12 +56,17 @@ impl DataPath for Lower {
         told.extend(changes);
     }
 
+    fn held(&self) -> Arc<Held> {
+        Arc::default()
+    }
+
     fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
         BTreeMap::new()
     }
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
-        BTreeMap::new()
+        let uplinks = self.uplinks.lock().unwrap();
+        uplinks.iter().map(|it| (*it, Attachment::Tcx)).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Elector, Outgoing};
 use crate::election::gossip::known_frames;
-use crate::election::peer::BootId;
+use crate::election::peer::{BootId, Topic, Word};
 use crate::election::wire::{Frame, Mark};
 use crate::model::NodeName;
 
@@ -23,8 +23,8 @@ impl Elector {
                 mark,
                 from,
                 node,
-                groups,
-            }) => self.merge(&mark, from, node, groups, now),
+                words,
+            }) => self.merge(&mark, from, node, words, now),
             Ok(Frame::Want { from, marks }) => {
                 let mut answer = Vec::new();
                 for mark in &marks {
@@ -45,7 +45,7 @@ impl Elector {
         mark: &Mark,
         from: u64,
         node: Option<(u64, super::NodeRegister)>,
-        groups: Vec<(super::GroupId, u64, Option<super::GroupRegister>)>,
+        words: Vec<(Topic, u64, Option<Word>)>,
         now: Duration,
     ) -> Vec<Outgoing> {
         if mark.node == self.me || !self.is_current(mark) {
@@ -59,7 +59,7 @@ impl Elector {
         let Some(registers) = peer.registers.as_mut() else {
             return Vec::new();
         };
-        let merged = registers.merge(from, mark.version, node, groups);
+        let merged = registers.merge(from, mark.version, node, words);
         let ask = merged.gap && now.saturating_sub(peer.wanted) >= ASK_EVERY;
         let known = registers.version;
         if ask {
@@ -67,6 +67,7 @@ impl Elector {
         }
         self.all_dirty |= merged.node;
         self.dirty.extend(merged.groups);
+        self.held_dirty.extend(merged.held);
         if !ask {
             return Vec::new();
         }

@@ -52,9 +52,8 @@ impl Elector {
             })
             .map(|(node, registers)| {
                 let led = registers
-                    .groups
-                    .values()
-                    .filter_map(|(_, register)| register.as_ref()?.claim.as_ref())
+                    .groups()
+                    .filter_map(|(_, register)| register.claim.as_ref())
                     .filter(|claim| claim.held())
                     .count();
                 (node.clone(), led)

@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
-use landfall_core::model::Protocol;
+use landfall_core::model::{NodeName, Protocol};
 use landfall_ebpf_common::{
     History, MAX_HISTORY, MAX_PORTS, Member, NARROW, Port, PortKey, Spread, VipKey, map, port_flag,
 };
 
 use super::super::{PortId, PortState};
+use super::holders::Holders;
 use super::nodes::Nodes;
 use super::numbers::Numbers;
 use super::wide::Wide;
 use super::{TablesError, taken};
 
-/// How long earlier spreads are asked after the last change: long enough for the holders to speak, and for a SYN
-/// that was on its way to be answered.
-const HISTORY: Duration = Duration::from_secs(30);
+/// How long earlier spreads are asked after the last change: long enough for the holders to speak.
+pub(super) const HISTORY: Duration = Duration::from_secs(5);
 
 /// A port as it is in the maps.
 #[derive(Clone, Copy, Debug)]
@@ -29,12 +29,15 @@ struct Known {
     port: Port,
     history: History,
     changed: Instant,
+    /// Where the nodes are reached; not known of what an earlier process has left.
+    interface: u32,
 }
 
 pub(super) struct Ports {
     map: HashMap<MapData, PortKey, Port>,
     history: HashMap<MapData, u32, History>,
     wide: Wide,
+    holders: Holders,
     known: BTreeMap<PortKey, Known>,
     /// Those with earlier spreads.
     changed: BTreeSet<PortKey>,
@@ -62,6 +65,7 @@ impl Ports {
                     port,
                     history,
                     changed,
+                    interface: 0,
                 },
             );
         }
@@ -70,6 +74,7 @@ impl Ports {
             map,
             history,
             wide,
+            holders: Holders::adopt(ebpf)?,
             changed: known
                 .iter()
                 .filter(|(_, known)| known.history != History::default())
@@ -94,12 +99,13 @@ impl Ports {
         };
         let spread = self.spread(state, nodes)?;
         let Some(mut known) = self.known.get(&key).copied() else {
-            return self.insert(key, spread);
+            return self.insert(key, spread, state.interface);
         };
+        known.interface = state.interface;
         let before = known.port.spread;
         if same_nodes(&before, &spread) {
             self.wide.leave(&spread);
-            known.port.spread.flags = flags(state, &known.history);
+            known.port.spread.flags = flags(state, self.is_held(&known));
         } else {
             if before.count != 0 {
                 self.remember(&mut known, before)?;
@@ -109,7 +115,7 @@ impl Ports {
             known.changed = Instant::now();
             self.changed.insert(key);
             known.port.spread = spread;
-            known.port.spread.flags = flags(state, &known.history);
+            known.port.spread.flags = flags(state, self.is_held(&known));
         }
         if known.port.spread != before {
             self.map.insert(key, known.port, 0)?;
@@ -118,7 +124,7 @@ impl Ports {
         Ok(())
     }
 
-    fn insert(&mut self, key: PortKey, spread: Spread) -> Result<(), TablesError> {
+    fn insert(&mut self, key: PortKey, spread: Spread, interface: u32) -> Result<(), TablesError> {
         let number = self
             .numbers
             .take()
@@ -129,6 +135,7 @@ impl Ports {
             port,
             history: History::default(),
             changed: Instant::now(),
+            interface,
         };
         self.known.insert(key, known);
         Ok(())
@@ -163,6 +170,7 @@ impl Ports {
         self.map.remove(key)?;
         self.changed.remove(key);
         self.forget_history(&known)?;
+        self.holders.remove(known.port.number);
         self.wide.leave(&known.port.spread);
         self.numbers.give(known.port.number);
         self.wide.sweep();
@@ -180,15 +188,53 @@ impl Ports {
         Ok(())
     }
 
+    /// Whether a flow may be anywhere but where the table says.
+    fn is_held(&self, known: &Known) -> bool {
+        known.history != History::default() || self.holders.any(known.port.number)
+    }
+
+    /// Enters a port, which may be held now or not any more.
+    fn hold(&mut self, key: PortKey, mut known: Known) -> Result<(), TablesError> {
+        let before = known.port.spread.flags;
+        if self.is_held(&known) {
+            known.port.spread.flags |= port_flag::HELD;
+        } else {
+            known.port.spread.flags &= !port_flag::HELD;
+        }
+        if known.port.spread.flags != before {
+            self.map.insert(key, known.port, 0)?;
+        }
+        self.known.insert(key, known);
+        Ok(())
+    }
+
+    /// Enters who holds flows of a page's buckets.
+    pub(super) fn holders(
+        &mut self,
+        id: PortId,
+        page: u16,
+        holders: &BTreeMap<u32, BTreeSet<NodeName>>,
+        nodes: &mut Nodes,
+    ) -> Result<(), TablesError> {
+        let key = key(id);
+        let Some(known) = self.known.get(&key).copied() else {
+            return Ok(());
+        };
+        let interface = known.interface;
+        self.holders
+            .set(known.port.number, page, holders, interface, nodes)?;
+        self.hold(key, known)
+    }
+
     /// Forgets earlier spreads that have been asked long enough.
-    pub(super) fn expire(&mut self) -> Result<(), TablesError> {
+    pub(super) fn expire(&mut self, after: Duration) -> Result<(), TablesError> {
         let over: Vec<PortKey> = self
             .changed
             .iter()
             .filter(|key| {
                 self.known
                     .get(*key)
-                    .is_none_or(|known| known.changed.elapsed() >= HISTORY)
+                    .is_none_or(|known| known.changed.elapsed() >= after)
             })
             .copied()
             .collect();
@@ -199,9 +245,7 @@ impl Ports {
             };
             self.forget_history(&known)?;
             known.history = History::default();
-            known.port.spread.flags &= !port_flag::HELD;
-            self.map.insert(key, known.port, 0)?;
-            self.known.insert(key, known);
+            self.hold(key, known)?;
         }
         self.wide.sweep();
         Ok(())
@@ -218,7 +262,7 @@ impl Ports {
 
     fn spread(&mut self, state: &PortState, nodes: &mut Nodes) -> Result<Spread, TablesError> {
         let mut spread = Spread {
-            flags: flags(state, &History::default()),
+            flags: flags(state, false),
             ..Spread::default()
         };
         if state.nodes.len() <= NARROW {
@@ -237,13 +281,13 @@ impl Ports {
     }
 }
 
-fn flags(state: &PortState, history: &History) -> u16 {
+fn flags(state: &PortState, held: bool) -> u16 {
     let mut flags = 0;
     let mut flag = |set: bool, bit: u16| flags |= if set { bit } else { 0 };
     flag(state.affinity, port_flag::AFFINITY);
     flag(state.udp_ports, port_flag::UDP_PORTS);
     flag(state.host, port_flag::HOST);
-    flag(*history != History::default(), port_flag::HELD);
+    flag(held, port_flag::HELD);
     flags
 }
 

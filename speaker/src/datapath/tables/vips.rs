@@ -38,10 +38,6 @@ impl Vips {
         })
     }
 
-    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.known.keys().copied()
-    }
-
     pub(super) fn set(&mut self, vip: IpAddr, state: Option<VipState>) -> Result<(), TablesError> {
         self.stale.remove(&vip);
         let before = self.known.get(&vip).copied();

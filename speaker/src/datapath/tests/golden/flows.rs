@@ -73,10 +73,10 @@ fn an_unknown_flow_is_looked_for_where_its_bucket_was() {
             program.fate(&mk(vip, 6, &mk_tcp(port, 80, RST))),
             Fate::HandedOn("other", 7)
         );
-        // It was handed on before, and this node is first: it ends here.
+        // It was handed on before, and this node is first: the next time it comes as to the first.
         assert_eq!(
             program.fate(&mk_from("third", 7, vip, 6, &mk_tcp(port, 80, ACK))),
-            Fate::Next
+            Fate::Dropped
         );
         // A SYN begins a flow, and then it is known.
         assert_eq!(
@@ -174,4 +174,69 @@ fn what_a_node_sends_for_itself_or_those_behind_it_is_a_clients() {
         program.fate(&mk_from("third", 64, vip, 17, &mk_udp(9, 80, b"x"))),
         Fate::Next
     );
+}
+
+#[test]
+fn who_says_that_it_holds_a_bucket_is_asked() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    let port = port_of(vip, &[("here", &["here", "other", "third"])]);
+    let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+    assert_eq!(program.fate(&data), Fate::Next, "nobody else ever had it");
+    let id = PortId {
+        vip,
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
+    let bucket = bucket(vip, ports(port));
+    let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
+    let held_by = |nodes: &[&str]| {
+        let names = nodes.iter().map(|node| (*node).into()).collect();
+        Change::Holders(id, page, BTreeMap::from([(bucket, names)]))
+    };
+    program.change(&held_by(&["third", "here"]));
+    assert_eq!(program.fate(&data), Fate::HandedOn("third", 7));
+    // Two of them: first the one with the lower seed, and never back to where it came from.
+    program.change(&held_by(&["third", "other"]));
+    let seed = |node: &str| landfall_core::steering::seed(&node.into());
+    let (low, high) = if seed("other") < seed("third") {
+        ("other", "third")
+    } else {
+        ("third", "other")
+    };
+    assert_eq!(program.fate(&data), Fate::HandedOn(low, 7));
+    assert_eq!(
+        program.fate(&mk_from(low, 64, vip, 6, &mk_tcp(port, 80, ACK))),
+        Fate::HandedOn(high, 7)
+    );
+    program.change(&Change::Holders(id, page, BTreeMap::new()));
+    assert_eq!(program.fate(&data), Fate::Next);
+}
+
+#[test]
+fn an_own_flow_of_anothers_bucket_is_not_steered_away() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
+    assert_eq!(
+        program.fate(&mk(vip, 6, &mk_tcp(port, 80, SYN))),
+        Fate::Next
+    );
+    let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+    assert_eq!(program.fate(&data), Fate::Next);
+    program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+    // Long after the change, when earlier spreads are forgotten, what counts is that this node says it holds it.
+    let id = PortId {
+        vip,
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
+    let bucket = bucket(vip, ports(port));
+    let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
+    let here = BTreeSet::from(["here".into()]);
+    program.change(&Change::Holders(id, page, BTreeMap::from([(bucket, here)])));
+    program.tables.forget_history().expect("the maps take it");
+    assert_eq!(program.fate(&data), Fate::Next, "it is known here");
+    program.change(&Change::Holders(id, page, BTreeMap::new()));
+    assert_eq!(program.fate(&data), Fate::Sent("other"));
 }

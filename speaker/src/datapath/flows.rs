@@ -1,0 +1,301 @@
+//! The TCP flows that this node delivers: those that were there before the programs, those that are no more, and those
+//! whose buckets are another node's by now.
+//!
+//! A thread of its own: to look through a quarter of a million flows takes a while, and a node's death must not wait
+//! for it.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
+use std::net::IpAddr;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, MapData};
+use landfall_core::model::{NodeName, Protocol};
+use landfall_core::steering;
+use landfall_ebpf_common::rendezvous::bucket;
+use landfall_ebpf_common::{Flow, FlowKey, flow_state};
+use nix::time::{ClockId, clock_gettime};
+
+use super::worker::{SharedTables, lock};
+use super::{Held, PortId, PortState, conntrack};
+
+/// A flow that connection tracking does not know is forgotten when it was not heard for this long: a new one may be
+/// here before it is there.
+const UNHEARD: Duration = Duration::from_secs(60);
+/// How often the flows are compared with connection tracking, and how soon again when that failed.
+const COMPARE: Duration = Duration::from_secs(60);
+const RETRY: Duration = Duration::from_secs(10);
+/// How often it is looked which flows are in buckets of others, while there are any.
+const LOOK: Duration = Duration::from_secs(2);
+/// Changes of the tables are gathered for so long.
+const GATHER: Duration = Duration::from_millis(50);
+/// `BPF_NOEXIST`: an entry that is there is newer.
+const IF_NEW: u64 = 1;
+
+/// The map of flows.
+pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
+
+/// What the thread is told, and what it tells.
+#[derive(Debug, Default)]
+struct State {
+    map: Option<FlowMap>,
+    /// All VIPs are known: what was there before can be told from what is not.
+    complete: bool,
+    here: Option<NodeName>,
+    vips: HashSet<IpAddr>,
+    ports: BTreeMap<PortId, PortState>,
+    /// Some port is spread otherwise than when it was looked last.
+    moved: bool,
+    /// Packets may have passed the programs by.
+    missed: bool,
+    held: Arc<Held>,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+/// The thread. Dropping it ends it.
+#[derive(Debug)]
+pub(super) struct Flows {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flows {
+    pub(super) fn start(tables: SharedTables) -> Self {
+        let shared = Arc::new(Shared::default());
+        let mut task = Task {
+            shared: Arc::clone(&shared),
+            tables,
+            compare_at: Instant::now(),
+            look_at: Instant::now(),
+        };
+        let thread = thread::Builder::new()
+            .name("flows".to_owned())
+            .spawn(move || task.run())
+            .expect("the system has a thread to spare");
+        Self {
+            shared,
+            thread: Some(thread),
+        }
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut State)) {
+        change(&mut lock(&self.shared.state));
+        self.shared.wake.notify_all();
+    }
+
+    /// The map is there.
+    pub(super) fn install(&self, map: FlowMap) {
+        self.tell(|state| {
+            state.map = Some(map);
+            state.missed = true;
+        });
+    }
+
+    /// All VIPs were named.
+    pub(super) fn complete(&self) {
+        self.tell(|state| {
+            state.missed |= !std::mem::replace(&mut state.complete, true);
+        });
+    }
+
+    /// Packets may have passed the programs by.
+    pub(super) fn missed(&self) {
+        self.tell(|state| state.missed = true);
+    }
+
+    /// What this node is called.
+    pub(super) fn here(&self, name: &NodeName) {
+        lock(&self.shared.state).here.get_or_insert(name.clone());
+    }
+
+    /// A VIP is there, or not any more.
+    pub(super) fn vip(&self, vip: IpAddr, there: bool) {
+        let mut state = lock(&self.shared.state);
+        if there {
+            state.vips.insert(vip);
+        } else {
+            state.vips.remove(&vip);
+        }
+    }
+
+    /// How a port is spread.
+    pub(super) fn port(&self, id: PortId, port: Option<&PortState>) {
+        if id.protocol != Protocol::Tcp {
+            return;
+        }
+        self.tell(|state| {
+            match port {
+                Some(port) => state.ports.insert(id, port.clone()),
+                None => state.ports.remove(&id),
+            };
+            state.moved = true;
+        });
+    }
+
+    /// Of which buckets this node holds flows though they are another's.
+    pub(super) fn held(&self) -> Arc<Held> {
+        Arc::clone(&lock(&self.shared.state).held)
+    }
+}
+
+impl Drop for Flows {
+    fn drop(&mut self) {
+        self.tell(|state| state.stop = true);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported by its own thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Task {
+    shared: Arc<Shared>,
+    tables: SharedTables,
+    compare_at: Instant,
+    look_at: Instant,
+}
+
+impl Task {
+    fn run(&mut self) {
+        while let Some(mut map) = self.wait() {
+            thread::sleep(GATHER);
+            if Instant::now() >= self.compare_at {
+                self.compare(&mut map);
+            }
+            self.look(&map);
+            lock(&self.shared.state).map.get_or_insert(map);
+        }
+    }
+
+    /// Waits until there is something to do, and takes the map. Nothing: stop.
+    fn wait(&mut self) -> Option<FlowMap> {
+        let mut state = lock(&self.shared.state);
+        loop {
+            if state.stop {
+                return None;
+            }
+            if state.complete && state.map.is_some() {
+                if std::mem::take(&mut state.missed) {
+                    self.compare_at = Instant::now();
+                }
+                let moved = std::mem::take(&mut state.moved);
+                let now = Instant::now();
+                let look = !state.held.is_empty() && now >= self.look_at;
+                if (moved || look || now >= self.compare_at)
+                    && let Some(map) = state.map.take()
+                {
+                    return Some(map);
+                }
+            }
+            let (woken, _) = self
+                .shared
+                .wake
+                .wait_timeout(state, LOOK)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+        }
+    }
+
+    /// Compares the flows with connection tracking. From the first time on, what is not known here may be looked for
+    /// elsewhere.
+    fn compare(&mut self, map: &mut FlowMap) {
+        let vips = lock(&self.shared.state).vips.clone();
+        let compared = reconcile(map, &vips).map_err(|error| error.to_string());
+        let seeded = compared.and_then(|reconciled| {
+            tracing::debug!(?reconciled, "compared with connection tracking");
+            match lock(&self.tables).as_mut() {
+                Some(tables) => tables.seeded(true).map_err(|error| error.to_string()),
+                None => Ok(()),
+            }
+        });
+        self.compare_at = Instant::now() + COMPARE;
+        if let Err(error) = seeded {
+            tracing::warn!(
+                error,
+                "no connection tracking to compare with: nothing is handed on to earlier holders of a flow"
+            );
+            self.compare_at = Instant::now() + RETRY;
+        }
+    }
+
+    /// Looks which flows are in buckets of other nodes.
+    fn look(&mut self, map: &FlowMap) {
+        self.look_at = Instant::now() + LOOK;
+        let flows: Vec<FlowKey> = map.keys().flatten().collect();
+        let mut state = lock(&self.shared.state);
+        let Some(here) = state.here.clone() else {
+            return;
+        };
+        let mut held = Held::new();
+        for flow in flows {
+            let id = PortId {
+                vip: flow.vip.address(),
+                protocol: Protocol::Tcp,
+                port: flow.port,
+            };
+            let Some(port) = state.ports.get(&id) else {
+                continue;
+            };
+            let bucket = bucket_of(&flow, port);
+            if steering::first(&port.nodes, bucket) != Some(&here) {
+                held.entry(id).or_default().insert(bucket);
+            }
+        }
+        if *state.held != held {
+            state.held = Arc::new(held);
+        }
+    }
+}
+
+fn bucket_of(flow: &FlowKey, port: &PortState) -> u32 {
+    let rest = if port.affinity {
+        0
+    } else {
+        u32::from(flow.client_port) << 16 | u32::from(flow.port)
+    };
+    bucket(&flow.client, &flow.vip.0, rest)
+}
+
+/// What a comparison changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Reconciled {
+    entered: usize,
+    forgotten: usize,
+}
+
+/// Enters the flows that are delivered here already, and forgets those that are not any more.
+fn reconcile(map: &mut FlowMap, vips: &HashSet<IpAddr>) -> io::Result<Reconciled> {
+    let alive = conntrack::connections(vips)?;
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+    let over = |flow: &Flow| now.saturating_sub(Duration::from_nanos(flow.seen)) > UNHEARD;
+    let gone: BTreeSet<FlowKey> = map
+        .iter()
+        .flatten()
+        .filter(|(key, flow)| !alive.contains(key) && over(flow))
+        .map(|(key, _)| key)
+        .collect();
+    let mut reconciled = Reconciled::default();
+    for key in gone {
+        // It may have gone by itself.
+        let _ = map.remove(&key);
+        reconciled.forgotten += 1;
+    }
+    let flow = Flow {
+        seen: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        state: flow_state::ESTABLISHED,
+        zero: 0,
+    };
+    for key in alive {
+        // Otherwise it is there already, or the table is full.
+        reconciled.entered += usize::from(map.insert(key, flow, IF_NEW).is_ok());
+    }
+    Ok(reconciled)
+}

@@ -1,0 +1,93 @@
+//! Who holds flows of buckets that are another's by now.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData};
+use landfall_core::model::NodeName;
+use landfall_core::steering::seed;
+use landfall_ebpf_common::{Holders as Entry, HoldersKey, MAX_HOLDERS, map};
+
+use super::nodes::Nodes;
+use super::{TablesError, taken};
+
+pub(super) struct Holders {
+    map: HashMap<MapData, HoldersKey, Entry>,
+    /// What is in the map, by port and page of buckets.
+    known: BTreeMap<(u32, u16), BTreeMap<u32, Entry>>,
+}
+
+impl Holders {
+    /// What an earlier process has left is forgotten: the holders say it again before they are needed.
+    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+        let mut map: HashMap<_, HoldersKey, Entry> = taken(ebpf, map::HOLDERS)?;
+        let left: Vec<HoldersKey> = map.keys().flatten().collect();
+        for key in left {
+            let _ = map.remove(&key);
+        }
+        Ok(Self {
+            map,
+            known: BTreeMap::new(),
+        })
+    }
+
+    /// Enters the holders of a page's buckets. Says whether the port has any now.
+    pub(super) fn set(
+        &mut self,
+        port: u32,
+        page: u16,
+        holders: &BTreeMap<u32, BTreeSet<NodeName>>,
+        interface: u32,
+        nodes: &mut Nodes,
+    ) -> Result<(), TablesError> {
+        let mut wanted = BTreeMap::new();
+        for (bucket, names) in holders {
+            let mut by_seed: Vec<&NodeName> = names.iter().collect();
+            by_seed.sort_by_key(|name| seed(name));
+            let mut entry = Entry::default();
+            for (place, name) in entry.nodes.iter_mut().zip(by_seed.iter().take(MAX_HOLDERS)) {
+                *place = nodes.place(name, interface)?;
+            }
+            wanted.insert(*bucket, entry);
+        }
+        let known = self.known.remove(&(port, page)).unwrap_or_default();
+        for bucket in known.keys().filter(|bucket| !wanted.contains_key(*bucket)) {
+            let _ = self.map.remove(&key(port, *bucket));
+        }
+        for (bucket, entry) in &wanted {
+            if known.get(bucket) != Some(entry) {
+                self.map.insert(key(port, *bucket), entry, 0)?;
+            }
+        }
+        if !wanted.is_empty() {
+            self.known.insert((port, page), wanted);
+        }
+        Ok(())
+    }
+
+    /// Whether somebody holds flows of a port's buckets.
+    pub(super) fn any(&self, port: u32) -> bool {
+        self.known
+            .range((port, 0)..=(port, u16::MAX))
+            .next()
+            .is_some()
+    }
+
+    /// Forgets a port.
+    pub(super) fn remove(&mut self, port: u32) {
+        let pages: Vec<(u32, u16)> = self
+            .known
+            .range((port, 0)..=(port, u16::MAX))
+            .map(|(page, _)| *page)
+            .collect();
+        for page in pages {
+            for bucket in self.known.remove(&page).unwrap_or_default().into_keys() {
+                let _ = self.map.remove(&key(port, bucket));
+            }
+        }
+    }
+}
+
+fn key(port: u32, bucket: u32) -> HoldersKey {
+    HoldersKey { port, bucket }
+}
