@@ -26,7 +26,7 @@ lab: setup-lab ## Set up, build, and run the lab with a fail-over
 .PHONY: test
 test: setup ## Set up and pass all tests
 	cargo build --workspace --bins
-	cargo test --workspace --no-fail-fast
+	cargo test --workspace --no-fail-fast -- --show-output
 
 .PHONY: build
 build: ## Build the binaries for production

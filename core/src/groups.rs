@@ -115,6 +115,8 @@ pub struct GroupIndex {
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
     nodes: BTreeMap<NodeName, Node>,
     node_of_address: BTreeMap<IpAddr, NodeName>,
+    /// What the speakers themselves say of their nodes' addresses.
+    told_addresses: BTreeMap<IpAddr, NodeName>,
     pools: BTreeMap<Arc<str>, Pool>,
     advertisements: BTreeMap<Arc<str>, Advertisement>,
     vips: BTreeMap<IpAddr, VirtualIp>,
@@ -155,6 +157,15 @@ impl GroupIndex {
             Event::Synced(kind) => {
                 self.synced.insert(kind);
             }
+        }
+    }
+
+    /// Takes in which addresses the speakers say their nodes have: where there are no Node objects, these tell which
+    /// endpoints are processes of nodes.
+    pub fn tell_addresses(&mut self, addresses: BTreeMap<IpAddr, NodeName>) {
+        if self.host_endpoints && self.told_addresses != addresses {
+            self.told_addresses = addresses;
+            self.nodes_changed();
         }
     }
 
@@ -298,15 +309,13 @@ impl GroupIndex {
     }
 
     fn nodes_changed(&mut self) {
-        self.node_of_address = self
-            .nodes
-            .values()
-            .flat_map(|node| {
-                node.addresses
-                    .iter()
-                    .map(|address| (*address, node.name.clone()))
-            })
-            .collect();
+        let of_nodes = self.nodes.values().flat_map(|node| {
+            node.addresses
+                .iter()
+                .map(|address| (*address, node.name.clone()))
+        });
+        let told = self.told_addresses.clone().into_iter();
+        self.node_of_address = told.chain(of_nodes).collect();
         self.policy_changed();
     }
 

@@ -89,6 +89,7 @@ pub struct Conflict {
 }
 
 /// What this node knows and wants. See the module's documentation.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Speaker {
     identity: Identity,
     parts: Parts,
@@ -362,6 +363,10 @@ impl Speaker {
         if tick.all {
             self.desired.forget();
             self.apply_at.get_or_insert(now + APPLY_EVERY);
+        }
+        if tick.all && self.identity.manifests {
+            let addresses = self.election.addresses();
+            self.index.tell_addresses(addresses);
         }
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();

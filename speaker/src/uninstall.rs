@@ -26,6 +26,6 @@ pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
     } = removed?;
     Ok(format!(
         "eBPF links: {links} removed\neBPF maps: {maps} removed\nclsact filters: {filters} removed\n\
-         nftables table and policy routes: none left"
+         nftables table and policy routes: gone"
     ))
 }

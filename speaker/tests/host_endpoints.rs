@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use landfall_lab::address::Network;
-use landfall_lab::fault::Fault;
+use landfall_lab::fault::{Fault, SPEAKER};
 use landfall_lab::manifests::Manifests;
 use landfall_lab::measure::neighbours;
 use landfall_lab::{Lab, Netns, Topology};
@@ -232,4 +232,45 @@ fn a_control_plane_vip_is_reached_from_everywhere_before_and_after_the_leaders_d
     for _ in 0..6 {
         assert!(ask(&lab.node(without).unwrap().netns, vip).is_some());
     }
+}
+
+/// As README's example has it: nobody names the nodes but the flags.
+#[test]
+fn it_needs_no_node_manifests_where_the_flags_name_the_nodes() {
+    let lab = Lab::build(Topology {
+        pods_per_node: 0,
+        management: false,
+        ..Topology::default()
+    })
+    .unwrap();
+    let mut servers: BTreeMap<String, Server> = lab
+        .nodes()
+        .iter()
+        .map(|node| (node.name.clone(), Server::start(&node.netns, &node.name)))
+        .collect();
+    let manifests = Manifests::new(lab.manifests_dir());
+    manifests.write_pool().unwrap();
+    mk_service(&lab, &manifests);
+    let address = |node: &landfall_lab::Node| node.addresses(Network::Lan)[0].to_string();
+    for node in lab.nodes() {
+        let state = lab.directory().join("state").join(&node.name);
+        std::fs::create_dir_all(&state).unwrap();
+        let others = lab.nodes().iter().filter(|other| other.name != node.name);
+        let peers: Vec<String> = others.map(address).collect();
+        let program = lab
+            .speaker(&node.name)
+            .unwrap()
+            .option("--manifests", lab.manifests_dir().display())
+            .option("--state-dir", state.display())
+            .option("--gossip-address", address(node))
+            .option("--peers", peers.join(","));
+        lab.start(&node.name, SPEAKER, &program).unwrap();
+    }
+    let nodes: Vec<&str> = lab.nodes().iter().map(|node| &*node.name).collect();
+    all_reach(&lab, "at first", &servers, &nodes);
+    let first = leader(&lab, VIPS[0].parse().unwrap());
+    lab.inject(&first, Fault::PowerOff).unwrap();
+    servers.remove(&first);
+    let alive: Vec<&str> = nodes.into_iter().filter(|node| *node != first).collect();
+    all_reach(&lab, "after the leader's death", &servers, &alive);
 }

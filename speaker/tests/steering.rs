@@ -229,7 +229,6 @@ fn flows_outlive_scaling_and_the_leader() {
     cluster.serve(&pods[..3]);
     cluster.speak();
     let [vip, _] = vips();
-    // A leader without endpoints of its own, so that what dies with it is the steering alone.
     let first = cluster.await_leader(vip, |_| true);
     await_served(&cluster, vip, &pods[..3]);
     let mut flows = open(&cluster, vip, FLOWS);
@@ -253,8 +252,7 @@ fn flows_outlive_scaling_and_the_leader() {
     cluster.lab.inject(&off, Fault::PowerOff).unwrap();
     all_alive(&cluster, &mut flows, "after the leader's death");
     cluster.await_leader(vip, |leader| leader != off);
-    let living: Vec<&Pod> = pods.iter().copied().filter(|pod| pod.node != off).collect();
-    let up: Vec<&Pod> = living.iter().copied().collect();
+    let up: Vec<&Pod> = pods.iter().copied().filter(|pod| pod.node != off).collect();
     for number in 10..=up.len() {
         cluster.serve(&up[..number]);
         thread::sleep(Duration::from_millis(300));

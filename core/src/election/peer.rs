@@ -113,7 +113,7 @@ pub struct HeldPort {
     pub port: u16,
 }
 
-/// How many buckets a [`HeldPage`] tells of.
+/// How many buckets are told of together.
 pub const HELD_PAGE: u32 = 1024;
 
 /// Buckets of a page of which a node holds flows though they are another's: those words of the page's bit map that

@@ -206,7 +206,7 @@ proptest! {
             // Pages of buckets besides, some of them larger than a frame likes.
             let port = HeldPort { vip: [10, 0, 0, group].into(), port: 80 };
             let held = HeldPage::of((0..HELD_PAGE).filter(|bucket| epoch > 0 && u64::from(bucket % 7) == epoch));
-            owner.set(&Topic::Held(port, epoch as u16), (held != HeldPage::default()).then_some(Word::Held(held)));
+            owner.set(&Topic::Held(port, u16::try_from(epoch).unwrap()), (held != HeldPage::default()).then_some(Word::Held(held)));
             frames.extend(owner.since(&me, before));
         }
         frames.extend(frames.clone());

@@ -10,6 +10,7 @@ pub const ANSWER: u8 = 3;
 pub const LENGTH: usize = 9;
 
 /// A question or an answer.
+#[allow(clippy::many_single_char_names)] // Eight bytes.
 pub const fn message(kind: u8, token: u64) -> [u8; LENGTH] {
     let [a, b, c, d, e, f, g, h] = token.to_be_bytes();
     [kind, a, b, c, d, e, f, g, h]

@@ -38,6 +38,7 @@ const IF_NEW: u64 = 1;
 pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
 
 /// What the thread is told, and what it tells.
+#[expect(clippy::struct_excessive_bools, reason = "independent switches")]
 #[derive(Debug, Default)]
 struct State {
     map: Option<FlowMap>,

@@ -105,11 +105,9 @@ impl Speaker {
             let question = (group.id.clone(), asked.unwrap_or_default());
             if !service.endpoint_nodes.contains(me) {
                 self.asking.remove(&question);
-            } else if !self.data_path_known {
-                continue;
-            } else if served || (ready && asked.is_none()) {
+            } else if served || (ready && asked.is_none() && self.data_path_known) {
                 serves.insert(id);
-            } else if asked.is_some() {
+            } else if asked.is_some() && self.data_path_known {
                 self.asking.entry(question).or_insert(now);
             }
         }

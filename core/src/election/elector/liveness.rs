@@ -1,6 +1,7 @@
 //! Who is alive, who hears whom: facts from the failure detector and from hellos.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,6 +151,18 @@ impl Elector {
         if let Some(died) = self.peers.get_mut(node).and_then(|peer| peer.died.as_mut()) {
             *died = now;
         }
+    }
+
+    /// The addresses of all nodes that are known, as they say themselves.
+    pub fn addresses(&self) -> BTreeMap<IpAddr, NodeName> {
+        self.known()
+            .filter_map(|name| Some((name, self.register(name)?)))
+            .flat_map(|(name, register)| {
+                let interfaces = register.interfaces.iter();
+                let addresses = interfaces.flat_map(|interface| &interface.addresses);
+                addresses.map(|address| (*address, name.clone()))
+            })
+            .collect()
     }
 
     /// Every node that is known, alive or not; this one too.

@@ -6,8 +6,9 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use landfall_api::{IPAddressPool, L2Advertisement};
 use landfall_core::model::{Kind, Object};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::project::Project;
 
@@ -81,9 +82,9 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
         ("v1", "Node") => (typed::<Node>, Kind::Node),
         ("v1", "Namespace") => (typed::<Namespace>, Kind::Namespace),
         ("discovery.k8s.io/v1", "EndpointSlice") => (typed::<EndpointSlice>, Kind::EndpointSlice),
-        ("landfall.dev/v1alpha1", "IPAddressPool") => (typed::<IPAddressPool>, Kind::Pool),
+        ("landfall.dev/v1alpha1", "IPAddressPool") => (own::<IPAddressPool>, Kind::Pool),
         ("landfall.dev/v1alpha1", "L2Advertisement") => {
-            (typed::<L2Advertisement>, Kind::Advertisement)
+            (own::<L2Advertisement>, Kind::Advertisement)
         }
         _ => {
             return Err(Wrong {
@@ -97,6 +98,27 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
     };
     let object = parsed(document, offset, first_line)?;
     Ok(kinds.contains(&known).then_some(object))
+}
+
+/// An object of our own kinds, all of whose fields are known: those of others may be newer than this program.
+fn own<K: DeserializeOwned + Serialize + Project>(
+    document: &str,
+    offset: u64,
+    first_line: u64,
+) -> Result<Object, Wrong> {
+    let written: Value = read(document, offset)?;
+    let read: K = read(document, offset)?;
+    let understood = serde_json::to_value(&read).map_err(|error| Wrong {
+        line: Some(first_line),
+        message: error.to_string(),
+    })?;
+    if let Some(path) = not_understood(&written, &understood) {
+        return Err(Wrong {
+            line: line_of(document, &path).map(|line| offset + line),
+            message: format!("{}: there is no such field", path.join(".")),
+        });
+    }
+    typed::<K>(document, offset, first_line)
 }
 
 fn typed<K: DeserializeOwned + Project>(
@@ -118,6 +140,59 @@ fn typed<K: DeserializeOwned + Project>(
         },
         Ok(object) => Ok(object),
     }
+}
+
+/// The path of the first field that is written and that nobody reads: a field misspelt is a wish ignored.
+fn not_understood(written: &Value, understood: &Value) -> Option<Vec<String>> {
+    let below = |key: String, written: &Value, understood: &Value| {
+        let mut path = not_understood(written, understood)?;
+        path.insert(0, key);
+        Some(path)
+    };
+    match (written, understood) {
+        (Value::Object(written), Value::Object(understood)) => {
+            written
+                .iter()
+                .find_map(|(key, value)| match understood.get(key) {
+                    Some(known) => below(key.clone(), value, known),
+                    // What says nothing need not be kept.
+                    None if is_empty(value) => None,
+                    None => Some(vec![key.clone()]),
+                })
+        }
+        (Value::Array(written), Value::Array(understood)) => written
+            .iter()
+            .zip(understood)
+            .enumerate()
+            .find_map(|(place, (value, known))| below(place.to_string(), value, known)),
+        _ => None,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
+    }
+}
+
+/// The line, counted from 1, at which the last field of a path is most likely written.
+fn line_of(document: &str, path: &[String]) -> Option<u64> {
+    let key = path.last()?;
+    let named = |line: &str| {
+        line.match_indices(&**key).any(|(at, _)| {
+            let before = line[..at].trim_end_matches(['"', '\'']);
+            let after = line[at + key.len()..].trim_start_matches(['"', '\'']);
+            let starts = before.is_empty() || before.ends_with([' ', '{', ',', '-']);
+            starts && after.trim_start().starts_with(':')
+        })
+    };
+    (1..)
+        .zip(document.lines())
+        .find(|(_, line)| named(line))
+        .map(|(number, _)| number)
 }
 
 fn read<T: DeserializeOwned>(document: &str, offset: u64) -> Result<T, Wrong> {

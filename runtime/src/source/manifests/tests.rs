@@ -218,3 +218,25 @@ async fn a_config_map_is_followed_through_its_link() {
     assert_ne!(before.ranges, after.ranges);
     assert!(problems.list().is_empty());
 }
+
+#[tokio::test]
+async fn a_misspelt_field_is_reported_with_its_line() {
+    let directory = TempDir::new().unwrap();
+    let text = format!("{SERVICE}---\n{POOL}  autoAsign: false\n");
+    fs::write(directory.path().join("pool.yaml"), &text).unwrap();
+    let (_source, problems) = mk_source(directory.path());
+    let problem = problem(&problems).await.to_string();
+    let line = text
+        .lines()
+        .position(|line| line.contains("autoAsign"))
+        .unwrap()
+        + 1;
+    assert!(
+        problem.contains(&format!("pool.yaml:{line}: ")),
+        "{problem}"
+    );
+    assert!(
+        problem.contains("spec.autoAsign: there is no such field"),
+        "{problem}"
+    );
+}
