@@ -32,7 +32,7 @@ kubernetes_dir() {
 helm_dir() { echo "$CACHE/helm-$HELM_VERSION"; }
 
 packages() {
-    local wanted=(bpftool conntrack ethtool iproute2 jq libzstd-dev "llvm-$LLVM_VERSION-dev" nftables
+    local wanted=(bpftool conntrack ethtool iproute2 iputils-ping jq libzstd-dev "llvm-$LLVM_VERSION-dev" nftables
         rust-web-src rustc-web tcpdump zlib1g-dev) missing=()
     for package in "${wanted[@]}"; do
         [[ $(dpkg-query -W -f='${Status}' "$package" 2>/dev/null) == "install ok installed" ]] || missing+=("$package")

@@ -102,6 +102,11 @@ pub struct L2AdvertisementSpec {
     /// Whether packets are steered to the nodes with endpoints (`Auto`) or served by the leader alone (`Off`).
     #[serde(default)]
     pub steering: Steering,
+
+    /// What packets to a port that no Service has on the address meet: an answer that says so (`Reject`), or silence
+    /// (`Drop`). `Drop` by any advertisement of an address wins.
+    #[serde(default)]
+    pub unknown_port: UnknownPort,
 }
 
 /// A weighted preference.
@@ -123,6 +128,16 @@ pub enum Steering {
     Auto,
     /// Announce only.
     Off,
+}
+
+/// What packets to unknown ports meet.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnknownPort {
+    /// A TCP reset or an ICMP error, at most ten a second to each client.
+    #[default]
+    Reject,
+    /// Silence.
+    Drop,
 }
 
 fn yes() -> bool {

@@ -311,6 +311,16 @@ pub enum Steering {
     Off,
 }
 
+/// `L2Advertisement.spec.unknownPort`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownPort {
+    /// An answer that says so.
+    #[default]
+    Reject,
+    /// Silence.
+    Drop,
+}
+
 /// A preferred node selector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PreferredNodes {
@@ -345,6 +355,8 @@ pub struct Advertisement {
     pub ignore_exclude_lb: bool,
     /// Whether to steer.
     pub steering: Steering,
+    /// What packets to unknown ports meet.
+    pub unknown_port: UnknownPort,
 }
 
 /// A `VirtualIP`: one address in use, as the controller wrote it.

@@ -378,6 +378,7 @@ fn answers_leave_by_the_uplink_of_the_vip() {
         port: 80,
     };
     let rules = Rules {
+        refusing: BTreeMap::new(),
         vips: BTreeSet::from([vip]),
         uplinks: BTreeMap::from([(vip, "eth1".into())]),
         host_services: BTreeMap::from([(

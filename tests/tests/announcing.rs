@@ -44,6 +44,7 @@ fn announcing() {
         nodes::nobody_eligible,
         nodes::local_endpoints,
         steering::local_endpoints,
+        steering::unknown_ports,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

@@ -46,6 +46,7 @@ pub(super) fn mk_advertisement() -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: crate::model::Steering::Auto,
+        unknown_port: crate::model::UnknownPort::Reject,
     }
 }
 

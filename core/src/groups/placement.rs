@@ -6,7 +6,7 @@ use std::fmt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use xxhash_rust::xxh64::Xxh64;
 
-use crate::model::{Advertisement, Node, NodeName, Pool, Steering};
+use crate::model::{Advertisement, Node, NodeName, Pool, Steering, UnknownPort};
 use crate::selector::Labels;
 
 /// The label that takes a node out of load balancing.
@@ -67,6 +67,10 @@ impl fmt::Display for Refused {
 }
 
 /// What a set of advertisements says about every node.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches, as they are written"
+)]
 #[derive(Clone, Debug)]
 pub struct Placement {
     /// A better node takes the address back.
@@ -75,6 +79,8 @@ pub struct Placement {
     pub rebalance: bool,
     /// Packets may be steered.
     pub steering: bool,
+    /// Packets to unknown ports are answered.
+    pub rejects: bool,
     /// Digest of all of it.
     pub digest: u64,
     verdicts: BTreeMap<NodeName, Result<Admission, Refused>>,
@@ -107,11 +113,19 @@ impl Placement {
         let rebalance = advertisements.iter().all(|a| a.rebalance);
         let unknown = judge(advertisements, &Labels::new(), false);
         let steering = advertisements.iter().all(|a| a.steering == Steering::Auto);
-        let digest = digest([failback, rebalance, steering], &verdicts, &unknown);
+        let rejects = advertisements
+            .iter()
+            .all(|a| a.unknown_port == UnknownPort::Reject);
+        let digest = digest(
+            [failback, rebalance, steering, rejects],
+            &verdicts,
+            &unknown,
+        );
         Self {
             failback,
             rebalance,
             steering,
+            rejects,
             digest,
             verdicts,
             unknown,
@@ -156,6 +170,7 @@ fn unselected() -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: Steering::Auto,
+        unknown_port: UnknownPort::Reject,
     }
 }
 
@@ -217,7 +232,7 @@ fn judge(
 }
 
 fn digest(
-    switches: [bool; 3],
+    switches: [bool; 4],
     verdicts: &BTreeMap<NodeName, Result<Admission, Refused>>,
     unknown: &Result<Admission, Refused>,
 ) -> u64 {

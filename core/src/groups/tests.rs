@@ -27,6 +27,7 @@ fn mk_advertisement(name: &str) -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: crate::model::Steering::Auto,
+        unknown_port: crate::model::UnknownPort::Reject,
     }
 }
 

@@ -55,6 +55,7 @@ impl Desired {
         let part = &removed.rules;
         for vip in &part.vips {
             self.rules.vips.remove(vip);
+            self.rules.refusing.remove(vip);
         }
         for (vip, uplink) in &part.uplinks {
             self.rules.uplinks.remove(vip);
@@ -74,6 +75,10 @@ impl Desired {
     fn insert(&mut self, id: GroupId, added: Part) {
         let part = &added.rules;
         self.rules.vips.extend(&part.vips);
+        let refusing = part.refusing.iter();
+        self.rules
+            .refusing
+            .extend(refusing.map(|(vip, ports)| (*vip, ports.clone())));
         for (vip, uplink) in &part.uplinks {
             self.rules.uplinks.insert(*vip, uplink.clone());
             *self.uplinks.entry(uplink.clone()).or_default() += 1;
@@ -162,6 +167,11 @@ impl Speaker {
         let places = self.election.places(group);
         for vip in &group.vips {
             part.vips.insert(vip.address);
+            if vip.placement.rejects {
+                let ports = group.services.iter().flat_map(|service| &service.ports);
+                let ports = ports.map(|port| (port.protocol, port.port)).collect();
+                part.refusing.insert(vip.address, ports);
+            }
             if let Some(place) = places.get(&vip.address) {
                 part.uplinks.insert(vip.address, place.name.clone());
             }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use landfall_core::ip::Family;
+use landfall_core::model::Protocol;
 
 use super::{HostService, HostTargets, Rules};
 
@@ -21,8 +22,15 @@ fn skeleton() -> String {
         "add table inet {TABLE}
 add set inet {TABLE} vips4 {{ type ipv4_addr; }}
 add set inet {TABLE} vips6 {{ type ipv6_addr; }}
+add set inet {TABLE} refusing4 {{ type ipv4_addr; }}
+add set inet {TABLE} refusing6 {{ type ipv6_addr; }}
+add set inet {TABLE} ports4 {{ type ipv4_addr . inet_proto . inet_service; }}
+add set inet {TABLE} ports6 {{ type ipv6_addr . inet_proto . inet_service; }}
+add set inet {TABLE} refused4 {{ type ipv4_addr; flags dynamic, timeout; timeout 10s; size 65535; }}
+add set inet {TABLE} refused6 {{ type ipv6_addr; flags dynamic, timeout; timeout 10s; size 65535; }}
 add counter inet {TABLE} guard4
 add counter inet {TABLE} guard6
+add chain inet {TABLE} refuse
 add chain inet {TABLE} forward {{ type filter hook forward priority filter + 5; policy accept; }}
 add chain inet {TABLE} mark-answers {{ type filter hook prerouting priority mangle; policy accept; }}
 add chain inet {TABLE} mark-own-answers {{ type route hook output priority mangle; policy accept; }}
@@ -37,9 +45,15 @@ add chain inet {TABLE} hide-client {{ type nat hook postrouting priority srcnat 
 pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
     let mut text = skeleton();
     let _ = writeln!(text, "flush table inet {TABLE}");
-    let _ = writeln!(text, "flush set inet {TABLE} vips4");
-    let _ = writeln!(text, "flush set inet {TABLE} vips6");
+    for set in ["vips", "refusing", "ports"] {
+        for family in [4, 6] {
+            let _ = writeln!(text, "flush set inet {TABLE} {set}{family}");
+        }
+    }
     elements(&mut text, "add", "vips", &rules.vips);
+    elements(&mut text, "add", "refusing", &rules.refusing());
+    elements(&mut text, "add", "ports", &rules.ports());
+    refusals(&mut text);
     for (protocol, counter, set) in [("ip", "guard4", "vips4"), ("ip6", "guard6", "vips6")] {
         let _ = writeln!(
             text,
@@ -58,6 +72,10 @@ pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> 
     }
     let mut text = String::new();
     replace(&mut text, "vips", &old.vips, &new.vips);
+    // A port is known before packets to others are refused.
+    elements(&mut text, "add", "ports", &(&new.ports() - &old.ports()));
+    replace(&mut text, "refusing", &old.refusing(), &new.refusing());
+    elements(&mut text, "delete", "ports", &(&old.ports() - &new.ports()));
     for (uplink, mark) in marks {
         let (old, new) = (old.vips_of(uplink), new.vips_of(uplink));
         replace(&mut text, &answered(*mark), &old, &new);
@@ -65,18 +83,23 @@ pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> 
     Some(text)
 }
 
-fn replace(text: &mut String, set: &str, old: &BTreeSet<IpAddr>, new: &BTreeSet<IpAddr>) {
+fn replace<E: Element + Ord + Clone>(
+    text: &mut String,
+    set: &str,
+    old: &BTreeSet<E>,
+    new: &BTreeSet<E>,
+) {
     elements(text, "delete", set, &(old - new));
     elements(text, "add", set, &(new - old));
 }
 
 /// `set` is named without its family.
-fn elements(text: &mut String, verb: &str, set: &str, vips: &BTreeSet<IpAddr>) {
+fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all: &BTreeSet<E>) {
     for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
         let mut list = String::new();
-        for vip in vips.iter().filter(|vip| Family::of(**vip) == family) {
+        for element in all.iter().filter(|it| Family::of(it.vip()) == family) {
             let comma = if list.is_empty() { "" } else { ", " };
-            let _ = write!(list, "{comma}{vip}");
+            let _ = write!(list, "{comma}{}", element.text());
         }
         if !list.is_empty() {
             let _ = writeln!(
@@ -85,6 +108,53 @@ fn elements(text: &mut String, verb: &str, set: &str, vips: &BTreeSet<IpAddr>) {
             );
         }
     }
+}
+
+/// What is in a set: by its VIP it belongs to a family.
+trait Element {
+    fn vip(&self) -> IpAddr;
+    fn text(&self) -> String;
+}
+
+impl Element for IpAddr {
+    fn vip(&self) -> IpAddr {
+        *self
+    }
+
+    fn text(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Element for (IpAddr, Protocol, u16) {
+    fn vip(&self) -> IpAddr {
+        self.0
+    }
+
+    fn text(&self) -> String {
+        let (vip, protocol, port) = self;
+        format!("{vip} . {} . {port}", protocol.to_string().to_lowercase())
+    }
+}
+
+/// Ports that no Service has are refused, ten times a second to each client; more is dropped by the guard.
+fn refusals(text: &mut String) {
+    for (protocol, suffix) in [("ip", 4), ("ip6", 6)] {
+        let _ = writeln!(
+            text,
+            "add rule inet {TABLE} forward {protocol} daddr @refusing{suffix} meta l4proto {{ tcp, udp }} \
+             {protocol} daddr . meta l4proto . th dport != @ports{suffix} \
+             update @refused{suffix} {{ {protocol} saddr limit rate 10/second burst 10 packets }} goto refuse"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "add rule inet {TABLE} refuse meta l4proto tcp reject with tcp reset"
+    );
+    let _ = writeln!(
+        text,
+        "add rule inet {TABLE} refuse reject with icmpx port-unreachable"
+    );
 }
 
 /// The set, without its family, of the VIPs whose answers get this mark.
@@ -176,6 +246,20 @@ fn protocol(address: IpAddr) -> &'static str {
 }
 
 impl Rules {
+    fn refusing(&self) -> BTreeSet<IpAddr> {
+        self.refusing.keys().copied().collect()
+    }
+
+    fn ports(&self) -> BTreeSet<(IpAddr, Protocol, u16)> {
+        let each = self.refusing.iter();
+        each.flat_map(|(vip, ports)| {
+            ports
+                .iter()
+                .map(|(protocol, port)| (*vip, *protocol, *port))
+        })
+        .collect()
+    }
+
     /// The VIPs whose uplink this is.
     fn vips_of(&self, uplink: &str) -> BTreeSet<IpAddr> {
         self.uplinks

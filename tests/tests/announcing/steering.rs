@@ -1,7 +1,8 @@
 //! What steering adds to `externalTrafficPolicy: Local`, with the real kube-proxy delivering.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,72 @@ pub(crate) fn local_endpoints(scene: &Scene<'_>) {
         || pods(clients[0], vips[0]),
         |pods| pods.keys().any(|pod| pod.starts_with(&*leader)),
     );
+}
+
+/// A port that no Service has is refused at once, or met with silence where the advertisement says so; an echo is
+/// answered in any case.
+pub(crate) fn unknown_ports(scene: &Scene<'_>) {
+    const UNKNOWN: u16 = 4711;
+    let vips = scene.create("known", json!({}), json!({}));
+    scene.served(&vips);
+    let clients = [scene.lab().client(), scene.lab().remote()];
+    for vip in &vips {
+        for from in clients {
+            eventually(
+                "the port to be refused",
+                || knock(from, *vip, UNKNOWN),
+                |outcome| *outcome == [Knock::Refused; 2],
+            );
+            from.exec(&format!("ping -c 1 -W 2 {vip}")).unwrap();
+        }
+    }
+    scene.advertise(&json!({"unknownPort": "Drop"}));
+    for vip in &vips {
+        for from in clients {
+            eventually(
+                "the port to be silent",
+                || knock(from, *vip, UNKNOWN),
+                |outcome| *outcome == [Knock::Silence; 2],
+            );
+            from.exec(&format!("ping -c 1 -W 2 {vip}")).unwrap();
+        }
+    }
+    scene.served(&vips);
+}
+
+/// What a port says to who comes unasked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Knock {
+    Refused,
+    Silence,
+    Other(std::io::ErrorKind),
+    Open,
+}
+
+/// By TCP and by UDP.
+fn knock(from: &Netns, vip: IpAddr, port: u16) -> [Knock; 2] {
+    let patience = Duration::from_millis(500);
+    let of = |outcome: std::io::Result<()>| match outcome.map_err(|error| error.kind()) {
+        Ok(()) => Knock::Open,
+        Err(ErrorKind::ConnectionRefused) => Knock::Refused,
+        Err(ErrorKind::TimedOut | ErrorKind::WouldBlock) => Knock::Silence,
+        Err(other) => Knock::Other(other),
+    };
+    from.run(|| {
+        let tcp = TcpStream::connect_timeout(&(vip, port).into(), patience).map(drop);
+        let udp = || {
+            let any: IpAddr = match vip {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.connect((vip, port))?;
+            socket.set_read_timeout(Some(patience))?;
+            socket.send(b"anybody there?")?;
+            socket.recv(&mut [0; 16]).map(drop)
+        };
+        [of(tcp), of(udp())]
+    })
 }
 
 /// Opens connections, all of which must be served, by pods that see the client's address: how many each pod got.
