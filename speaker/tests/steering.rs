@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_ebpf_common::LAYOUT;
 use landfall_lab::fault::{Fault, SPEAKER};
-use landfall_lab::manifests::{LINES, Manifests, Policy};
+use landfall_lab::manifests::{ECHO, LINES, Manifests, Policy};
 use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::stand_in::StandIn;
 use landfall_lab::{Lab, Netns, Node, Pod, Topology};
@@ -32,11 +33,14 @@ struct Cluster {
 
 impl Cluster {
     fn start(nodes: u8, pods_per_node: u8) -> Self {
-        let topology = Topology {
+        Self::build(Topology {
             nodes,
             pods_per_node,
             ..Topology::default()
-        };
+        })
+    }
+
+    fn build(topology: Topology) -> Self {
         let lab = Lab::build(topology).unwrap();
         lab.serve_pods().unwrap();
         let manifests = Manifests::new(lab.manifests_dir());
@@ -56,6 +60,10 @@ impl Cluster {
     /// Starts the speakers, and waits until all of them steer.
     fn speak(&self) {
         self.lab.start_speakers().unwrap();
+        self.await_steering();
+    }
+
+    fn await_steering(&self) {
         let begun = Instant::now();
         let steers = |node: &Node| {
             let state = self.lab.speaker_state(&node.name).unwrap_or_default();
@@ -279,4 +287,156 @@ fn flows_outlive_scaling_and_the_leader() {
     println!("down: {verdicts:?}");
     assert!(verdicts["handed-on"] > 0, "some flows had to be looked for");
     assert_eq!(verdicts["flows-full"], 0);
+}
+
+/// Starts three nodes with a pod each; the cluster and its leader.
+fn mk_three(offloads: bool) -> (Cluster, String) {
+    let topology = Topology {
+        offloads,
+        ..Topology::default()
+    };
+    let cluster = Cluster::build(topology);
+    let pods = cluster.pods();
+    cluster.serve(&pods);
+    cluster.speak();
+    let leader = cluster.await_leader(vips()[0], |_| true);
+    await_served(&cluster, vips()[0], &pods);
+    (cluster, leader)
+}
+
+/// A flow to a pod that is not the leader's.
+fn elsewhere(cluster: &Cluster, vip: IpAddr, leader: &str) -> Flow {
+    let to = (vip, LINES).into();
+    (0..100)
+        .map(|_| Flow::open(cluster.lab.client(), to).unwrap())
+        .find(|flow| flow.node() != leader)
+        .unwrap()
+}
+
+/// Sends lines and compares what comes back, byte by byte; `midway` happens after the third part.
+fn transfer(flow: Flow, midway: impl FnOnce()) {
+    const LINES_SENT: usize = 600;
+    const LENGTH: usize = 60_000;
+    let line = |number: usize| -> Vec<u8> {
+        let byte = |at: usize| b'!' + u8::try_from((at * 7 + number * 13 + at / 251) % 90).unwrap();
+        let mut line: Vec<u8> = (0..LENGTH).map(byte).collect();
+        line.push(b'\n');
+        line
+    };
+    let pod = flow.pod.clone();
+    let mut reader = flow.stream;
+    let mut writer = reader.get_ref().try_clone().unwrap();
+    let sender = thread::spawn(move || {
+        for number in 0..LINES_SENT {
+            writer.write_all(&line(number)).unwrap();
+        }
+    });
+    let mut midway = Some(midway);
+    for number in 0..LINES_SENT {
+        let mut answer = Vec::new();
+        reader.read_until(b'\n', &mut answer).unwrap();
+        let expected = [pod.as_bytes(), b" ", &line(number)].concat();
+        assert!(answer == expected, "line {number} is not what was sent");
+        if number == LINES_SENT / 3
+            && let Some(midway) = midway.take()
+        {
+            midway();
+        }
+    }
+    sender.join().unwrap();
+}
+
+/// Merged by the NIC, or segment by segment: what arrives is what was sent, also past the leader's death.
+#[test]
+fn bytes_are_intact_with_offloads_on_and_off() {
+    for offloads in [true, false] {
+        let (cluster, leader) = mk_three(offloads);
+        if !offloads {
+            for node in cluster.lab.nodes() {
+                node.netns
+                    .exec("ethtool -K eth0 gro off tso off gso off tx off rx off")
+                    .unwrap();
+            }
+        }
+        let [v4, v6] = vips();
+        transfer(elsewhere(&cluster, v6, &leader), || {});
+        let flow = elsewhere(&cluster, v4, &leader);
+        let off = cluster.await_leader(v4, |_| true);
+        assert_ne!(flow.node(), off, "the leadership moved by itself");
+        transfer(flow, || cluster.lab.inject(&off, Fault::PowerOff).unwrap());
+        println!("offloads {offloads}: {:?}", cluster.verdicts());
+    }
+}
+
+/// Datagrams longer than the MTU reach the node that serves the client, whole.
+#[test]
+fn fragments_meet() {
+    let (cluster, _) = mk_three(false);
+    for vip in vips() {
+        for from in [cluster.lab.client(), cluster.lab.remote()] {
+            let socket = from.run(|| {
+                let any: IpAddr = match vip {
+                    IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                };
+                UdpSocket::bind((any, 0)).unwrap()
+            });
+            socket
+                .set_read_timeout(Some(Duration::from_secs(1)))
+                .unwrap();
+            let datagram: Vec<u8> = (0..4000_u32)
+                .map(|at| u8::try_from(at % 251).unwrap())
+                .collect();
+            let mut buffer = vec![0; 8192];
+            let answered = (0..20).any(|_| {
+                socket.send_to(&datagram, (vip, ECHO)).unwrap();
+                socket
+                    .recv(&mut buffer)
+                    .is_ok_and(|length| buffer[..length].ends_with(&datagram))
+            });
+            assert!(answered, "{vip} from {}", from.name());
+        }
+    }
+    let verdicts = cluster.verdicts();
+    println!("{verdicts:?}");
+    assert_eq!(verdicts["stray-fragment"], 0);
+}
+
+/// A speaker that finds nothing of an earlier one takes the flows from connection tracking, and says again which it
+/// holds; one that finds its maps goes on with them.
+#[test]
+fn flows_outlive_restarts_of_the_speakers() {
+    let cluster = Cluster::start(3, 1);
+    let pods = cluster.pods();
+    cluster.serve(&pods[..2]);
+    cluster.speak();
+    let vip = vips()[0];
+    cluster.await_leader(vip, |_| true);
+    await_served(&cluster, vip, &pods[..2]);
+    let mut flows = open(&cluster, vip, 60);
+    cluster.serve(&pods);
+    await_served(&cluster, vip, &pods);
+    all_alive(&cluster, &mut flows, "with a third pod");
+    for empty in [false, true] {
+        for node in cluster.lab.nodes() {
+            cluster.lab.inject(&node.name, Fault::Kill).unwrap();
+            all_alive(&cluster, &mut flows, "without a speaker");
+            if empty {
+                // As another version would have left them: they are not read.
+                let pins = cluster.lab.mount_pins().unwrap().join(&node.name);
+                let ours = pins.join(format!("layout-{LAYOUT}"));
+                std::fs::rename(ours, pins.join("layout-999")).unwrap();
+            }
+            cluster.lab.restart(&node.name, SPEAKER).unwrap();
+            cluster.await_steering();
+            // Long enough for earlier spreads to be forgotten, had there been any.
+            thread::sleep(Duration::from_secs(6));
+            all_alive(
+                &cluster,
+                &mut flows,
+                &format!("{} restarted, without its maps: {empty}", node.name),
+            );
+        }
+    }
+    println!("{:?}", cluster.verdicts());
 }

@@ -51,6 +51,8 @@ struct State {
     moved: bool,
     /// Packets may have passed the programs by.
     missed: bool,
+    /// The flows have been compared with connection tracking, or cannot be.
+    compared: bool,
     held: Arc<Held>,
     stop: bool,
 }
@@ -141,6 +143,11 @@ impl Flows {
         });
     }
 
+    /// Whether the flows that were there before have been entered, or cannot be.
+    pub(super) fn has_compared(&self) -> bool {
+        lock(&self.shared.state).compared
+    }
+
     /// Of which buckets this node holds flows though they are another's.
     pub(super) fn held(&self) -> Arc<Held> {
         Arc::clone(&lock(&self.shared.state).held)
@@ -225,6 +232,7 @@ impl Task {
             );
             self.compare_at = Instant::now() + RETRY;
         }
+        lock(&self.shared.state).compared = true;
     }
 
     /// Looks which flows are in buckets of other nodes.

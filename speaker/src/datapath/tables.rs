@@ -105,6 +105,13 @@ impl Tables {
         self.settle(|settings| settings.seeded = u32::from(seeded))
     }
 
+    /// Whether they have been, by this process or an earlier one.
+    pub(super) fn is_seeded(&self) -> bool {
+        self.settings
+            .get(&0, 0)
+            .is_ok_and(|settings| settings.seeded != 0)
+    }
+
     fn settle(&mut self, change: impl FnOnce(&mut Settings)) -> Result<(), TablesError> {
         let before = self.settings.get(&0, 0)?;
         let mut after = before;

@@ -21,6 +21,8 @@ use super::{
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
+/// How soon it is looked whether new maps are filled.
+const SOON: Duration = Duration::from_millis(20);
 
 /// The data path of this node. Dropping it ends the thread and leaves programs and counts in the kernel.
 #[derive(Debug)]
@@ -63,6 +65,8 @@ impl Worker {
             uplink: None,
             wanted: Wanted::default(),
             flows: Arc::clone(&flows),
+            fresh: false,
+            not_retired: None,
             last_reason: None,
         };
         let thread = thread::Builder::new()
@@ -193,6 +197,10 @@ struct Task {
     uplink: Option<Uplink>,
     wanted: Wanted,
     flows: Arc<Flows>,
+    /// The maps are new and not in force yet.
+    fresh: bool,
+    /// The pins, until what lies beside them has been removed.
+    not_retired: Option<Pins>,
     last_reason: Option<String>,
 }
 
@@ -215,11 +223,33 @@ impl Task {
             };
             if self.uplink.is_some() {
                 self.change(&order.changes);
-            } else if let Err(reason) = self.load(&uplinks) {
+            } else if let Err(reason) = self.load() {
                 self.absent(&uplinks, &reason);
                 continue;
             }
-            self.attach(&uplinks);
+            self.fresh &= !(self.wanted.complete && self.flows.has_compared());
+            if !self.fresh {
+                self.attach(&uplinks);
+                self.retire_others();
+            }
+        }
+    }
+
+    /// The maps are in force, and so is the program: what another version has left is not needed any more.
+    fn retire_others(&mut self) {
+        let Some(pins) = self.not_retired.take() else {
+            return;
+        };
+        match pins.retire_others() {
+            Ok(removed) if removed.links + removed.maps > 0 => {
+                tracing::info!(
+                    links = removed.links,
+                    maps = removed.maps,
+                    "removed the data path of another version; its counts begin anew"
+                );
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "another version's data path stays pinned"),
         }
     }
 
@@ -235,7 +265,9 @@ impl Task {
 
     /// Waits for new orders or for the next look. Nothing: stop.
     fn wait(&self) -> Option<Order> {
-        let patience = if self.uplink.is_some() || self.last_reason.is_none() {
+        let patience = if self.fresh && self.wanted.complete {
+            SOON
+        } else if self.uplink.is_some() || self.last_reason.is_none() {
             self.config.watch
         } else {
             RETRY
@@ -257,28 +289,22 @@ impl Task {
     }
 
     /// Loads the program beside the maps, says to them what is wanted, and puts it in the place of an earlier one.
-    fn load(&mut self, uplinks: &BTreeSet<u32>) -> Result<(), String> {
+    ///
+    /// New maps are not put in force before all that is known is in them, the flows too: until then another version's
+    /// program goes on, or packets are passed up as they were before there was any.
+    fn load(&mut self) -> Result<(), String> {
         let pins = Pins::open(&self.config.pin_dir).map_err(|error| error.to_string())?;
         let mut uplink =
             Uplink::load(&pins, self.config.hook).map_err(|error| error.to_string())?;
-        *lock(&self.shared.tables) = Some(uplink.tables().map_err(|error| error.to_string())?);
+        let tables = uplink.tables().map_err(|error| error.to_string())?;
+        self.fresh = !tables.is_seeded();
+        self.not_retired = Some(pins);
+        *lock(&self.shared.tables) = Some(tables);
         self.flows
             .install(uplink.flows().map_err(|error| error.to_string())?);
         self.uplink = Some(uplink);
         self.last_reason = None;
         self.change(&self.wanted.all());
-        self.attach(uplinks);
-        match pins.retire_others() {
-            Ok(removed) if removed.links + removed.maps > 0 => {
-                tracing::info!(
-                    links = removed.links,
-                    maps = removed.maps,
-                    "removed the data path of another version; its counts begin anew"
-                );
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "another version's data path stays pinned"),
-        }
         Ok(())
     }
 
