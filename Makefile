@@ -55,6 +55,10 @@ bench-controller: setup ## What it takes to give 1 000 and 10 000 Services addre
 	cargo run --release -q -p landfall-tests --example bench-controller 1000
 	cargo run --release -q -p landfall-tests --example bench-controller 10000
 
+.PHONY: bench-ingress
+bench-ingress: setup-lab ## What steering costs a packet (BPF_PROG_TEST_RUN)
+	cargo test -q -p landfall-speaker --lib datapath::tests::cost -- --ignored --nocapture
+
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)
 	cargo deny check bans licenses sources

@@ -135,7 +135,7 @@ fn knock(from: &Netns, vip: IpAddr, port: u16) -> [Knock; 2] {
 /// Opens connections, all of which must be served, by pods that see the client's address: how many each pod got.
 fn pods(from: &Netns, vip: IpAddr) -> BTreeMap<String, usize> {
     let mut pods = BTreeMap::new();
-    let mine = addresses(from);
+    let mine = client::addresses(from);
     for _ in 0..CONNECTIONS {
         match client::seen_as(from, vip, PATIENCE) {
             Ok((pod, address)) => {
@@ -149,18 +149,4 @@ fn pods(from: &Netns, vip: IpAddr) -> BTreeMap<String, usize> {
         }
     }
     pods
-}
-
-fn addresses(netns: &Netns) -> Vec<IpAddr> {
-    let text = netns.ip("-j addr show scope global").unwrap();
-    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let of_link =
-        |link: &serde_json::Value| link["addr_info"].as_array().cloned().unwrap_or_default();
-    links
-        .as_array()
-        .unwrap()
-        .iter()
-        .flat_map(of_link)
-        .filter_map(|address| address["local"].as_str()?.parse().ok())
-        .collect()
 }

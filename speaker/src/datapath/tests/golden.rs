@@ -23,7 +23,7 @@ const VIPS: [IpAddr; 2] = [IpAddr::V4(V4), IpAddr::V6(V6)];
 const COUNTED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 201);
 /// What the kernel gives a test frame for interface: `lo`.
 const INTERFACE: u32 = 1;
-const NODES: [&str; 3] = ["here", "other", "third"];
+pub(super) const NODES: [&str; 3] = ["here", "other", "third"];
 
 /// What became of a frame.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,8 +37,8 @@ enum Fate {
     Dropped,
 }
 
-struct Program {
-    ebpf: Ebpf,
+pub(super) struct Program {
+    pub(super) ebpf: Ebpf,
     tables: Tables,
 }
 
@@ -50,7 +50,7 @@ fn mac(node: &str) -> [u8; 6] {
     [2, 0, 0, 0, 1, u8::try_from(last).expect("few")]
 }
 
-fn mk_id(node: &str) -> NodeId {
+pub(super) fn mk_id(node: &str) -> NodeId {
     NodeId {
         name: node.into(),
         interface: INTERFACE,
@@ -74,7 +74,7 @@ fn mk_spread(nodes: &[&str]) -> BTreeMap<NodeName, u16> {
     nodes.iter().map(|node| ((*node).into(), 1)).collect()
 }
 
-fn mk_port(nodes: &[&str]) -> PortState {
+pub(super) fn mk_port(nodes: &[&str]) -> PortState {
     PortState {
         nodes: mk_spread(nodes),
         interface: INTERFACE,
@@ -84,7 +84,7 @@ fn mk_port(nodes: &[&str]) -> PortState {
 
 impl Program {
     /// The program, with three nodes and two VIPs that are spread over all of them.
-    fn load() -> Self {
+    pub(super) fn load() -> Self {
         let mut ebpf = object(None).expect("these tests load eBPF programs and need root");
         classifier(&mut ebpf)
             .expect("the object holds it")
@@ -112,11 +112,11 @@ impl Program {
         program
     }
 
-    fn change(&mut self, change: &Change) {
+    pub(super) fn change(&mut self, change: &Change) {
         self.tables.change(change).expect("the maps have room");
     }
 
-    fn port(&mut self, vip: IpAddr, protocol: Protocol, port: u16, state: PortState) {
+    pub(super) fn port(&mut self, vip: IpAddr, protocol: Protocol, port: u16, state: PortState) {
         let id = PortId {
             vip,
             protocol,
@@ -126,7 +126,7 @@ impl Program {
     }
 
     /// The test device's answer and frame.
-    fn raw(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
+    pub(super) fn raw(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
         let mut out = vec![0; frame.len() + 64];
         let result = classifier(&mut self.ebpf)
             .expect("the object holds it")
@@ -202,7 +202,7 @@ fn ethertype(vip: IpAddr) -> u16 {
 }
 
 /// A client's frame to a VIP.
-fn mk(vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn mk(vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     mk_frame(
         ethertype(vip),
         &mk_ip(client(vip), vip, protocol, 64, payload),
