@@ -57,7 +57,7 @@ bench-controller: setup ## What it takes to give 1 000 and 10 000 Services addre
 
 .PHONY: bench-ingress
 bench-ingress: setup-lab ## What steering costs a packet (BPF_PROG_TEST_RUN)
-	cargo test -q -p landfall-speaker --lib datapath::tests::cost -- --ignored --nocapture
+	cargo test -q -p landfall-speaker --features bench --lib datapath::tests::cost -- --nocapture
 
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)

@@ -56,13 +56,14 @@ pub fn seen_as(from: &Netns, vip: IpAddr, patience: Duration) -> std::io::Result
 
 /// The addresses of a namespace, those of its links apart.
 pub fn addresses(netns: &Netns) -> Vec<IpAddr> {
-    let text = netns.ip("-j addr show scope global").unwrap();
-    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let text = netns
+        .ip("-j addr show scope global")
+        .expect("every namespace has links");
+    let links: serde_json::Value = serde_json::from_str(&text).expect("ip speaks JSON");
     let of_link =
         |link: &serde_json::Value| link["addr_info"].as_array().cloned().unwrap_or_default();
+    let links = links.as_array().cloned().unwrap_or_default();
     links
-        .as_array()
-        .unwrap()
         .iter()
         .flat_map(of_link)
         .filter_map(|address| address["local"].as_str()?.parse().ok())

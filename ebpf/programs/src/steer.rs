@@ -9,7 +9,7 @@ use landfall_ebpf_common::{
     port_flag,
 };
 
-use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP};
+use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP, at};
 use crate::spread::choose;
 use crate::{DROP, NEXT, echo, flows, maps};
 
@@ -226,7 +226,7 @@ fn send(context: &TcContext, node: &Node, verdict: Verdict) -> i32 {
     if node.flags & node_flag::ON_SEGMENT == 0 {
         return up(Verdict::Unreachable);
     }
-    let Ok(mine) = context.load::<[u8; 6]>(0) else {
+    let Some(mine) = at::<[u8; 6]>(context, 0) else {
         return up(Verdict::Unreachable);
     };
     let mut macs = [0_u8; 12];

@@ -1,5 +1,6 @@
 //! The program by `BPF_PROG_TEST_RUN`, and the whole data path in network namespaces. They need root.
 
+#[cfg(feature = "bench")]
 mod cost;
 mod golden;
 mod lifecycle;

@@ -41,7 +41,6 @@ fn mk_node(number: u8) -> NodeState {
 }
 
 #[test]
-#[ignore = "a benchmark: make bench-ingress"]
 fn cost() {
     println!(
         "{:>8} {:>8} {:>10} {:>10} {:>10} {:>10} {:>10}",
