@@ -25,7 +25,7 @@ Examples:
   Keep a lab up and play with it:
     landfall lab up --nodes 4
     landfall lab status
-    landfall lab exec client -- sh -c 'echo hello | nc -w1 10.88.0.200 80'
+    landfall lab exec client -- bash -c 'exec 3<>/dev/tcp/10.88.0.200/80; echo whoami >&3; head -1 <&3'
     landfall lab fault uplink-down node1
     landfall lab fault heal
     landfall lab down

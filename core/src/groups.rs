@@ -115,6 +115,8 @@ pub struct GroupIndex {
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
     nodes: BTreeMap<NodeName, Node>,
     node_of_address: BTreeMap<IpAddr, NodeName>,
+    /// The nodes of which addresses are known.
+    addressed: BTreeSet<NodeName>,
     /// What the speakers themselves say of their nodes' addresses.
     told_addresses: BTreeMap<IpAddr, NodeName>,
     pools: BTreeMap<Arc<str>, Pool>,
@@ -316,6 +318,7 @@ impl GroupIndex {
         });
         let told = self.told_addresses.clone().into_iter();
         self.node_of_address = told.chain(of_nodes).collect();
+        self.addressed = self.node_of_address.values().cloned().collect();
         self.policy_changed();
     }
 
@@ -465,6 +468,7 @@ impl GroupIndex {
         let mut host_endpoints = BTreeMap::<_, BTreeMap<_, BTreeSet<_>>>::new();
         let mut counts = Counts::default();
         let mut only_hosts = self.host_endpoints;
+        let mut any_host = false;
         let ports = service
             .map(|service| service.ports.clone())
             .unwrap_or_default();
@@ -481,9 +485,12 @@ impl GroupIndex {
                     continue;
                 };
                 endpoint_nodes.insert(node.clone());
-                if owner != Some(node) {
+                if owner == Some(node) {
+                    any_host = true;
+                } else if owner.is_some() || self.addressed.contains(node) {
                     only_hosts = false;
                 }
+                // Else its node was never heard of: a control plane's first node is up before the others.
                 for port in &ports {
                     let target = slice
                         .ports
@@ -505,7 +512,7 @@ impl GroupIndex {
                 }
             }
         }
-        if !only_hosts {
+        if !(only_hosts && any_host) {
             host_endpoints.clear();
         }
         let local = service.is_some_and(|s| s.traffic_policy == TrafficPolicy::Local);

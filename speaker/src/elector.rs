@@ -47,6 +47,8 @@ pub const HELLO_EVERY: Duration = Duration::from_millis(300);
 const ANSWER_EVERY: Duration = Duration::from_millis(20);
 /// Rules and data path follow changes at most this often.
 const APPLY_EVERY: Duration = Duration::from_millis(50);
+/// Speakers with another key are logged at most this often.
+const STRANGER_EVERY: Duration = Duration::from_mins(1);
 /// A conflict that is not seen again is over after this long.
 const CONFLICT_LASTS: Duration = Duration::from_secs(30);
 
@@ -125,6 +127,8 @@ pub struct Speaker {
     apply_at: Option<Duration>,
     groups_changed: bool,
     hello_at: Duration,
+    /// When a speaker with another key was last logged.
+    stranger_at: Option<Duration>,
     answer_at: Duration,
     expected: Expected,
     quiet: bool,
@@ -167,6 +171,7 @@ impl Speaker {
             apply_at: None,
             groups_changed: true,
             hello_at: Duration::ZERO,
+            stranger_at: None,
             answer_at: Duration::ZERO,
             expected: Expected::new(),
             quiet: false,
@@ -271,7 +276,16 @@ impl Speaker {
                 "accepted"
             }
             Err(HelloError::Malformed) => "malformed",
-            Err(HelloError::Key) => "other-key",
+            Err(HelloError::Key) => {
+                if self
+                    .stranger_at
+                    .is_none_or(|at| now.saturating_sub(at) >= STRANGER_EVERY)
+                {
+                    self.stranger_at = Some(now);
+                    tracing::warn!(interface = &*name, %from, "a speaker with another gossip key is on the segment: it elects leaders of its own");
+                }
+                "other-key"
+            }
             Err(HelloError::Replayed) => "replayed",
         };
         self.metrics

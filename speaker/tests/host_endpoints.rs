@@ -252,6 +252,7 @@ fn it_needs_no_node_manifests_where_the_flags_name_the_nodes() {
     manifests.write_pool().unwrap();
     mk_service(&lab, &manifests);
     let address = |node: &landfall_lab::Node| node.addresses(Network::Lan)[0].to_string();
+    // The first node is up before the others, which the manifests name already.
     for node in lab.nodes() {
         let state = lab.directory().join("state").join(&node.name);
         std::fs::create_dir_all(&state).unwrap();
@@ -265,9 +266,16 @@ fn it_needs_no_node_manifests_where_the_flags_name_the_nodes() {
             .option("--gossip-address", address(node))
             .option("--peers", peers.join(","));
         lab.start(&node.name, SPEAKER, &program).unwrap();
+        if node.name == "node1" {
+            for vip in VIPS.map(|vip| vip.parse().unwrap()) {
+                for from in [&node.netns, lab.client(), lab.remote()] {
+                    reaches("alone", from, vip, &["node1"]);
+                }
+            }
+        }
     }
     let nodes: Vec<&str> = lab.nodes().iter().map(|node| &*node.name).collect();
-    all_reach(&lab, "at first", &servers, &nodes);
+    all_reach(&lab, "with all three", &servers, &nodes);
     let first = leader(&lab, VIPS[0].parse().unwrap());
     lab.inject(&first, Fault::PowerOff).unwrap();
     servers.remove(&first);

@@ -19,8 +19,8 @@ use super::Speaker;
 use crate::announcer::MacAddr;
 use crate::datapath::NodeId;
 
-/// Who was not heard for so long is asked: one hello may be lost.
-const SILENT: Duration = Duration::from_millis(700);
+/// Who was not heard for so long is asked: two hellos did not come.
+const SILENT: Duration = Duration::from_millis(600);
 /// Time between two questions, and between two to a node that is gone.
 const EVERY: Duration = Duration::from_millis(100);
 const EVERY_GONE: Duration = Duration::from_secs(1);
