@@ -4,6 +4,7 @@
 //!  loop ──change──> [changes] ──> worker (a thread: system calls that may block)
 //!                                   ├─ pins     where maps and links outlive the process
 //!                                   ├─ uplink   the program and its attachments, checked every second
+//!                                   ├─ driver   the same for XDP, where the user wants it
 //!  metrics, loop <──counts───────── └─ tables   what the programs decide by, and what they count
 //! ```
 //!
@@ -11,6 +12,7 @@
 //! [`uninstall`] is what removes it.
 
 mod conntrack;
+mod driver;
 mod flows;
 mod layout;
 mod metrics;
@@ -42,6 +44,9 @@ pub struct Config {
     pub pin_dir: PathBuf,
     /// By which hook to attach.
     pub hook: Hook,
+    /// The names of interfaces whose drivers are to run a program too (XDP), where frames come in that go to other
+    /// nodes.
+    pub xdp: BTreeSet<String>,
     /// How often the attachments are checked.
     pub watch: Duration,
 }
@@ -52,6 +57,7 @@ impl Config {
         Self {
             pin_dir: pin_dir.into(),
             hook: Hook::Auto,
+            xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
         }
     }
@@ -177,6 +183,8 @@ pub enum Attachment {
     Tcx,
     /// Attached by a clsact filter.
     Clsact,
+    /// Attached to the driver, in front of either.
+    Xdp,
     /// Not attached.
     Absent {
         /// Why, and what to do.
@@ -194,6 +202,6 @@ pub trait DataPath: Send + Sync {
     fn counts(&self) -> BTreeMap<IpAddr, VipCount>;
     /// Of which buckets this node holds flows though they are another's.
     fn held(&self) -> Arc<Held>;
-    /// How the programs are attached, by interface index.
+    /// How the program at the uplinks is attached, by interface index.
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
 }

@@ -9,6 +9,10 @@ mod address;
 pub mod echo;
 mod flow;
 pub mod handing_on;
+#[cfg(feature = "user")]
+pub mod link;
+#[cfg(feature = "user")]
+pub mod offload;
 mod port;
 pub mod rendezvous;
 #[cfg(feature = "user")]
@@ -20,9 +24,9 @@ pub use flow::{
     MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_HOLDERS, flow_state,
 };
 pub use port::{
-    History, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_WIDE, Member, NARROW, Node, Peer,
-    PeerKey, Port, PortKey, Routed, Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag,
-    routed_prefix,
+    Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_WIDE, Member,
+    NARROW, Node, Peer, PeerKey, Port, PortKey, Routed, Spread, WIDE_PAGE, WideKey, WidePage,
+    node_flag, port_flag, routed_prefix,
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
@@ -30,6 +34,8 @@ pub const LAYOUT: u32 = 2;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
+/// The name of the program for the uplinks' drivers.
+pub const UPLINK_DRIVER: &str = "landfall_uplink_xdp";
 
 /// What holds for the node as a whole.
 #[repr(C)]
@@ -131,6 +137,8 @@ pub mod map {
     pub const VERDICTS: &str = "VERDICTS";
     /// One [`Settings`](crate::Settings).
     pub const SETTINGS: &str = "SETTINGS";
+    /// From an interface's index to its [`Driver`](crate::Driver). It is not pinned: it goes with its program.
+    pub const DRIVERS: &str = "DRIVERS";
 }
 
 // SAFETY: all are `repr(C)`, hold integers only and have no padding.
@@ -161,7 +169,8 @@ mod pod {
         Holders,
         FragmentKey,
         Fragment,
-        Settings
+        Settings,
+        Driver
     );
 }
 
@@ -204,6 +213,7 @@ mod tests {
             size_of::<FragmentKey>(),
             size_of::<Fragment>(),
             size_of::<Settings>(),
+            size_of::<Driver>(),
         ];
         let expected = [
             16,
@@ -225,6 +235,7 @@ mod tests {
             16 + 16 + 4 + 4,
             8 + 2 + 2 + 4,
             8 + 4 + 4,
+            6 + 2,
         ];
         assert_eq!(sizes, expected);
     }

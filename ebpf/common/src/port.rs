@@ -188,3 +188,16 @@ pub struct Routed {
     /// The address.
     pub address: [u8; 16],
 }
+
+/// How many interfaces can have a program at their driver.
+pub const MAX_DRIVERS: u32 = 64;
+
+/// An interface at whose driver a program is: the driver does not say which frames are for this host.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Driver {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub zero: [u8; 2],
+}

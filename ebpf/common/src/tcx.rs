@@ -1,17 +1,14 @@
-//! Who is attached to an interface by TCX, in their order; and taking a link off at once.
+//! Who is attached to an interface by TCX, in their order.
 //!
 //! aya's query opens every program it finds, which wants `CAP_SYS_ADMIN`; the numbers alone want `CAP_NET_ADMIN`.
 
 extern crate std;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::vec::Vec;
 
 /// `BPF_PROG_QUERY` of `enum bpf_cmd` (`linux/bpf.h`).
 const BPF_PROG_QUERY: libc::c_long = 16;
-/// `BPF_LINK_DETACH` of the same.
-const BPF_LINK_DETACH: libc::c_long = 34;
 /// `BPF_TCX_INGRESS` of `enum bpf_attach_type`.
 const BPF_TCX_INGRESS: u32 = 46;
 /// The kernel's own bound on programs at one hook (`BPF_MPROG_MAX`).
@@ -62,33 +59,4 @@ pub fn ingress_programs(ifindex: u32) -> io::Result<Vec<u32>> {
         return Err(io::Error::last_os_error());
     }
     Ok(ids.iter().copied().take(attr.count as usize).collect())
-}
-
-/// The `link_detach` part of `union bpf_attr`.
-#[repr(C)]
-struct DetachAttr {
-    link_fd: u32,
-}
-
-/// Detaches a link's program now. Removing the last reference to a link does the same, but some time later.
-///
-/// # Errors
-/// `EOPNOTSUPP` for links that cannot be detached.
-pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = DetachAttr {
-        link_fd: u32::try_from(link.as_raw_fd()).expect("an open descriptor is not negative"),
-    };
-    // SAFETY: the attribute lives through the call, its size is told, and the kernel only reads it.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_LINK_DETACH,
-            &raw mut attr,
-            size_of::<DetachAttr>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

@@ -4,6 +4,7 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::Verdict;
 
+use crate::context::Context;
 use crate::packet::{ETH_HEADER, Packet};
 use crate::witness::turn_addresses;
 use crate::{NEXT, maps};
@@ -54,17 +55,10 @@ fn turn(context: &TcContext, packet: &Packet, v6: bool) -> Option<()> {
     turn_addresses(context)
 }
 
-/// Changes an IPv4 TTL, and the header's checksum by the difference (RFC 1624).
+/// Changes an IPv4 TTL, and the header's checksum by the difference.
 #[inline(always)]
-pub(crate) fn set_ttl(context: &TcContext, from: u8, to: u8) -> Option<()> {
+pub(crate) fn set_ttl(context: &impl Context, from: u8, to: u8) -> Option<()> {
     let (old, new) = (u16::from(from) << 8, u16::from(to) << 8);
-    context
-        .l3_csum_replace(
-            ETH_HEADER + 10,
-            u64::from(old.to_be()),
-            u64::from(new.to_be()),
-            2,
-        )
-        .ok()?;
-    context.store(ETH_HEADER + 8, &to, 0).ok()
+    context.replace_checksum(ETH_HEADER + 10, old.to_be(), new.to_be())?;
+    context.store(ETH_HEADER + 8, to)
 }

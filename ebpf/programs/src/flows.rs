@@ -5,6 +5,7 @@ use landfall_ebpf_common::{
     FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Verdict, flow_state,
 };
 
+use crate::context::Context;
 use crate::maps::{self, FLOWS, FRAGMENTS, HALF_OPEN};
 use crate::packet::{ACK, FIN, Packet, RST};
 
@@ -19,7 +20,10 @@ fn now() -> u64 {
 
 /// Whether this node delivers the flow of a packet, which is noted as heard.
 #[inline(always)]
-pub(crate) fn holds(packet: &Packet) -> bool {
+pub(crate) fn holds<C: Context>(packet: &Packet) -> bool {
+    if !C::LAST {
+        return FLOWS.get_ptr(&packet.flow).is_some() || HALF_OPEN.get_ptr(&packet.flow).is_some();
+    }
     if let Some(flow) = FLOWS.get_ptr_mut(&packet.flow) {
         let now = now();
         // SAFETY: the map gave the pointer; both fields are written whole, and which of two writers is last is
@@ -59,7 +63,10 @@ fn enter(key: &FlowKey) {
 
 /// A SYN is delivered here.
 #[inline(always)]
-pub(crate) fn open(key: &FlowKey) {
+pub(crate) fn open<C: Context>(key: &FlowKey) {
+    if !C::LAST {
+        return;
+    }
     let flow = Flow {
         seen: now(),
         state: flow_state::ESTABLISHED,

@@ -11,9 +11,13 @@
 //!
 //! The program looks at every frame that comes in by an uplink, in front of all other programs. What it does not
 //! send elsewhere it leaves to the next program, as if it were not there.
+//!
+//! Behind a driver that can run it there is a second one, by XDP, where the user wants it. It reads and chooses by
+//! the same code and sends what is another node's; all else it leaves to the first.
 #![no_std]
 #![no_main]
 
+mod context;
 mod echo;
 mod flows;
 mod maps;
@@ -22,8 +26,13 @@ mod spread;
 mod steer;
 mod witness;
 
-use aya_ebpf::macros::classifier;
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use landfall_ebpf_common::vip_flag;
+
+use crate::context::Context as _;
+use crate::packet::Frame;
 
 /// `TCX_NEXT`, which is `TC_ACT_UNSPEC` too: the next program of the chain decides.
 const NEXT: i32 = -1;
@@ -32,17 +41,56 @@ const DROP: i32 = 2;
 
 #[classifier]
 pub fn landfall_uplink(context: TcContext) -> i32 {
-    let Some(frame) = packet::Frame::of(&context) else {
+    if !is_ours(&context) {
+        return NEXT;
+    }
+    let Some(frame) = Frame::of(&context) else {
         return witness::answer(&context);
     };
     let Some(vip) = maps::vip(&frame.vip) else {
         return NEXT;
     };
-    maps::count(&context, vip.number);
-    if vip.flags & landfall_ebpf_common::vip_flag::STEER == 0 {
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+    let segments = unsafe { (*context.skb.skb).gso_segs };
+    maps::count(vip.number, segments, context.len());
+    if vip.flags & vip_flag::STEER == 0 {
         return NEXT;
     }
     steer::steer(&context, &frame, &vip)
+}
+
+/// What it sends it counts; the rest comes to the other program.
+#[xdp]
+pub fn landfall_uplink_xdp(context: XdpContext) -> u32 {
+    let Some(frame) = Frame::of(&context) else {
+        return XDP_PASS;
+    };
+    let Some(vip) = maps::vip(&frame.vip) else {
+        return XDP_PASS;
+    };
+    if vip.flags & vip_flag::STEER == 0 || context.at(0) != maps::address_of(context.interface()) {
+        return XDP_PASS;
+    }
+    let length = context.data_end() - context.data();
+    let action = steer::steer(&context, &frame, &vip) as u32;
+    if action == XDP_TX {
+        maps::count(vip.number, 1, length as u32);
+    }
+    action
+}
+
+/// `PACKET_HOST` (`linux/if_packet.h`): the frame carries our MAC.
+const PACKET_HOST: u32 = 0;
+
+/// Whether a frame is for this host and carries no VLAN tag beside it.
+#[inline(always)]
+fn is_ours(context: &TcContext) -> bool {
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+    let (tagged, packet_type) = unsafe {
+        let skb = context.skb.skb;
+        ((*skb).vlan_present, (*skb).pkt_type)
+    };
+    tagged == 0 && packet_type == PACKET_HOST
 }
 
 #[cfg(not(test))]

@@ -4,11 +4,11 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
-use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::{
-    Flow, FlowKey, Fragment, FragmentKey, History, Holders, HoldersKey, MAX_FLOWS, MAX_FRAGMENTS,
-    MAX_HALF_OPEN, MAX_HELD, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_VIPS, MAX_WIDE, Node, Peer,
-    PeerKey, Port, PortKey, Routed, Settings, Verdict, Vip, VipCount, VipKey, WideKey, WidePage,
+    Driver, Flow, FlowKey, Fragment, FragmentKey, History, Holders, HoldersKey, MAX_DRIVERS,
+    MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_VIPS,
+    MAX_WIDE, Node, Peer, PeerKey, Port, PortKey, Routed, Settings, Verdict, Vip, VipCount, VipKey,
+    WideKey, WidePage,
 };
 
 use crate::packet::Packet;
@@ -46,6 +46,10 @@ static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT
 #[map]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
+/// The interfaces at whose driver a program is; made anew with it.
+#[map]
+static DRIVERS: HashMap<u32, Driver> = HashMap::with_max_entries(MAX_DRIVERS, BPF_F_NO_PREALLOC);
+
 /// The packet at hand, one for each CPU.
 #[map]
 static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
@@ -64,21 +68,28 @@ pub(crate) fn vip(key: &VipKey) -> Option<Vip> {
     unsafe { VIPS.get(key) }.copied()
 }
 
+/// Counts a frame to a VIP: as so many packets as it was put together from, if it was.
 #[inline(always)]
-pub(crate) fn count(context: &TcContext, number: u32) {
+pub(crate) fn count(number: u32, segments: u32, length: u32) {
     let Some(count) = COUNTS.get_ptr_mut(number) else {
         return;
     };
     // SAFETY: the map gave the pointer, to this CPU's value, and nothing else runs on it meanwhile.
     unsafe {
-        let segments = (*context.skb.skb).gso_segs;
         (*count).packets += if segments == 0 {
             1
         } else {
             u64::from(segments)
         };
-        (*count).bytes += u64::from(context.len());
+        (*count).bytes += u64::from(length);
     }
+}
+
+/// An interface's Ethernet address, if a program is at its driver.
+#[inline(always)]
+pub(crate) fn address_of(interface: u32) -> Option<[u8; 6]> {
+    // SAFETY: as above.
+    unsafe { DRIVERS.get(interface) }.map(|driver| driver.mac)
 }
 
 #[inline(always)]

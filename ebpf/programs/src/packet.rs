@@ -1,10 +1,8 @@
 //! Reading frames.
 
-use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::{FlowKey, FragmentKey, VipKey};
 
-/// `PACKET_HOST` (`linux/if_packet.h`): the frame carries our MAC.
-const PACKET_HOST: u32 = 0;
+use crate::context::Context;
 
 const ETH_SOURCE: usize = 6;
 pub(crate) const ETH_HEADER: usize = 14;
@@ -43,39 +41,16 @@ fn mapped(address: u32) -> VipKey {
     VipKey::v4([a, b, c, d])
 }
 
-/// Whether a frame is for this host and carries no VLAN tag beside it.
+/// What lies at an offset of the frame: in place, if that part of it is in one piece.
 #[inline(always)]
-pub(crate) fn is_ours(context: &TcContext) -> bool {
-    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
-    let (tagged, packet_type) = unsafe {
-        let skb = context.skb.skb;
-        ((*skb).vlan_present, (*skb).pkt_type)
-    };
-    tagged == 0 && packet_type == PACKET_HOST
-}
-
-/// What lies at an offset of the frame, if that part of it is in one piece: quicker than to have it copied.
-#[inline(always)]
-pub(crate) fn at<T: Copy>(context: &TcContext, offset: usize) -> Option<T> {
-    let start = context.data();
-    if start + offset + size_of::<T>() > context.data_end() {
-        return None;
-    }
-    // SAFETY: the line above is what the verifier asks for; it allows what the architecture does, and those that
-    // run nodes read words at any address.
-    Some(unsafe { *((start + offset) as *const T) })
-}
-
-/// The same, wherever it is.
-#[inline(always)]
-fn load<T: Copy>(context: &TcContext, offset: usize) -> Option<T> {
-    match at(context, offset) {
+fn load<T: Copy>(context: &impl Context, offset: usize) -> Option<T> {
+    match context.at(offset) {
         Some(value) => Some(value),
-        None => context.load(offset).ok(),
+        None => context.load(offset),
     }
 }
 
-/// An IP packet for this host, without a VLAN tag.
+/// An IP packet.
 pub(crate) struct Frame {
     /// Its destination.
     pub(crate) vip: VipKey,
@@ -84,16 +59,11 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    /// Nothing, if the frame is no such thing. A tagged frame belongs to another segment, whether the tag is still
-    /// in the frame (then its ethertype is not IP's) or beside it.
+    /// Nothing, if the frame is no such thing. A tagged frame belongs to another segment: a tag that is in the frame
+    /// is its ethertype.
     #[inline(always)]
-    pub(crate) fn of(context: &TcContext) -> Option<Self> {
-        if !is_ours(context) {
-            return None;
-        }
-        // SAFETY: as there.
-        let protocol = unsafe { (*context.skb.skb).protocol };
-        match u16::from_be(protocol as u16) {
+    pub(crate) fn of(context: &impl Context) -> Option<Self> {
+        match u16::from_be(context.ethertype()?) {
             ETH_P_IP => Some(Self {
                 vip: mapped(load(context, ETH_HEADER + IPV4_DESTINATION)?),
                 v6: false,
@@ -156,12 +126,12 @@ impl Packet {
     ///
     /// A function of its own in the kernel too: what it needs of the stack is free again when it returns.
     #[inline(never)]
-    pub(crate) fn read(&mut self, context: &TcContext, frame: &Frame) -> bool {
+    pub(crate) fn read(&mut self, context: &impl Context, frame: &Frame) -> bool {
         self.try_read(context, frame).is_some()
     }
 
     #[inline(always)]
-    fn try_read(&mut self, context: &TcContext, frame: &Frame) -> Option<()> {
+    fn try_read(&mut self, context: &impl Context, frame: &Frame) -> Option<()> {
         self.kind = Kind::Whole;
         self.v6 = frame.v6;
         self.tcp = 0;
@@ -185,11 +155,11 @@ impl Packet {
         }
         match self.protocol {
             TCP => {
-                let header: [u8; 14] = context.load(self.transport).ok()?;
+                let header: [u8; 14] = context.load(self.transport)?;
                 self.ports([header[0], header[1], header[2], header[3]]);
                 self.tcp = header[13];
             }
-            UDP | SCTP => self.ports(context.load(self.transport).ok()?),
+            UDP | SCTP => self.ports(context.load(self.transport)?),
             ICMP if !frame.v6 => self.icmp(context)?,
             ICMPV6 if frame.v6 => self.icmpv6(context)?,
             _ => return None,
@@ -199,28 +169,28 @@ impl Packet {
 
     /// Most packets: TCP or UDP over IPv4 without options, whole, the headers in one piece.
     #[inline(always)]
-    fn plain(&mut self, context: &TcContext) -> Option<()> {
+    fn plain(&mut self, context: &impl Context) -> Option<()> {
         const NO_OPTIONS: u8 = 0x45;
         const PORTS: usize = ETH_HEADER + IPV4_HEADER;
         // Flags and offset of fragments; "don't fragment" means nothing here.
-        let fragment: u16 = at(context, ETH_HEADER + 6)?;
-        let protocol: u8 = at(context, ETH_HEADER + 9)?;
-        let head: u8 = at(context, ETH_HEADER)?;
+        let fragment: u16 = context.at(ETH_HEADER + 6)?;
+        let protocol: u8 = context.at(ETH_HEADER + 9)?;
+        let head: u8 = context.at(ETH_HEADER)?;
         if head != NO_OPTIONS || u16::from_be(fragment) & 0x3fff != 0 {
             return None;
         }
         if protocol == TCP {
-            self.tcp = at(context, PORTS + 13)?;
+            self.tcp = context.at(PORTS + 13)?;
         } else if protocol != UDP {
             return None;
         }
-        let ports: [u16; 2] = at(context, PORTS)?;
+        let ports: [u16; 2] = context.at(PORTS)?;
         self.flow.client_port = u16::from_be(ports[0]);
         self.flow.port = u16::from_be(ports[1]);
-        self.ttl = at(context, ETH_HEADER + 8)?;
+        self.ttl = context.at(ETH_HEADER + 8)?;
         self.protocol = protocol;
         self.transport = PORTS;
-        self.source = mapped(at(context, ETH_HEADER + 12)?).0;
+        self.source = mapped(context.at(ETH_HEADER + 12)?).0;
         self.flow.client = self.source;
         Some(())
     }
@@ -232,8 +202,8 @@ impl Packet {
     }
 
     #[inline(always)]
-    fn ipv4(&mut self, context: &TcContext) -> Option<()> {
-        let header: [u8; IPV4_HEADER] = context.load(ETH_HEADER).ok()?;
+    fn ipv4(&mut self, context: &impl Context) -> Option<()> {
+        let header: [u8; IPV4_HEADER] = context.load(ETH_HEADER)?;
         let words = header[0];
         if words >> 4 != 4 || words & 15 < 5 {
             return None;
@@ -254,8 +224,8 @@ impl Packet {
     }
 
     #[inline(always)]
-    fn ipv6(&mut self, context: &TcContext) -> Option<()> {
-        let header: [u8; 24] = context.load(ETH_HEADER).ok()?;
+    fn ipv6(&mut self, context: &impl Context) -> Option<()> {
+        let header: [u8; 24] = context.load(ETH_HEADER)?;
         if header[0] >> 4 != 6 {
             return None;
         }
@@ -266,12 +236,12 @@ impl Packet {
         for _ in 0..MAX_EXTENSIONS {
             match next {
                 HOP_BY_HOP | ROUTING | DESTINATION => {
-                    let extension: [u8; 2] = context.load(at).ok()?;
+                    let extension: [u8; 2] = context.load(at)?;
                     next = extension[0];
                     at += (extension[1] as usize + 1) * 8;
                 }
                 FRAGMENT => {
-                    let extension: [u8; 8] = context.load(at).ok()?;
+                    let extension: [u8; 8] = context.load(at)?;
                     next = extension[0];
                     let fragment = u16::from_be_bytes([extension[2], extension[3]]);
                     self.more = fragment & 1 != 0;
@@ -298,8 +268,8 @@ impl Packet {
     /// Echo requests, and errors (RFC 792): those carry the header and eight bytes of what they are about, a packet
     /// that went from the VIP to the client.
     #[inline(always)]
-    fn icmp(&mut self, context: &TcContext) -> Option<()> {
-        let kind: u8 = context.load(self.transport).ok()?;
+    fn icmp(&mut self, context: &impl Context) -> Option<()> {
+        let [kind, ..]: [u8; 4] = context.load(self.transport)?;
         match kind {
             8 => {
                 self.kind = Kind::Echo;
@@ -307,7 +277,7 @@ impl Packet {
             }
             3 | 11 | 12 => {
                 let inner = self.transport + 8;
-                let header: [u8; IPV4_HEADER] = context.load(inner).ok()?;
+                let header: [u8; IPV4_HEADER] = context.load(inner)?;
                 let vip = VipKey::v4([header[12], header[13], header[14], header[15]]);
                 self.flow.client = VipKey::v4([header[16], header[17], header[18], header[19]]).0;
                 let later = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
@@ -322,8 +292,8 @@ impl Packet {
 
     /// The same for IPv6 (RFC 4443). A packet inside with extension headers is not looked through.
     #[inline(always)]
-    fn icmpv6(&mut self, context: &TcContext) -> Option<()> {
-        let kind: u8 = context.load(self.transport).ok()?;
+    fn icmpv6(&mut self, context: &impl Context) -> Option<()> {
+        let [kind, ..]: [u8; 4] = context.load(self.transport)?;
         match kind {
             128 => {
                 self.kind = Kind::Echo;
@@ -331,9 +301,9 @@ impl Packet {
             }
             1..=4 => {
                 let inner = self.transport + 8;
-                let header: [u8; 8] = context.load(inner).ok()?;
-                let vip = VipKey(context.load(inner + 8).ok()?);
-                self.flow.client = context.load(inner + 24).ok()?;
+                let header: [u8; 8] = context.load(inner)?;
+                let vip = VipKey(context.load(inner + 8)?);
+                self.flow.client = context.load(inner + 24)?;
                 if vip != self.flow.vip {
                     return None;
                 }
@@ -344,11 +314,11 @@ impl Packet {
     }
 
     #[inline(always)]
-    fn inside(&mut self, context: &TcContext, protocol: u8, at: usize) -> Option<()> {
+    fn inside(&mut self, context: &impl Context, protocol: u8, at: usize) -> Option<()> {
         if protocol != TCP && protocol != UDP && protocol != SCTP {
             return None;
         }
-        let ports: [u8; 4] = context.load(at).ok()?;
+        let ports: [u8; 4] = context.load(at)?;
         // It went the other way.
         self.ports([ports[2], ports[3], ports[0], ports[1]]);
         self.kind = Kind::Error;

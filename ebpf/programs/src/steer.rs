@@ -1,7 +1,5 @@
 //! Whose a packet to a VIP is.
 
-use aya_ebpf::helpers::bpf_redirect;
-use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::handing_on::Arrival;
 use landfall_ebpf_common::rendezvous::bucket;
 use landfall_ebpf_common::{
@@ -9,30 +7,31 @@ use landfall_ebpf_common::{
     port_flag,
 };
 
-use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP, at};
+use crate::context::Context;
+use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP};
 use crate::spread::choose;
-use crate::{DROP, NEXT, echo, flows, maps};
+use crate::{DROP, echo, flows, maps};
 
 /// Where the hop limit lies in an IPv6 header.
 const HOP_LIMIT: usize = 7;
 
 #[inline(always)]
-pub(crate) fn steer(context: &TcContext, frame: &Frame, vip: &Vip) -> i32 {
+pub(crate) fn steer<C: Context>(context: &C, frame: &Frame, vip: &Vip) -> i32 {
     let Some(packet) = maps::packet() else {
-        return NEXT;
+        return C::NEXT;
     };
     if !packet.read(context, frame) {
-        return up(Verdict::Unserved);
+        return up::<C>(Verdict::Unserved);
     }
     match packet.kind {
-        Kind::Echo => return echo::answer(context, packet),
+        Kind::Echo => return context.echo(packet),
         Kind::LaterFragment => match flows::ports_of(&packet.fragment()) {
             Some((client_port, port)) => {
                 packet.flow.client_port = client_port;
                 packet.flow.port = port;
             }
             None if packet.protocol == UDP && vip.udp_port != 0 => packet.flow.port = vip.udp_port,
-            None => return up(Verdict::StrayFragment),
+            None => return up::<C>(Verdict::StrayFragment),
         },
         Kind::Whole if packet.more => flows::first_fragment(packet),
         Kind::Whole | Kind::Error => {}
@@ -44,14 +43,13 @@ pub(crate) fn steer(context: &TcContext, frame: &Frame, vip: &Vip) -> i32 {
         zero: 0,
     };
     let Some(port) = maps::port(&key) else {
-        return up(Verdict::Unserved);
+        return up::<C>(Verdict::Unserved);
     };
     if port.spread.flags & port_flag::HOST != 0 {
-        return NEXT;
+        return C::NEXT;
     }
-    let interface = unsafe { (*context.skb.skb).ifindex };
     let from = PeerKey {
-        interface,
+        interface: context.interface(),
         mac: packet.mac,
         zero: [0; 2],
     };
@@ -61,7 +59,7 @@ pub(crate) fn steer(context: &TcContext, frame: &Frame, vip: &Vip) -> i32 {
         connection(context, packet, port)
     } else if packet.sender != 0 {
         // Whoever sent it chose this node; to choose again would be to send it round.
-        up(Verdict::Delivered)
+        up::<C>(Verdict::Delivered)
     } else {
         send_or_deliver(context, choose(&port.spread, packet.bucket, true))
     }
@@ -69,28 +67,28 @@ pub(crate) fn steer(context: &TcContext, frame: &Frame, vip: &Vip) -> i32 {
 
 /// A packet of a TCP flow, or an error about one.
 #[inline(always)]
-fn connection(context: &TcContext, packet: &mut Packet, port: &Port) -> i32 {
+fn connection<C: Context>(context: &C, packet: &mut Packet, port: &Port) -> i32 {
     let new = packet.is_syn() && packet.kind == Kind::Whole;
     packet.target = choose(&port.spread, packet.bucket, new);
     packet.here = maps::node(packet.target).is_some_and(|node| node.flags & node_flag::HERE != 0);
     // What is another's by the tables is not looked for here, unless someone holds flows of earlier tables.
     let mine = packet.here || packet.sender != 0 || port.spread.flags & port_flag::HELD != 0;
-    if mine && flows::holds(packet) {
-        return up(Verdict::Delivered);
+    if mine && flows::holds::<C>(packet) {
+        return up::<C>(Verdict::Delivered);
     }
     if packet.sender == 0 && !packet.here {
         return send_or_deliver(context, packet.target);
     }
     if new {
-        flows::open(&packet.flow);
-        return up(Verdict::Delivered);
+        flows::open::<C>(&packet.flow);
+        return up::<C>(Verdict::Delivered);
     }
     hand_on(context, packet, port.number)
 }
 
 /// Looks for the node that knows the flow of a packet which this one does not.
 #[inline(never)]
-fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
+fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
     let settings = maps::settings();
     let arrival = Arrival {
         ttl: packet.ttl,
@@ -105,7 +103,7 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
         arrival.ttl_after()
     };
     let Some(ttl) = after else {
-        return stay(arrival, settings.seeded);
+        return stay::<C>(arrival, settings.seeded);
     };
     let mut next = Candidate {
         number: 0,
@@ -138,30 +136,33 @@ fn hand_on(context: &TcContext, packet: &Packet, port: u32) -> i32 {
         next.consider(packet.target, packet, arrival);
     }
     if next.number == 0 {
-        return stay(arrival, settings.seeded);
+        return stay::<C>(arrival, settings.seeded);
     }
     let Some(node) = maps::node(next.number) else {
-        return up(Verdict::Unreachable);
+        return up::<C>(Verdict::Unreachable);
     };
+    if !context.reaches(node) {
+        return up::<C>(Verdict::Unreachable);
+    }
     let lowered = if packet.v6 {
-        context.store(ETH_HEADER + HOP_LIMIT, &ttl, 0).ok()
+        context.store(ETH_HEADER + HOP_LIMIT, ttl)
     } else {
         echo::set_ttl(context, packet.ttl, ttl)
     };
     if lowered.is_none() {
-        return up(Verdict::Unreachable);
+        return up::<C>(Verdict::Unreachable);
     }
     send(context, node, Verdict::HandedOn)
 }
 
 /// Nobody is there to hand it on to.
 #[inline(always)]
-fn stay(arrival: Arrival, seeded: u32) -> i32 {
-    if seeded != 0 && arrival.waits() {
+fn stay<C: Context>(arrival: Arrival, seeded: u32) -> i32 {
+    if C::LAST && seeded != 0 && arrival.waits() {
         maps::note(Verdict::Waiting);
         return DROP;
     }
-    up(Verdict::Delivered)
+    up::<C>(Verdict::Delivered)
 }
 
 /// To whom to hand on next: of those that may, the one with the lowest seed.
@@ -207,14 +208,14 @@ fn bucket_of(packet: &Packet, port: &Port) -> u32 {
 }
 
 #[inline(always)]
-fn send_or_deliver(context: &TcContext, target: u16) -> i32 {
+fn send_or_deliver<C: Context>(context: &C, target: u16) -> i32 {
     let Some(node) = maps::node(target) else {
-        return up(Verdict::Unserved);
+        return up::<C>(Verdict::Unserved);
     };
     if target == 0 {
-        up(Verdict::Unserved)
+        up::<C>(Verdict::Unserved)
     } else if node.flags & node_flag::HERE != 0 {
-        up(Verdict::Delivered)
+        up::<C>(Verdict::Delivered)
     } else {
         send(context, node, Verdict::Steered)
     }
@@ -222,26 +223,27 @@ fn send_or_deliver(context: &TcContext, target: u16) -> i32 {
 
 /// Sends the frame to another node on the segment, as it is but for the Ethernet addresses.
 #[inline(always)]
-fn send(context: &TcContext, node: &Node, verdict: Verdict) -> i32 {
-    if node.flags & node_flag::ON_SEGMENT == 0 {
-        return up(Verdict::Unreachable);
+fn send<C: Context>(context: &C, node: &Node, verdict: Verdict) -> i32 {
+    if !context.reaches(node) {
+        return up::<C>(Verdict::Unreachable);
     }
-    let Some(mine) = at::<[u8; 6]>(context, 0) else {
-        return up(Verdict::Unreachable);
+    let Some(mine) = context.at::<[u8; 6]>(0) else {
+        return up::<C>(Verdict::Unreachable);
     };
     let mut macs = [0_u8; 12];
     macs[..6].copy_from_slice(&node.mac);
     macs[6..].copy_from_slice(&mine);
-    if context.store(0, &macs, 0).is_err() {
-        return up(Verdict::Unreachable);
+    if context.store(0, macs).is_none() {
+        return up::<C>(Verdict::Unreachable);
     }
     maps::note(verdict);
-    // SAFETY: it takes numbers only; the frame is sent when the program has returned.
-    unsafe { bpf_redirect(node.interface, 0) as i32 }
+    context.send(node)
 }
 
 #[inline(always)]
-fn up(verdict: Verdict) -> i32 {
-    maps::note(verdict);
-    NEXT
+fn up<C: Context>(verdict: Verdict) -> i32 {
+    if C::LAST {
+        maps::note(verdict);
+    }
+    C::NEXT
 }

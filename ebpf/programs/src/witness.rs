@@ -5,15 +5,15 @@ use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::echo::{ANSWER, ETHERTYPE, LENGTH, REQUEST};
 
 use crate::NEXT;
-use crate::packet::{ETH_HEADER, is_ours};
+use crate::packet::ETH_HEADER;
 
-/// Turns the frame round, if it is such a question.
+/// Turns a frame for this host round, if it is such a question.
 #[inline(always)]
 pub(crate) fn answer(context: &TcContext) -> i32 {
     // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
     let (protocol, interface) =
         unsafe { ((*context.skb.skb).protocol, (*context.skb.skb).ifindex) };
-    if protocol as u16 != ETHERTYPE.to_be() || !is_ours(context) {
+    if protocol as u16 != ETHERTYPE.to_be() {
         return NEXT;
     }
     let Ok(message) = context.load::<[u8; LENGTH]>(ETH_HEADER) else {

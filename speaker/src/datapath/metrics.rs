@@ -1,5 +1,6 @@
 //! What the data path tells Prometheus.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use prometheus_client::collector::Collector;
@@ -12,8 +13,9 @@ use prometheus_client::registry::Registry;
 
 use landfall_ebpf_common::Verdict;
 
+use super::Attachment;
 use super::tables::Tables;
-use super::worker::{SharedTables, lock};
+use super::worker::{SharedTables, interface_name, lock};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct AttachedLabels {
@@ -40,7 +42,7 @@ impl Metrics {
         let metrics = Self::default();
         registry.register(
             "datapath_attached",
-            "Whether the eBPF program is attached to the uplink: 1 or 0, by hook (tcx, clsact or none)",
+            "Whether the eBPF program is attached to the uplink: 1 or 0, by hook (tcx, clsact or none; xdp besides, where it is wanted)",
             metrics.attached.clone(),
         );
         registry.register(
@@ -55,6 +57,33 @@ impl Metrics {
         );
         registry.register_collector(Box::new(Counters(tables)));
         metrics
+    }
+
+    /// Shows how the programs are attached to uplinks and to their drivers.
+    pub(super) fn show(
+        &self,
+        uplinks: &BTreeMap<u32, Attachment>,
+        drivers: &BTreeMap<u32, Attachment>,
+    ) {
+        self.attached.clear();
+        let rows = uplinks
+            .iter()
+            .map(|(interface, it)| (interface, it, "none"));
+        let of_drivers = drivers.iter().map(|(interface, it)| (interface, it, "xdp"));
+        for (interface, attachment, absent) in rows.chain(of_drivers) {
+            let (hook, value) = match attachment {
+                Attachment::Tcx => ("tcx", 1),
+                Attachment::Clsact => ("clsact", 1),
+                Attachment::Xdp => ("xdp", 1),
+                Attachment::Absent { .. } => (absent, 0),
+            };
+            self.attached
+                .get_or_create(&AttachedLabels {
+                    interface: interface_name(*interface),
+                    hook,
+                })
+                .set(value);
+        }
     }
 }
 

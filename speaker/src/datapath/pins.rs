@@ -3,6 +3,7 @@
 //! ```text
 //!  <pin dir>/layout-2/VIPS      a map of this layout
 //!  <pin dir>/layout-2/links/7   the link of the interface with index 7
+//!  <pin dir>/layout-2/links/xdp-7   the link of its driver
 //! ```
 //!
 //! The number is [`landfall_ebpf_common::LAYOUT`]. What lies under another number is not read: once this
@@ -13,14 +14,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
-use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::tc::{SchedClassifierLink, qdisc_detach_program};
-use aya::programs::{MultiProgLink, TcAttachType};
-use landfall_ebpf_common::{LAYOUT, UPLINK_INGRESS, tcx};
+use aya::programs::TcAttachType;
+use aya::programs::tc::qdisc_detach_program;
+use landfall_ebpf_common::link::Link;
+use landfall_ebpf_common::{LAYOUT, UPLINK_INGRESS};
 use nix::net::if_::if_nameindex;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::layout::{SHAPES, Shape};
+
+/// What the names of drivers' links begin with.
+const DRIVER: &str = "xdp-";
 
 /// Why the pins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -76,11 +80,30 @@ impl Pins {
         self.layout.join("links").join(interface.to_string())
     }
 
+    /// Where the link of an interface's driver is pinned.
+    pub(crate) fn driver_link(&self, interface: u32) -> PathBuf {
+        self.layout
+            .join("links")
+            .join(format!("{DRIVER}{interface}"))
+    }
+
     /// The interfaces with a pinned link.
     pub(crate) fn linked(&self) -> Vec<u32> {
+        self.links("")
+    }
+
+    /// The interfaces with a pinned link of their driver.
+    pub(crate) fn drivers_linked(&self) -> Vec<u32> {
+        self.links(DRIVER)
+    }
+
+    fn links(&self, prefix: &str) -> Vec<u32> {
         entries(&self.layout.join("links"))
             .iter()
-            .filter_map(|path| path.file_name()?.to_str()?.parse().ok())
+            .filter_map(|path| {
+                let name = path.file_name()?.to_str()?;
+                name.strip_prefix(prefix)?.parse().ok()
+            })
             .collect()
     }
 
@@ -153,10 +176,8 @@ fn remove_layout(layout: &Path, removed: &mut Removed) -> io::Result<()> {
 
 /// Detaches a pinned link, at once, and removes the pin. It is no error if it is not there.
 pub(super) fn remove_link(path: &Path) -> io::Result<()> {
-    if let Ok(pinned) = PinnedLink::from_pin(path)
-        && let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned))
-        && let Ok(descriptor) = MultiProgLink::fd(&link)
-        && let Err(error) = tcx::detach(descriptor)
+    if let Ok(link) = Link::open(path)
+        && let Err(error) = link.detach()
     {
         // Without a pin it goes too, only later.
         tracing::debug!(path = %path.display(), %error, "a link cannot be detached at once");

@@ -18,6 +18,7 @@ use landfall_ebpf_common::{UPLINK_INGRESS, map, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 
+use super::driver::{DriverError, Drivers};
 use super::flows::FlowMap;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
@@ -46,10 +47,12 @@ pub(super) enum UplinkError {
     Attach(String, String),
     #[error("there is no interface with index {0}")]
     NoInterface(u32),
+    #[error(transparent)]
+    Map(#[from] TablesError),
 }
 
 /// An error with what it was caused by, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -80,13 +83,22 @@ pub(super) struct Uplink {
     id: u32,
     /// The interfaces it was attached to, by this process or an earlier one.
     attached: BTreeSet<u32>,
+    drivers: Drivers,
 }
 
 impl Uplink {
     /// Loads the program beside the pinned maps, and puts it in the place of the one that an earlier process left
     /// at each uplink: in one step, so that no packet passes uncounted.
-    pub(super) fn load(pins: &Pins, hook: Hook) -> Result<Self, UplinkError> {
+    ///
+    /// The same at the drivers of the interfaces with these names.
+    pub(super) fn load(
+        pins: &Pins,
+        hook: Hook,
+        xdp: &BTreeSet<String>,
+    ) -> Result<Self, UplinkError> {
         let mut ebpf = object(Some(pins))?;
+        let mut drivers = Drivers::adopt(&mut ebpf)?;
+        drivers.inherit(&mut ebpf, pins, xdp);
         let program = classifier(&mut ebpf)?;
         program.load()?;
         let id = program.info()?.id();
@@ -96,6 +108,7 @@ impl Uplink {
             hook,
             id,
             attached: BTreeSet::new(),
+            drivers,
         };
         for interface in pins.linked() {
             match uplink.adopt(interface) {
@@ -149,6 +162,24 @@ impl Uplink {
                 error.to_string(),
             )),
         }
+    }
+
+    /// The interfaces whose drivers carry the other program, as far as this process knows.
+    pub(super) fn drivers(&self) -> BTreeSet<u32> {
+        self.drivers.attached()
+    }
+
+    /// Sees to it that the interface's driver carries it.
+    pub(super) fn ensure_driver(
+        &mut self,
+        interface: u32,
+    ) -> Result<Option<Restored>, DriverError> {
+        self.drivers.ensure(&mut self.ebpf, &self.pins, interface)
+    }
+
+    /// Takes it off the interface's driver.
+    pub(super) fn detach_driver(&mut self, interface: u32) {
+        self.drivers.detach(&self.pins, interface);
     }
 
     /// Takes the program off the interface.
@@ -286,7 +317,7 @@ fn exists(error: &ProgramError) -> bool {
     chain(error).contains(Errno::EEXIST.desc())
 }
 
-fn interface_name(interface: u32) -> Result<String, UplinkError> {
+pub(super) fn interface_name(interface: u32) -> Result<String, UplinkError> {
     if_indextoname(interface)
         .map(|name| name.to_string_lossy().into_owned())
         .map_err(|_| UplinkError::NoInterface(interface))

@@ -10,7 +10,7 @@ use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 
 use super::flows::Flows;
-use super::metrics::{AttachedLabels, Metrics, RestoredLabels};
+use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
 use super::tables::{Tables, TablesError};
 use super::uplink::{Restored, Uplink};
@@ -42,6 +42,8 @@ struct Shared {
     /// The maps, once they are there; shared between the thread, which writes, and whoever reads counts.
     tables: SharedTables,
     attachments: Mutex<BTreeMap<u32, Attachment>>,
+    /// The same of the interfaces whose drivers are to run a program.
+    drivers: Mutex<BTreeMap<u32, Attachment>>,
 }
 
 #[derive(Debug, Default)]
@@ -231,6 +233,7 @@ impl Task {
             if !self.fresh {
                 self.attach(&uplinks);
                 self.retire_others();
+                self.attach_drivers();
             }
         }
     }
@@ -294,8 +297,8 @@ impl Task {
     /// program goes on, or packets are passed up as they were before there was any.
     fn load(&mut self) -> Result<(), String> {
         let pins = Pins::open(&self.config.pin_dir).map_err(|error| error.to_string())?;
-        let mut uplink =
-            Uplink::load(&pins, self.config.hook).map_err(|error| error.to_string())?;
+        let mut uplink = Uplink::load(&pins, self.config.hook, &self.config.xdp)
+            .map_err(|error| error.to_string())?;
         let tables = uplink.tables().map_err(|error| error.to_string())?;
         self.fresh = !tables.is_seeded();
         self.not_retired = Some(pins);
@@ -340,16 +343,7 @@ impl Task {
                 Ok((attachment, restored)) => {
                     if let Some(restored) = restored {
                         self.flows.missed();
-                        let interface = interface_name(interface);
-                        tracing::warn!(interface, ?restored, "the data path was attached anew");
-                        let cause = match restored {
-                            Restored::Removed => "removed",
-                            Restored::Overtaken => "overtaken",
-                        };
-                        self.metrics
-                            .restored
-                            .get_or_create(&RestoredLabels { interface, cause })
-                            .inc();
+                        count_restored(&self.metrics, interface, restored);
                     }
                     attachment
                 }
@@ -360,6 +354,41 @@ impl Task {
             attachments.insert(interface, attachment);
         }
         self.report(attachments);
+    }
+
+    /// The same for the drivers of those uplinks that carry the program and whose drivers the user has named. After
+    /// another version's data path is gone: a driver has room for one program.
+    fn attach_drivers(&mut self) {
+        let Some(uplink) = self.uplink.as_mut() else {
+            return;
+        };
+        let wanted: BTreeSet<u32> = uplink
+            .attached()
+            .into_iter()
+            .filter(|interface| self.config.xdp.contains(&interface_name(*interface)))
+            .collect();
+        for gone in uplink.drivers().difference(&wanted) {
+            uplink.detach_driver(*gone);
+        }
+        let mut drivers = BTreeMap::new();
+        for interface in wanted {
+            let attachment = match uplink.ensure_driver(interface) {
+                Ok(restored) => {
+                    if let Some(restored) = restored {
+                        count_restored(&self.metrics, interface, restored);
+                    }
+                    Attachment::Xdp
+                }
+                Err(error) => {
+                    uplink.detach_driver(interface);
+                    Attachment::Absent {
+                        reason: error.to_string(),
+                    }
+                }
+            };
+            drivers.insert(interface, attachment);
+        }
+        self.report_drivers(drivers);
     }
 
     /// Reports that the data path is at no uplink.
@@ -387,39 +416,55 @@ impl Task {
 
     fn report(&self, attachments: BTreeMap<u32, Attachment>) {
         let mut reported = lock(&self.shared.attachments);
-        if *reported == attachments {
-            return;
+        if *reported != attachments {
+            complain(&reported, &attachments, "no data path at this uplink");
+            *reported = attachments;
+            self.metrics.show(&reported, &lock(&self.shared.drivers));
         }
-        self.metrics.attached.clear();
-        for (interface, attachment) in &attachments {
-            let (hook, value) = match attachment {
-                Attachment::Tcx => ("tcx", 1),
-                Attachment::Clsact => ("clsact", 1),
-                Attachment::Absent { reason } => {
-                    if reported.get(interface) != Some(attachment) {
-                        tracing::warn!(
-                            interface = interface_name(*interface),
-                            reason,
-                            "no data path at this uplink"
-                        );
-                    }
-                    ("none", 0)
-                }
-            };
-            self.metrics
-                .attached
-                .get_or_create(&AttachedLabels {
-                    interface: interface_name(*interface),
-                    hook,
-                })
-                .set(value);
+    }
+
+    fn report_drivers(&self, drivers: BTreeMap<u32, Attachment>) {
+        let mut reported = lock(&self.shared.drivers);
+        if *reported != drivers {
+            complain(
+                &reported,
+                &drivers,
+                "no XDP at this uplink: frames to other nodes take the longer way",
+            );
+            *reported = drivers;
+            drop(reported);
+            let attachments = lock(&self.shared.attachments);
+            self.metrics.show(&attachments, &lock(&self.shared.drivers));
         }
-        *reported = attachments;
     }
 }
 
+/// Says why something is not attached, once.
+fn complain(before: &BTreeMap<u32, Attachment>, now: &BTreeMap<u32, Attachment>, what: &str) {
+    for (interface, attachment) in now {
+        if let Attachment::Absent { reason } = attachment
+            && before.get(interface) != Some(attachment)
+        {
+            tracing::warn!(interface = interface_name(*interface), reason, "{what}");
+        }
+    }
+}
+
+fn count_restored(metrics: &Metrics, interface: u32, restored: Restored) {
+    let interface = interface_name(interface);
+    tracing::warn!(interface, ?restored, "the data path was attached anew");
+    let cause = match restored {
+        Restored::Removed => "removed",
+        Restored::Overtaken => "overtaken",
+    };
+    metrics
+        .restored
+        .get_or_create(&RestoredLabels { interface, cause })
+        .inc();
+}
+
 /// An interface's name, or its index if it has none any more.
-fn interface_name(interface: u32) -> String {
+pub(super) fn interface_name(interface: u32) -> String {
     if_indextoname(interface).map_or_else(
         |_| interface.to_string(),
         |name| name.to_string_lossy().into_owned(),

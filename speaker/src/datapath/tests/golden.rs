@@ -11,6 +11,7 @@ use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
 use landfall_ebpf_common::{Verdict, rendezvous};
 
+use super::super::driver::{Drivers, driver};
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
 use super::super::{Change, NodeId, NodeState, PortId, PortState, VipCount, VipState};
@@ -23,6 +24,9 @@ const VIPS: [IpAddr; 2] = [IpAddr::V4(V4), IpAddr::V6(V6)];
 const COUNTED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 201);
 /// What the kernel gives a test frame for interface: `lo`.
 const INTERFACE: u32 = 1;
+/// `enum xdp_action` (`linux/bpf.h`).
+pub(super) const XDP_PASS: u32 = 2;
+pub(super) const XDP_TX: u32 = 3;
 pub(super) const NODES: [&str; 3] = ["here", "other", "third"];
 
 /// What became of a frame.
@@ -40,6 +44,7 @@ enum Fate {
 pub(super) struct Program {
     pub(super) ebpf: Ebpf,
     tables: Tables,
+    drivers: Drivers,
 }
 
 fn mac(node: &str) -> [u8; 6] {
@@ -90,7 +95,15 @@ impl Program {
             .expect("the object holds it")
             .load()
             .expect("the verifier accepts it");
+        driver(&mut ebpf)
+            .expect("the object holds it")
+            .load()
+            .expect("the verifier accepts it");
+        let mut drivers = Drivers::adopt(&mut ebpf).expect("the object holds the map");
+        // The test device's.
+        drivers.tell(INTERFACE, [0; 6]).expect("the map has room");
         let mut program = Self {
+            drivers,
             tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
             ebpf,
         };
@@ -141,8 +154,31 @@ impl Program {
         (result.return_value, out)
     }
 
+    /// The answer and frame of the program for drivers.
+    pub(super) fn driven(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
+        let mut out = vec![0; frame.len() + 64];
+        let result = driver(&mut self.ebpf)
+            .expect("the object holds it")
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                repeat: 1,
+                ..Default::default()
+            })
+            .expect("the kernel runs it");
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
     fn fate(&mut self, frame: &[u8]) -> Fate {
+        // At the driver first, as on a node: it sends the same frames to the same nodes, and leaves all others alone.
+        let driven = self.driven(frame);
         let (action, out) = self.raw(frame);
+        if action == 7 {
+            assert_eq!(driven, (XDP_TX, out.clone()), "at the driver");
+        } else {
+            assert_eq!(driven, (XDP_PASS, frame.to_vec()), "at the driver");
+        }
         match action {
             // TCX_NEXT, TC_ACT_SHOT, TC_ACT_REDIRECT.
             u32::MAX => {

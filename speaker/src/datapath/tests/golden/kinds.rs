@@ -302,6 +302,7 @@ fn echo_requests_are_answered() {
         };
         let right = sum(&frame).to_be_bytes();
         frame[at + 2..at + 4].copy_from_slice(&right);
+        assert_eq!(program.driven(&frame), (XDP_PASS, frame.clone()));
         let (action, out) = program.raw(&frame);
         assert_eq!(action, 7);
         assert_eq!((&out[..6], &out[6..12]), (&frame[6..12], &frame[..6]));
@@ -444,6 +445,7 @@ fn another_nodes_question_is_answered_for_us_alone() {
         mk_frame_from(mac("other"), echo::ETHERTYPE, &payload)
     };
     let question = mk(echo::REQUEST);
+    assert_eq!(program.driven(&question), (XDP_PASS, question.clone()));
     let (action, out) = program.raw(&question);
     assert_eq!(action, 7);
     assert_eq!((&out[..6], &out[6..12]), (&question[6..12], &question[..6]));
@@ -455,4 +457,59 @@ fn another_nodes_question_is_answered_for_us_alone() {
     others[..6].copy_from_slice(&mac("third"));
     assert_eq!(program.fate(&others), Fate::Next);
     assert_eq!(program.fate(&question[..20]), Fate::Next);
+}
+
+#[test]
+fn what_the_driver_sends_is_counted_there_and_what_it_leaves_is_not() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        for (owner, action) in [("other", XDP_TX), ("here", XDP_PASS)] {
+            let frame = mk(vip, 6, &mk_tcp(port_of(vip, &[(owner, &NODES)]), 80, SYN));
+            let (before, steered) = (
+                program.tables.counts()[&vip],
+                program.verdict(Verdict::Steered),
+            );
+            assert_eq!(program.driven(&frame).0, action);
+            let after = program.tables.counts()[&vip];
+            let sent = u64::from(action == XDP_TX);
+            assert_eq!(after.packets - before.packets, sent);
+            assert_eq!(after.bytes - before.bytes, sent * frame.len() as u64);
+            assert_eq!(program.verdict(Verdict::Steered) - steered, sent);
+            assert_eq!(program.verdict(Verdict::Delivered), 0);
+        }
+    }
+}
+
+#[test]
+fn the_driver_sends_by_the_interface_that_the_frame_came_in_by_and_what_is_for_its_own_address() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    let frame = mk(vip, 6, &mk_tcp(port_of(vip, &[("other", &NODES)]), 80, SYN));
+    assert_eq!(program.driven(&frame).0, XDP_TX);
+    // Another address of the interface, and none that is known.
+    program
+        .drivers
+        .tell(INTERFACE, [2, 0, 0, 0, 0, 9])
+        .expect("the map has room");
+    assert_eq!(program.driven(&frame), (XDP_PASS, frame.clone()));
+    program.drivers.forget(INTERFACE);
+    assert_eq!(program.driven(&frame), (XDP_PASS, frame.clone()));
+    program
+        .drivers
+        .tell(INTERFACE, [0; 6])
+        .expect("the map has room");
+    assert_eq!(program.driven(&frame).0, XDP_TX);
+    // The node is heard at another interface.
+    let id = NodeId {
+        interface: INTERFACE + 1,
+        ..mk_id("other")
+    };
+    program.change(&Change::Node(id, Some(mk_node("other"))));
+    let state = PortState {
+        interface: INTERFACE + 1,
+        ..mk_port(&["other"])
+    };
+    program.port(vip, Protocol::Tcp, 80, state);
+    assert_eq!(program.raw(&frame).0, 7);
+    assert_eq!(program.driven(&frame), (XDP_PASS, frame));
 }

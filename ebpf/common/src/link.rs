@@ -1,0 +1,123 @@
+//! Pinned links of any kind: opening one, asking where it is attached, taking it off at once.
+//!
+//! aya keeps the descriptors of links to itself.
+
+extern crate std;
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// `BPF_OBJ_GET` of `enum bpf_cmd` (`linux/bpf.h`).
+const BPF_OBJ_GET: libc::c_long = 7;
+/// `BPF_OBJ_GET_INFO_BY_FD` of the same.
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+/// `BPF_LINK_DETACH` of the same.
+const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// A link.
+#[derive(Debug)]
+pub struct Link(OwnedFd);
+
+/// The part of `union bpf_attr` for pinned objects.
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+/// The `info` part of `union bpf_attr`.
+#[repr(C)]
+struct InfoAttr {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// `struct bpf_link_info`, as far as links of XDP go.
+#[repr(C)]
+#[derive(Default)]
+struct XdpInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    ifindex: u32,
+    rest: [u32; 3],
+}
+
+/// The `link_detach` part of `union bpf_attr`.
+#[repr(C)]
+struct DetachAttr {
+    link_fd: u32,
+}
+
+/// Calls bpf(2) with an attribute, which must be the command's part of `union bpf_attr`.
+fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<libc::c_long> {
+    // SAFETY: the attribute lives through the call and its size is told; what it points to lives as long, since the
+    // callers below own it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            core::ptr::from_mut(attr),
+            size_of::<A>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+impl Link {
+    /// The link that is pinned at a path.
+    ///
+    /// # Errors
+    /// `ENOENT` if nothing is there, `EPERM` without the permission.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut attr = ObjectAttr {
+            pathname: path.as_ptr() as u64,
+            ..ObjectAttr::default()
+        };
+        let descriptor = bpf(BPF_OBJ_GET, &mut attr)?;
+        let descriptor = i32::try_from(descriptor).expect("descriptors are small");
+        // SAFETY: the descriptor is fresh and nobody else's.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+    }
+
+    /// Of a link of XDP: the index of the interface it is attached to, 0 if it was taken off or the interface is gone.
+    ///
+    /// # Errors
+    /// None that is expected.
+    pub fn xdp_interface(&self) -> io::Result<u32> {
+        let mut info = XdpInfo::default();
+        let mut attr = InfoAttr {
+            bpf_fd: self.number(),
+            info_len: u32::try_from(size_of::<XdpInfo>()).expect("a few bytes"),
+            info: &raw mut info as u64,
+        };
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+        Ok(info.ifindex)
+    }
+
+    /// Detaches its program now. Removing the last reference to a link does the same, but some time later.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for links that cannot be detached.
+    pub fn detach(&self) -> io::Result<()> {
+        let mut attr = DetachAttr {
+            link_fd: self.number(),
+        };
+        bpf(BPF_LINK_DETACH, &mut attr).map(drop)
+    }
+
+    fn number(&self) -> u32 {
+        u32::try_from(self.0.as_raw_fd()).expect("an open descriptor is not negative")
+    }
+}
