@@ -31,7 +31,7 @@ Examples:
     landfall lab down
 
 The lab makes network namespaces lf-… and needs root, iproute2 and nftables. The host's own network is left
-alone. In the lab, and only there, nftables rules made from the EndpointSlices stand in for kube-proxy.";
+alone. There is no kube-proxy: the speakers deliver to the pods themselves (--delivery native).";
 
 /// The arguments of `landfall lab`.
 #[derive(Debug, clap::Args)]
@@ -82,8 +82,7 @@ struct Size {
     /// How many pods on each.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=80))]
     pods: u8,
-    /// The Service's externalTrafficPolicy. With `cluster` the figures include connections that kube-proxy's
-    /// stand-in hands to pods of a node that is dead.
+    /// The Service's externalTrafficPolicy. The speakers deliver both alike, to pods of each node's own.
     #[arg(long, default_value = "local")]
     policy: PolicyName,
     /// Each node has a second NIC, eth1, on a second LAN.

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::ip::Family;
@@ -56,13 +57,41 @@ pub struct GroupService {
     pub endpoint_nodes: BTreeSet<NodeName>,
     /// How each port's new flows are to be spread, by family: over the nodes with ready endpoints, or, where nobody
     /// has any, over those whose endpoints still serve while they terminate.
-    pub spreads: BTreeMap<(Family, Protocol, u16), Distribution>,
+    pub spreads: BTreeMap<FamilyPort, Distribution>,
     /// All flows of a client go to one node.
     pub affinity: bool,
     /// UDP flows are told apart by their ports too.
     pub udp_ports: bool,
+    /// The servable endpoints of each port, by family; empty where kube-proxy delivers to them.
+    pub endpoints: BTreeMap<FamilyPort, BTreeSet<PodEndpoint>>,
+    /// The networks whose clients are served; nothing, if all are.
+    pub source_ranges: Option<BTreeSet<IpNet>>,
     /// Endpoints that are processes of nodes, by port; empty when any endpoint is a pod.
     pub host_endpoints: BTreeMap<(Protocol, u16), BTreeMap<NodeName, BTreeSet<SocketAddr>>>,
+}
+
+/// An endpoint that can be sent flows.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PodEndpoint {
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// Its node.
+    pub node: NodeName,
+    /// It takes new flows; else it still serves while it terminates.
+    pub ready: bool,
+}
+
+impl GroupService {
+    /// The endpoints of a port to send new flows to, of those on a node or of all: the ready ones, or, where nobody is,
+    /// those that still serve while they terminate.
+    pub fn targets(&self, port: FamilyPort, node: Option<&NodeName>) -> BTreeSet<SocketAddr> {
+        let endpoints = self.endpoints.get(&port).into_iter().flatten();
+        let (ready, draining): (Vec<&PodEndpoint>, Vec<&PodEndpoint>) = endpoints
+            .filter(|endpoint| node.is_none_or(|node| endpoint.node == *node))
+            .partition(|endpoint| endpoint.ready);
+        let chosen = if ready.is_empty() { draining } else { ready };
+        chosen.iter().map(|endpoint| endpoint.address).collect()
+    }
 }
 
 /// Addresses that move together.
@@ -105,11 +134,19 @@ impl Group {
     }
 }
 
+/// What an index is to tell of Services.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Endpoints that are nodes' own addresses: Landfall delivers to them (manifests source only).
+    pub host_endpoints: bool,
+    /// All other endpoints: Landfall delivers to them too, and no kube-proxy.
+    pub pod_endpoints: bool,
+}
+
 /// The index. See the module's documentation.
 #[derive(Debug, Default)]
 pub struct GroupIndex {
-    /// Deliver endpoints that are nodes' own addresses ourselves (manifests source only).
-    host_endpoints: bool,
+    options: Options,
     services: BTreeMap<ObjectKey, Service>,
     slices: BTreeMap<ObjectKey, EndpointSlice>,
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
@@ -143,10 +180,10 @@ pub const KINDS: [Kind; 6] = [
 ];
 
 impl GroupIndex {
-    /// An empty index. With `host_endpoints`, Services whose endpoints are addresses of nodes are recognised.
-    pub fn new(host_endpoints: bool) -> Self {
+    /// An empty index.
+    pub fn new(options: Options) -> Self {
         Self {
-            host_endpoints,
+            options,
             ..Self::default()
         }
     }
@@ -165,7 +202,7 @@ impl GroupIndex {
     /// Takes in which addresses the speakers say their nodes have: where there are no Node objects, these tell which
     /// endpoints are processes of nodes.
     pub fn tell_addresses(&mut self, addresses: BTreeMap<IpAddr, NodeName>) {
-        if self.host_endpoints && self.told_addresses != addresses {
+        if self.options.host_endpoints && self.told_addresses != addresses {
             self.told_addresses = addresses;
             self.nodes_changed();
         }
@@ -414,9 +451,10 @@ impl GroupIndex {
         if vips.is_empty() {
             return None;
         }
+        let steers = vips.iter().all(|vip| vip.placement.steering);
         let services: Vec<GroupService> = keys
             .into_iter()
-            .map(|key| self.group_service(key))
+            .map(|key| self.group_service(key, steers))
             .collect();
         let digest = digest(id, &vips, &services);
         Some(Group {
@@ -462,12 +500,13 @@ impl GroupIndex {
             .clone()
     }
 
-    fn group_service(&self, key: ObjectKey) -> GroupService {
+    fn group_service(&self, key: ObjectKey, steers: bool) -> GroupService {
         let service = self.services.get(&key);
         let mut endpoint_nodes = BTreeSet::new();
         let mut host_endpoints = BTreeMap::<_, BTreeMap<_, BTreeSet<_>>>::new();
         let mut counts = Counts::default();
-        let mut only_hosts = self.host_endpoints;
+        let mut only_hosts = self.options.host_endpoints;
+        let mut endpoints = BTreeMap::<FamilyPort, BTreeSet<PodEndpoint>>::new();
         let mut any_host = false;
         let ports = service
             .map(|service| service.ports.clone())
@@ -497,11 +536,15 @@ impl GroupIndex {
                         .iter()
                         .find(|p| p.name == port.name && p.protocol == port.protocol);
                     if let Some(target) = target {
-                        counts.add(
-                            (slice.family, port.protocol, port.port),
-                            node,
-                            endpoint.ready,
-                        );
+                        let family_port = (slice.family, port.protocol, port.port);
+                        counts.add(family_port, node, endpoint.ready);
+                        if self.options.pod_endpoints {
+                            endpoints.entry(family_port).or_default().insert(PodEndpoint {
+                                address: SocketAddr::new(endpoint.address, target.port),
+                                node: node.clone(),
+                                ready: endpoint.ready,
+                            });
+                        }
                         host_endpoints
                             .entry((port.protocol, port.port))
                             .or_default()
@@ -512,10 +555,14 @@ impl GroupIndex {
                 }
             }
         }
-        if !(only_hosts && any_host) {
+        if only_hosts && any_host {
+            endpoints.clear();
+        } else {
             host_endpoints.clear();
         }
-        let local = service.is_some_and(|s| s.traffic_policy == TrafficPolicy::Local);
+        // Without steering the leader delivers alone, and without kube-proxy to its own endpoints only.
+        let local = service.is_some_and(|s| s.traffic_policy == TrafficPolicy::Local)
+            || (self.options.pod_endpoints && !steers && host_endpoints.is_empty());
         GroupService {
             ports,
             local_nodes: local.then(|| endpoint_nodes.clone()),
@@ -524,6 +571,8 @@ impl GroupIndex {
             spreads: counts.spreads(),
             affinity: service.is_some_and(|s| s.affinity),
             udp_ports: service.is_some_and(|s| s.udp_ports),
+            endpoints,
+            source_ranges: service.and_then(|s| s.source_ranges.clone()),
             host_endpoints,
             key,
         }
@@ -531,7 +580,7 @@ impl GroupIndex {
 }
 
 /// A port of a Service, in a family.
-type FamilyPort = (Family, Protocol, u16);
+pub type FamilyPort = (Family, Protocol, u16);
 
 /// Servable endpoints of each node: the ready ones, and those that still serve while they terminate.
 #[derive(Debug, Default)]

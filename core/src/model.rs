@@ -3,7 +3,7 @@
 //! Both sources, the Kubernetes API and a directory of manifests, are turned into these types by
 //! `landfall-runtime`; the indexes of this crate take nothing else. Everything here is plain data.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -176,6 +176,8 @@ pub struct Service {
     pub affinity: bool,
     /// Its UDP flows are told apart by their ports too (annotation `landfall.dev/udp-hash: ports`).
     pub udp_ports: bool,
+    /// `spec.loadBalancerSourceRanges`: the networks whose clients are served; nothing, if all are.
+    pub source_ranges: Option<BTreeSet<IpNet>>,
     /// `spec.ipFamilies`.
     pub families: Vec<Family>,
     /// `spec.ipFamilyPolicy`.

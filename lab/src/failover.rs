@@ -17,7 +17,6 @@ use crate::measure::{connects, datagrams, stream};
 use crate::process::Program;
 use crate::report::Run;
 use crate::speakers::{ADMIN, http_get};
-use crate::stand_in::StandIn;
 use crate::topology::Topology;
 
 /// The name of the scene's Service.
@@ -54,12 +53,9 @@ pub enum Progress {
 /// Where progress goes.
 pub type Notify<'a> = &'a (dyn Fn(Progress) + Sync);
 
-/// A lab with a speaker on every node, a dual-stack Service with all pods behind it, and the stand-in for
-/// kube-proxy.
+/// A lab with a speaker on every node, and a dual-stack Service with all pods behind it.
 #[derive(Debug)]
 pub struct Scene {
-    // Dropped in this order: the stand-in ends before its lab.
-    _stand_in: StandIn,
     lab: Lab,
     vips: [IpAddr; 2],
     played: AtomicU32,
@@ -80,7 +76,6 @@ impl Scene {
         manifests.write_pool()?;
         manifests.write_service(SERVICE, vips, policy)?;
         manifests.write_endpoints(SERVICE, lab.pods())?;
-        let stand_in = StandIn::start(&lab)?;
         for node in lab.nodes() {
             // See `fresh_ports`.
             node.netns
@@ -89,7 +84,6 @@ impl Scene {
         step("starting the speakers");
         lab.start_speakers()?;
         let scene = Self {
-            _stand_in: stand_in,
             lab,
             vips,
             played: AtomicU32::new(0),

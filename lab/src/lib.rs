@@ -36,7 +36,6 @@
 //! - [`Netns`]: a namespace; run closures, futures, threads and commands in it.
 //! - [`Lab`]: hosts by name, processes on hosts ([`Lab::start`]), faults ([`Lab::inject`], [`Lab::partition`], …).
 //! - [`manifests`]: the objects for `--manifests`; [`speakers`]: the real speakers on them.
-//! - [`stand_in`]: what delivers to pods where no kube-proxy runs.
 //! - [`measure`]: what clients see; [`failover`]: one fail-over, measured.
 //! - [`ledger`]: what was made, so that it can be removed whatever happens.
 #![deny(unsafe_code)]
@@ -57,7 +56,6 @@ pub mod raw;
 pub mod report;
 pub mod server;
 pub mod speakers;
-pub mod stand_in;
 mod sys;
 pub mod tool;
 mod topology;

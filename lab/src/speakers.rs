@@ -56,7 +56,8 @@ impl Lab {
             let program = self
                 .speaker(&node.name)?
                 .option("--manifests", self.manifests_dir().display())
-                .option("--state-dir", state.display());
+                .option("--state-dir", state.display())
+                .option("--delivery", "native");
             self.start(&node.name, SPEAKER, &program)?;
         }
         Ok(())

@@ -11,7 +11,6 @@ use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::measure::stream::Fate;
 use landfall_lab::measure::{connects, datagrams, stream};
 use landfall_lab::server::{TCP_PORT, UDP_PORT};
-use landfall_lab::stand_in::StandIn;
 use landfall_lab::{Fault, Lab, Network, Topology, address, ping};
 
 fn mk_lab() -> Lab {
@@ -115,58 +114,5 @@ fn route_vips(lab: &Lab, node: u8) {
         lab.client()
             .ip(&format!("route replace {vip} via {via}"))
             .unwrap();
-    }
-}
-
-#[test]
-fn the_stand_in_delivers_like_kube_proxy() {
-    let lab = mk_lab();
-    let manifests = Manifests::new(lab.manifests_dir());
-    let vips = address::vips(0);
-    manifests.write_nodes(&lab).unwrap();
-    manifests.write_pool().unwrap();
-    manifests
-        .write_service("echo", vips, Policy::Local)
-        .unwrap();
-    manifests.write_endpoints("echo", lab.pods()).unwrap();
-    let _stand_in = StandIn::start(&lab).unwrap();
-    let answered_by = |vip: IpAddr| {
-        let probe = datagrams::Probe::start(lab.client(), SocketAddr::new(vip, ECHO)).unwrap();
-        thread::sleep(Duration::from_millis(300));
-        let pods: Vec<String> = probe
-            .stop()
-            .answered_by()
-            .keys()
-            .map(ToString::to_string)
-            .collect();
-        pods
-    };
-    for node in [1, 2] {
-        route_vips(&lab, node);
-        for vip in vips {
-            assert_eq!(answered_by(vip), [format!("node{node}-pod0")]);
-        }
-    }
-    // Without a pod of its own a node serves nobody under Local, and everybody under Cluster.
-    manifests
-        .write_endpoints("echo", &lab.node("node1").unwrap().pods)
-        .unwrap();
-    thread::sleep(Duration::from_secs(1));
-    assert!(answered_by(vips[0]).is_empty());
-    manifests
-        .write_service("echo", vips, Policy::Cluster)
-        .unwrap();
-    thread::sleep(Duration::from_secs(1));
-    for vip in vips {
-        assert_eq!(answered_by(vip), ["node1-pod0"]);
-        let flows = Flows::open(lab.client(), SocketAddr::new(vip, LINES), 2);
-        assert_eq!(flows.count().alive, 2);
-    }
-    for (family, vip) in [("ip", vips[0]), ("ip6", vips[1])] {
-        let map = lab.nodes()[1]
-            .netns
-            .exec(&format!("nft list map {family} kube-proxy service-ips"))
-            .unwrap();
-        assert!(map.contains(&format!("{vip} . tcp . 80")), "{map}");
     }
 }

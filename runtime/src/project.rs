@@ -1,6 +1,6 @@
 //! From what the API or a manifest says to [`landfall_core::model`]: only the fields that decide anything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -153,6 +153,7 @@ impl Project for corev1::Service {
                 .unwrap_or_default(),
             affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
             udp_ports: annotations.get(annotations::UDP_HASH).map(String::as_str) == Some("ports"),
+            source_ranges: source_ranges(spec.load_balancer_source_ranges),
             families: families(spec.ip_families),
             family_policy: match spec.ip_family_policy.as_deref() {
                 Some("PreferDualStack") => model::FamilyPolicy::PreferDualStack,
@@ -165,6 +166,17 @@ impl Project for corev1::Service {
             assigned_pool: annotations.get(annotations::POOL).cloned(),
         }))
     }
+}
+
+/// What cannot be read admits nobody.
+fn source_ranges(ranges: Option<Vec<String>>) -> Option<BTreeSet<IpNet>> {
+    let ranges = ranges.filter(|ranges| !ranges.is_empty())?;
+    Some(
+        ranges
+            .iter()
+            .filter_map(|range| range.trim().parse::<IpNet>().ok())
+            .collect(),
+    )
 }
 
 impl Project for discoveryv1::EndpointSlice {

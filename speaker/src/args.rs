@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use landfall_runtime::args::KubeArgs;
 use landfall_runtime::telemetry::LogArgs;
 
+use crate::datapath::Delivery;
 use crate::keys::KeySource;
 
 /// What `--help` shows after the flags.
@@ -119,6 +120,16 @@ pub struct Args {
     /// Where /metrics, /healthz, /readyz and /debug/state are served.
     #[arg(long, env = "LANDFALL_ADMIN_ADDRESS", default_value = "127.0.0.1:7951")]
     pub admin_address: SocketAddr,
+
+    /// Who gives packets that reached this node to its pods: kube-proxy, or this program itself (eBPF on the uplinks;
+    /// clients' addresses are kept whatever externalTrafficPolicy says). The same on every node.
+    #[arg(
+        long,
+        env = "LANDFALL_DELIVERY",
+        value_enum,
+        default_value_t = Delivery::KubeProxy
+    )]
+    pub delivery: Delivery,
 
     /// Whether answers from a VIP leave by the interface it is announced on, even if the route to the client is
     /// another one.

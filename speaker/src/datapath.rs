@@ -24,7 +24,7 @@ mod uplink;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,11 +44,23 @@ pub struct Config {
     pub pin_dir: PathBuf,
     /// By which hook to attach.
     pub hook: Hook,
+    /// Who delivers to endpoints.
+    pub delivery: Delivery,
     /// The names of interfaces whose drivers are to run a program too (XDP), where frames come in that go to other
     /// nodes.
     pub xdp: BTreeSet<String>,
     /// How often the attachments are checked.
     pub watch: Duration,
+}
+
+/// Who gives what is for this node to its endpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Delivery {
+    /// kube-proxy, or what stands in its place.
+    #[default]
+    KubeProxy,
+    /// The programs themselves.
+    Native,
 }
 
 impl Config {
@@ -57,6 +69,7 @@ impl Config {
         Self {
             pin_dir: pin_dir.into(),
             hook: Hook::Auto,
+            delivery: Delivery::KubeProxy,
             xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
         }
@@ -145,6 +158,17 @@ pub struct PortState {
     pub udp_ports: bool,
     /// The endpoints are processes of nodes, which the packet filter delivers to.
     pub host: bool,
+    /// What this node translates to; nothing, if it leaves that to kube-proxy.
+    pub native: Option<Native>,
+}
+
+/// This node's endpoints of a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Native {
+    /// Where new flows go, evenly.
+    pub endpoints: BTreeSet<SocketAddr>,
+    /// The networks whose clients are served; nothing, if all are.
+    pub ranges: Option<BTreeSet<IpNet>>,
 }
 
 /// A node.

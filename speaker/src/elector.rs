@@ -26,11 +26,11 @@ use std::time::Duration;
 use landfall_core::election::{
     BootId, Change, Config as ElectionConfig, Elector, HeldPort, InterfaceFact, Outgoing,
 };
-use landfall_core::groups::{Group, GroupId, GroupIndex};
+use landfall_core::groups::{Group, GroupId, GroupIndex, Options};
 use landfall_core::model::{Event, NodeName};
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
-use crate::datapath::{DataPath, Held, NodeId};
+use crate::datapath::{DataPath, Delivery, Held, NodeId};
 use crate::hello::{Hello, HelloError, Opener, seal};
 use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
@@ -74,6 +74,8 @@ pub struct Identity {
     pub boot: BootId,
     /// Objects come from files: there may be no kube-proxy, and host endpoints are delivered here.
     pub manifests: bool,
+    /// Who delivers to endpoints that are pods.
+    pub delivery: Delivery,
     /// Where to gossip.
     pub gossip: SocketAddr,
     /// Other speakers that were named.
@@ -143,7 +145,10 @@ impl Speaker {
             ElectionConfig::default(),
         );
         let mut speaker = Self {
-            index: GroupIndex::new(identity.manifests),
+            index: GroupIndex::new(Options {
+                host_endpoints: identity.manifests,
+                pod_endpoints: identity.delivery == Delivery::Native,
+            }),
             identity,
             parts,
             metrics,

@@ -6,6 +6,7 @@
 mod kube_proxy;
 mod metrics;
 mod netfilter;
+mod pods;
 mod routes;
 mod ruleset;
 mod tool;
@@ -15,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ipnet::IpNet;
 use landfall_core::model::Protocol;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
@@ -33,12 +35,15 @@ pub struct Rules {
     /// The uplink (by name) of each VIP on this node: answers leave by it even when the route to the client does not.
     pub uplinks: BTreeMap<IpAddr, Arc<str>>,
     /// Services whose endpoints are processes of nodes, delivered by Landfall itself.
-    pub host_services: BTreeMap<HostService, HostTargets>,
+    pub host_services: BTreeMap<VipPort, HostTargets>,
+    /// Services whose endpoints are pods, for this node's own processes and pods, where no kube-proxy delivers. What
+    /// comes in by an uplink is the eBPF programs'.
+    pub pod_services: BTreeMap<VipPort, Arc<PodTargets>>,
 }
 
-/// A port of a VIP that is delivered to processes of nodes.
+/// A port of a VIP.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct HostService {
+pub struct VipPort {
     /// The VIP.
     pub vip: IpAddr,
     /// The protocol.
@@ -47,13 +52,24 @@ pub struct HostService {
     pub port: u16,
 }
 
-/// Where a [`HostService`] is delivered.
+/// Where a port is delivered whose endpoints are processes of nodes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostTargets {
     /// This node's own endpoint, preferred while there is one.
     pub local: Option<SocketAddr>,
     /// Endpoints of other nodes, used when there is no local one (masqueraded for forwarded clients).
     pub remote: Vec<SocketAddr>,
+}
+
+/// Where a port is delivered whose endpoints are pods: to any of the cluster's, as kube-proxy does for clients in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodTargets {
+    /// The endpoints.
+    pub endpoints: BTreeSet<SocketAddr>,
+    /// All of a client's connections go to one.
+    pub affinity: bool,
+    /// The networks whose clients are served besides this node; nothing, if all are.
+    pub ranges: Option<BTreeSet<IpNet>>,
 }
 
 /// Makes [`Rules`] so.

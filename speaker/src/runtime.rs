@@ -95,7 +95,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         },
         &mut registry,
     );
-    let datapath = datapath::start(datapath::Config::new(&args.pins.bpf_pin_dir), &mut registry);
+    let datapath = datapath::start(
+        datapath::Config {
+            delivery: args.delivery,
+            ..datapath::Config::new(&args.pins.bpf_pin_dir)
+        },
+        &mut registry,
+    );
     let parts = Parts {
         announcer: Arc::new(announcer),
         rules: Arc::new(rules),
@@ -106,6 +112,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         node: node.clone(),
         boot,
         manifests: args.manifests.is_some(),
+        delivery: args.delivery,
         gossip: address,
         peers: peers(&args).await?,
     };
@@ -335,6 +342,12 @@ impl Loop {
                 }
                 _ = beat.tick() => {
                     let now = self.now();
+                    // After a pause of this process: what came meanwhile is heard before silence is concluded from.
+                    let mut speaker = self.shared.lock();
+                    for event in std::iter::from_fn(|| announcer.try_recv().ok()).take(BATCH) {
+                        speaker.announcer(event, now);
+                    }
+                    drop(speaker);
                     let questions = self.shared.lock().questions(self.probes.asks_hosts(now));
                     self.probes.ask(questions, now);
                     let wakeup = objects.allocator.as_ref().and_then(Allocator::next_wakeup);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use landfall_core::model::Protocol;
 use landfall_lab::{Lab, Netns, Network, Topology};
-use landfall_speaker::node_rules::{self, Config, HostService, HostTargets, NodeRules as _, Rules};
+use landfall_speaker::node_rules::{self, Config, HostTargets, NodeRules as _, Rules, VipPort};
 use prometheus_client::registry::Registry;
 use tokio::sync::oneshot;
 
@@ -289,7 +289,7 @@ fn host_endpoints_are_delivered_on_the_leader_and_from_every_node() {
         if let Some(local) = local {
             serve(netns, local, &node.name);
         }
-        let service = HostService {
+        let service = VipPort {
             vip,
             protocol: Protocol::Tcp,
             port: 443,
@@ -372,13 +372,12 @@ fn answers_leave_by_the_uplink_of_the_vip() {
              add rule ip strict pre iifname eth0 ip saddr {vip} counter drop\n"
         ))
         .unwrap();
-    let service = HostService {
+    let service = VipPort {
         vip,
         protocol: Protocol::Tcp,
         port: 80,
     };
     let rules = Rules {
-        refusing: BTreeMap::new(),
         vips: BTreeSet::from([vip]),
         uplinks: BTreeMap::from([(vip, "eth1".into())]),
         host_services: BTreeMap::from([(
@@ -388,6 +387,7 @@ fn answers_leave_by_the_uplink_of_the_vip() {
                 remote: Vec::new(),
             },
         )]),
+        ..Rules::default()
     };
     let to = SocketAddr::new(vip, 80);
     let without = Config {
@@ -518,7 +518,7 @@ fn policy_routes_outlive_other_changes_and_come_back_with_their_link() {
 fn a_single_flushed_chain_or_set_is_put_back() {
     let netns = Netns::create("chain").unwrap();
     let [vip, _] = landfall_lab::address::vips(0);
-    let service = HostService {
+    let service = VipPort {
         vip,
         protocol: Protocol::Tcp,
         port: 443,

@@ -11,7 +11,6 @@ use landfall_ebpf_common::LAYOUT;
 use landfall_lab::fault::{Fault, SPEAKER};
 use landfall_lab::manifests::{ECHO, LINES, Manifests, Policy};
 use landfall_lab::measure::neighbours::who_answers;
-use landfall_lab::stand_in::StandIn;
 use landfall_lab::{Lab, Netns, Node, Pod, Topology};
 
 /// What a busy machine can promise.
@@ -25,8 +24,6 @@ fn vips() -> [IpAddr; 2] {
 
 /// Nodes with pods, a Service of the pods that are named in turn, and speakers.
 struct Cluster {
-    // Dropped in this order: the stand-in ends before its lab.
-    _stand_in: StandIn,
     lab: Lab,
     manifests: Manifests,
 }
@@ -49,12 +46,7 @@ impl Cluster {
         manifests
             .write_service(SERVICE, vips(), Policy::Local)
             .unwrap();
-        let stand_in = StandIn::start(&lab).unwrap();
-        Self {
-            _stand_in: stand_in,
-            lab,
-            manifests,
-        }
+        Self { lab, manifests }
     }
 
     /// Starts the speakers, and waits until all of them steer.

@@ -55,7 +55,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 fn attached(netns: &Netns) -> usize {
     netns.run(|| {
         let uplink = nix::net::if_::if_nametoindex("eth0").unwrap();
-        tcx::ingress_programs(uplink).unwrap().len()
+        tcx::programs(uplink, tcx::Hook::Ingress).unwrap().len()
     })
 }
 

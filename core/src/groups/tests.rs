@@ -45,7 +45,7 @@ fn mk_vip(address: &str, group: &str, service: &str) -> Event {
 }
 
 fn mk_index() -> GroupIndex {
-    let mut index = GroupIndex::new(false);
+    let mut index = GroupIndex::new(Options::default());
     index.apply(mk_node("a", &[]));
     index.apply(mk_node("bb", &[("rack", "2"), (EXCLUDE_LABEL, "")]));
     index.apply(mk_vip("10.88.0.200", "g", "web"));

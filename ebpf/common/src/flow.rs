@@ -2,7 +2,8 @@
 
 use crate::VipKey;
 
-/// A TCP flow to a virtual IP.
+/// A flow to a virtual IP, by the addresses and ports of what its client sends. In the maps of answers: by those of
+/// what the endpoint sends, the endpoint in the client's place and the client in that of the virtual IP.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FlowKey {
@@ -14,6 +15,36 @@ pub struct FlowKey {
     pub client_port: u16,
     /// The port on the virtual IP, in the host's order.
     pub port: u16,
+    /// The protocol's number (6, 17 or 132).
+    pub protocol: u32,
+}
+
+impl FlowKey {
+    /// By what the answers of this endpoint to the flow are known.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // The verifier sees straight code.
+    #[must_use]
+    pub const fn answer(&self, endpoint: &Endpoint) -> Self {
+        Self {
+            client: endpoint.address,
+            vip: VipKey(self.client),
+            client_port: endpoint.port,
+            port: self.client_port,
+            protocol: self.protocol,
+        }
+    }
+}
+
+/// An address and a port: what a flow is translated to, or back to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Endpoint {
+    /// The address, as in a [`VipKey`].
+    pub address: [u8; 16],
+    /// The port, in the host's order; 0 for no endpoint.
+    pub port: u16,
+    /// Zero.
+    pub zero: u16,
 }
 
 /// What is known of a flow.
@@ -24,22 +55,42 @@ pub struct Flow {
     pub seen: u64,
     /// A [`flow_state`].
     pub state: u32,
-    /// Zero.
-    pub zero: u32,
+    /// To whom it is translated; nobody, if that is kube-proxy's to do.
+    pub endpoint: Endpoint,
 }
 
-/// The states of a [`Flow`], as far as its life here goes.
+/// What is known of the answers to a flow that is translated.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// When the endpoint was last heard: nanoseconds of the monotonic clock.
+    pub seen: u64,
+    /// A [`flow_state`].
+    pub state: u32,
+    /// The virtual IP and its port, which the answers carry as their source.
+    pub vip: Endpoint,
+}
+
+/// The states of a [`Flow`] and of its [`Answer`]s, as far as its life here goes.
 pub mod flow_state {
     /// In use.
     pub const ESTABLISHED: u32 = 1;
-    /// Its client has sent FIN or RST.
+    /// Its sender has sent FIN or RST.
     pub const CLOSING: u32 = 2;
+    /// In use before this table was; one of several flows that the endpoint's answers may belong to. The client's
+    /// next packet tells.
+    pub const GUESSED: u32 = 3;
 }
 
 /// How many flows a node keeps.
 pub const MAX_FLOWS: u32 = 262_144;
 /// How many flows whose SYN was delivered and that have not been heard since a node keeps.
 pub const MAX_HALF_OPEN: u32 = 16_384;
+/// How many flows of protocols without connections a node keeps, where it translates them.
+pub const MAX_DATAGRAMS: u32 = 65_536;
+/// For how long such a flow stays with its endpoint when it is not heard, in nanoseconds: `nf_conntrack`'s for UDP
+/// streams.
+pub const DATAGRAM_LIFE: u64 = 120_000_000_000;
 
 /// A bucket of a port.
 #[repr(C)]

@@ -15,25 +15,29 @@ pub mod link;
 pub mod offload;
 mod port;
 pub mod rendezvous;
+pub mod sctp;
 #[cfg(feature = "user")]
 pub mod tcx;
 
 pub use address::{MAX_VIPS, Vip, VipCount, VipKey, vip_flag};
 pub use flow::{
-    FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Holders, HoldersKey, MAX_FLOWS,
-    MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_HOLDERS, flow_state,
+    Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Holders,
+    HoldersKey, MAX_DATAGRAMS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_HOLDERS,
+    flow_state,
 };
 pub use port::{
-    Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_WIDE, Member,
-    NARROW, Node, Peer, PeerKey, Port, PortKey, Routed, Spread, WIDE_PAGE, WideKey, WidePage,
-    node_flag, port_flag, routed_prefix,
+    Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_RANGES, MAX_ROUTED,
+    MAX_SLOTS, MAX_WIDE, Member, NARROW, Node, Peer, PeerKey, Port, PortKey, Range, Routed, SlotKey,
+    Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag, routed_prefix,
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
+/// The name of the program for the uplinks' egress.
+pub const UPLINK_EGRESS: &str = "landfall_answers";
 /// The name of the program for the uplinks' drivers.
 pub const UPLINK_DRIVER: &str = "landfall_uplink_xdp";
 
@@ -71,11 +75,17 @@ pub enum Verdict {
     Waiting,
     /// A flow that was delivered and not entered: the table is full.
     FlowsFull,
+    /// An answer that was given the VIP's address for source.
+    Answered,
+    /// Dropped: its client is in none of the Service's source ranges.
+    Refused,
+    /// Dropped: its endpoint could not tell it from another flow of the same client.
+    Collided,
 }
 
 impl Verdict {
     /// All, each at the place of its number.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Delivered,
         Self::Steered,
         Self::HandedOn,
@@ -85,6 +95,9 @@ impl Verdict {
         Self::Unreachable,
         Self::Waiting,
         Self::FlowsFull,
+        Self::Answered,
+        Self::Refused,
+        Self::Collided,
     ];
 
     /// How many there are.
@@ -103,6 +116,9 @@ impl Verdict {
             Self::Unreachable => "unreachable",
             Self::Waiting => "waiting",
             Self::FlowsFull => "flows-full",
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::Collided => "collided",
         }
     }
 }
@@ -129,6 +145,19 @@ pub mod map {
     pub const FLOWS: &str = "FLOWS";
     /// The same, for flows whose SYN was delivered and no more.
     pub const HALF_OPEN: &str = "HALF_OPEN";
+    /// From the [`FlowKey`](crate::FlowKey) of answers to [`Answer`](crate::Answer), for what is in `FLOWS` and is
+    /// translated here.
+    pub const ANSWERS: &str = "ANSWERS";
+    /// The same for what is in `HALF_OPEN`.
+    pub const HALF_ANSWERS: &str = "HALF_ANSWERS";
+    /// From [`FlowKey`](crate::FlowKey) to [`Flow`](crate::Flow), for what has no connections and is translated here.
+    pub const DATAGRAMS: &str = "DATAGRAMS";
+    /// The answers to those.
+    pub const DATAGRAM_ANSWERS: &str = "DATAGRAM_ANSWERS";
+    /// From [`SlotKey`](crate::SlotKey) to [`Endpoint`](crate::Endpoint).
+    pub const SLOTS: &str = "SLOTS";
+    /// The longest prefixes of [`Range`](crate::Range).
+    pub const RANGES: &str = "RANGES";
     /// From [`HoldersKey`](crate::HoldersKey) to [`Holders`](crate::Holders).
     pub const HOLDERS: &str = "HOLDERS";
     /// From [`FragmentKey`](crate::FragmentKey) to [`Fragment`](crate::Fragment).
@@ -165,6 +194,10 @@ mod pod {
         Routed,
         FlowKey,
         Flow,
+        Answer,
+        Endpoint,
+        SlotKey,
+        Range,
         HoldersKey,
         Holders,
         FragmentKey,
@@ -192,7 +225,7 @@ mod tests {
     /// A change here is a change of the number. The sizes are the sums of the fields': there is no padding.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(LAYOUT, 2);
+        assert_eq!(LAYOUT, 3);
         let sizes = [
             size_of::<VipKey>(),
             size_of::<Vip>(),
@@ -208,6 +241,10 @@ mod tests {
             size_of::<Routed>(),
             size_of::<FlowKey>(),
             size_of::<Flow>(),
+            size_of::<Answer>(),
+            size_of::<Endpoint>(),
+            size_of::<SlotKey>(),
+            size_of::<Range>(),
             size_of::<HoldersKey>(),
             size_of::<Holders>(),
             size_of::<FragmentKey>(),
@@ -220,7 +257,7 @@ mod tests {
             4 + 2 + 2,
             8 + 8,
             16 + 2 + 1 + 1,
-            4 + (2 + 2 + 4 + 8 * 4),
+            4 + 4 + (2 + 2 + 4 + 8 * 4),
             4 * 40,
             4 + 4,
             64 * 4,
@@ -228,8 +265,12 @@ mod tests {
             4 + 6 + 2,
             4,
             4 + 16,
-            16 + 16 + 2 + 2,
-            8 + 4 + 4,
+            16 + 16 + 2 + 2 + 4,
+            8 + 4 + (16 + 2 + 2),
+            8 + 4 + (16 + 2 + 2),
+            16 + 2 + 2,
+            4 + 4,
+            4 + 16,
             4 + 4,
             4 * 2,
             16 + 16 + 4 + 4,

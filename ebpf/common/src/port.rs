@@ -13,6 +13,10 @@ pub const MAX_PORTS: u32 = 65_536;
 pub const MAX_NODES: u32 = 4_096;
 /// How many networks behind nodes the maps hold.
 pub const MAX_ROUTED: u32 = 16_384;
+/// How many slots the maps hold.
+pub const MAX_SLOTS: u32 = 262_144;
+/// How many source ranges the maps hold.
+pub const MAX_RANGES: u32 = 65_536;
 /// How many pages of wide spreads the maps hold: 64 tables.
 pub const MAX_WIDE: u32 = 131_072;
 
@@ -63,8 +67,10 @@ impl Spread {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Port {
-    /// By what its flows are known in the maps of earlier holders.
+    /// By what its flows are known in the maps of earlier holders, of slots and of source ranges.
     pub number: u32,
+    /// How many slots this node's endpoints have, where it translates itself.
+    pub slots: u32,
     /// How its flows are spread.
     pub spread: Spread,
 }
@@ -79,6 +85,31 @@ pub mod port_flag {
     pub const HOST: u16 = 4;
     /// Some node holds flows of buckets that are another's now: ask the maps of earlier holders.
     pub const HELD: u16 = 8;
+    /// This node's program translates to the endpoint, not kube-proxy.
+    pub const NATIVE: u16 = 16;
+    /// Only clients of the source ranges are served.
+    pub const RANGES: u16 = 32;
+}
+
+/// Names a slot: new flows fall into a port's slots evenly, and each belongs to one of this node's endpoints.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotKey {
+    /// The port's number.
+    pub port: u32,
+    /// The slot.
+    pub slot: u32,
+}
+
+/// A network whose clients a port serves, as the data of a longest-prefix match: the port's number in network order,
+/// then the address as in a [`VipKey`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Range {
+    /// The port's number, in network order.
+    pub port: [u8; 4],
+    /// The address.
+    pub address: [u8; 16],
 }
 
 /// Earlier spreads of a port, the latest first: whom to ask before the holders have spoken.
@@ -173,7 +204,7 @@ pub struct Peer {
     pub node: u32,
 }
 
-/// How long the prefix of a [`Routed`] is, in bits, for a network of an address as in a [`VipKey`].
+/// How long the prefix of a [`Routed`] or a [`Range`] is, in bits, for a network of an address as in a [`VipKey`].
 pub const fn routed_prefix(network: u32) -> u32 {
     32 + network
 }

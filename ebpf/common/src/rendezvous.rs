@@ -62,16 +62,29 @@ const fn absorb(state: u64, word: u64) -> u64 {
     mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ word)
 }
 
-/// The bucket of a flow: of both addresses (as in [`VipKey`](crate::VipKey)), and of what else tells flows apart
-/// (the ports, or nothing).
+/// The hash of a flow: of both addresses (as in [`VipKey`](crate::VipKey)), and of what else tells flows apart (the
+/// ports, or nothing).
 #[inline(always)]
-#[allow(clippy::inline_always, clippy::cast_possible_truncation)] // As above; the upper bits are off.
-pub const fn bucket(client: &[u8; 16], vip: &[u8; 16], rest: u32) -> u32 {
+#[allow(clippy::inline_always)] // As above.
+pub const fn hash(client: &[u8; 16], vip: &[u8; 16], rest: u32) -> u64 {
     let mut state = absorb(0, word(client, 0));
     state = absorb(state, word(client, 8));
     state = absorb(state, word(vip, 0) ^ word(vip, 8).rotate_left(32));
-    state = absorb(state, rest as u64);
-    (state >> (64 - BUCKETS.ilog2())) as u32
+    absorb(state, rest as u64)
+}
+
+/// The bucket of a flow with this hash: its upper bits.
+#[inline(always)]
+#[allow(clippy::inline_always, clippy::cast_possible_truncation)] // As above; the upper bits are off.
+pub const fn bucket(hash: u64) -> u32 {
+    (hash >> (64 - BUCKETS.ilog2())) as u32
+}
+
+/// Which of a node's slots a flow with this hash falls into: by its lower bits, which the bucket does not tell.
+#[inline(always)]
+#[allow(clippy::inline_always, clippy::cast_possible_truncation)] // As above; it is less than `slots`.
+pub const fn slot(hash: u64, slots: u32) -> u32 {
+    (((hash as u32) as u64 * slots as u64) >> 32) as u32
 }
 
 #[inline(always)]
@@ -140,7 +153,7 @@ mod tests {
         assert_eq!(costs, [12_012_953, 55_008_832, 10_854_552, 29_378_109]);
         let (client, vip) = ([1; 16], [2; 16]);
         assert_eq!(
-            [bucket(&client, &vip, 0), bucket(&client, &vip, 0x1f90_0050)],
+            [0, 0x1f90_0050].map(|rest| bucket(hash(&client, &vip, rest))),
             [107_708, 117_482]
         );
     }
@@ -167,11 +180,29 @@ mod tests {
         extern crate std;
         let mut seen = std::vec![0_u32; 16];
         for port in 0..64_000_u32 {
-            let bucket = bucket(&[7; 16], &[9; 16], port << 16 | 0x50);
+            let bucket = bucket(hash(&[7; 16], &[9; 16], port << 16 | 0x50));
             seen[bucket as usize * 16 / BUCKETS as usize] += 1;
         }
         assert!(
             seen.iter().all(|count| (3_700..4_300).contains(count)),
+            "{seen:?}"
+        );
+    }
+
+    /// Also of those flows that are in one bucket, as all are that reach a node.
+    #[test]
+    fn flows_spread_over_the_slots_of_a_node() {
+        extern crate std;
+        const SLOTS: u32 = 7;
+        let mut seen = std::vec![0_u32; SLOTS as usize];
+        for port in 0..64_000_u32 {
+            let hash = hash(&[7; 16], &[9; 16], port << 16 | 0x50);
+            if bucket(hash) < BUCKETS / 2 {
+                seen[slot(hash, SLOTS) as usize] += 1;
+            }
+        }
+        assert!(
+            seen.iter().all(|count| (4_270..4_870).contains(count)),
             "{seen:?}"
         );
     }

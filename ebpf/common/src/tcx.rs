@@ -9,8 +9,17 @@ use std::vec::Vec;
 
 /// `BPF_PROG_QUERY` of `enum bpf_cmd` (`linux/bpf.h`).
 const BPF_PROG_QUERY: libc::c_long = 16;
-/// `BPF_TCX_INGRESS` of `enum bpf_attach_type`.
-const BPF_TCX_INGRESS: u32 = 46;
+
+/// A hook of TCX (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Hook {
+    /// `BPF_TCX_INGRESS`.
+    Ingress = 46,
+    /// `BPF_TCX_EGRESS`.
+    Egress = 47,
+}
+
 /// The kernel's own bound on programs at one hook (`BPF_MPROG_MAX`).
 const MAX_PROGRAMS: usize = 64;
 
@@ -31,16 +40,16 @@ struct QueryAttr {
     revision: u64,
 }
 
-/// The ids of the programs at an interface's TCX ingress, the first to run first.
+/// The ids of the programs at a hook of an interface, the first to run first.
 ///
 /// # Errors
 /// `EINVAL` where the kernel has no TCX (below 6.6), `ENODEV` if there is no such interface in the calling
 /// thread's network namespace, `EPERM` without `CAP_NET_ADMIN`.
-pub fn ingress_programs(ifindex: u32) -> io::Result<Vec<u32>> {
+pub fn programs(ifindex: u32, hook: Hook) -> io::Result<Vec<u32>> {
     let mut ids = [0_u32; MAX_PROGRAMS];
     let mut attr = QueryAttr {
         target_ifindex: ifindex,
-        attach_type: BPF_TCX_INGRESS,
+        attach_type: hook as u32,
         prog_ids: ids.as_mut_ptr() as u64,
         count: 64,
         ..QueryAttr::default()

@@ -3,10 +3,10 @@
 use aya_ebpf::bindings::xdp_action;
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::{TcContext, XdpContext};
-use landfall_ebpf_common::{Node, node_flag};
+use landfall_ebpf_common::{Node, Verdict, node_flag, port_flag};
 
-use crate::echo;
 use crate::packet::{ETH_HEADER, Packet};
+use crate::{echo, flows, maps, native, packet, steer};
 
 /// What reading and choosing need of a hook. The code that is written for it is compiled once for each.
 pub(crate) trait Context {
@@ -34,8 +34,16 @@ pub(crate) trait Context {
     fn reaches(&self, node: &Node) -> bool;
     /// Sends it out of the node's interface, as it is.
     fn send(&self, node: &Node) -> i32;
+    /// Reads a packet. False, if it cannot be read or is of another kind.
+    fn read(&self, packet: &mut Packet) -> bool;
     /// Answers an echo request.
     fn echo(&self, packet: &Packet) -> i32;
+    /// Looks for the node that knows the flow of a packet which this one does not. Nothing: it is to be delivered here.
+    fn hand_on(&self, packet: &mut Packet) -> Option<i32>;
+    /// Whether this node delivers the TCP flow of a packet. The last one notes it as heard.
+    fn knows(&self, packet: &mut Packet) -> bool;
+    /// Delivers a packet here.
+    fn deliver(&self, packet: &mut Packet) -> i32;
 
     /// What lies at an offset of the frame, if that part of it is in one piece: quicker than to have it copied.
     #[inline(always)]
@@ -50,6 +58,10 @@ pub(crate) trait Context {
     }
 }
 
+/// In place of an action: the packet is to be delivered here.
+pub(crate) const HERE: i32 = i32::MIN;
+
+/// Its larger parts are global functions to the verifier, which looks at each once, whoever calls it.
 impl Context for TcContext {
     const LAST: bool = true;
     const NEXT: i32 = crate::NEXT;
@@ -104,8 +116,36 @@ impl Context for TcContext {
     }
 
     #[inline(always)]
-    fn echo(&self, packet: &Packet) -> i32 {
-        echo::answer(self, packet)
+    fn read(&self, _packet: &mut Packet) -> bool {
+        packet::landfall_read(self.skb.skb) != 0
+    }
+
+    #[inline(always)]
+    fn echo(&self, _packet: &Packet) -> i32 {
+        echo::landfall_echo(self.skb.skb)
+    }
+
+    #[inline(always)]
+    fn hand_on(&self, _packet: &mut Packet) -> Option<i32> {
+        let action = steer::landfall_hand_on(self.skb.skb);
+        (action != HERE).then_some(action)
+    }
+
+    #[inline(always)]
+    fn knows(&self, packet: &mut Packet) -> bool {
+        flows::is_established(packet) || flows::landfall_remember() != 0
+    }
+
+    #[inline(always)]
+    fn deliver(&self, packet: &mut Packet) -> i32 {
+        if packet.flags & port_flag::NATIVE != 0 {
+            return native::landfall_deliver(self.skb.skb);
+        }
+        if !packet.known && packet.is_syn() {
+            flows::landfall_open();
+        }
+        maps::note(Verdict::Delivered);
+        Self::NEXT
     }
 }
 
@@ -181,7 +221,27 @@ impl Context for XdpContext {
     }
 
     #[inline(always)]
+    fn read(&self, packet: &mut Packet) -> bool {
+        packet.read(self)
+    }
+
+    #[inline(always)]
     fn echo(&self, _packet: &Packet) -> i32 {
+        Self::NEXT
+    }
+
+    #[inline(always)]
+    fn hand_on(&self, packet: &mut Packet) -> Option<i32> {
+        steer::hand_on(self, packet)
+    }
+
+    #[inline(always)]
+    fn knows(&self, packet: &mut Packet) -> bool {
+        flows::is_there(packet)
+    }
+
+    #[inline(always)]
+    fn deliver(&self, _packet: &mut Packet) -> i32 {
         Self::NEXT
     }
 }

@@ -1,5 +1,6 @@
 //! Echo requests to a VIP, answered from where they come in (RFC 792, RFC 4443).
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::Verdict;
@@ -13,14 +14,19 @@ use crate::{NEXT, maps};
 const TTL: u8 = 64;
 
 /// Turns the request round. A wrong checksum stays wrong.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn answer(context: &TcContext, packet: &Packet) -> i32 {
-    if packet.more || turn(context, packet, packet.v6).is_none() {
+pub extern "C" fn landfall_echo(skb: *mut __sk_buff) -> i32 {
+    let context = TcContext::new(skb);
+    let Some(packet) = maps::packet() else {
+        return NEXT;
+    };
+    if packet.more || turn(&context, packet, packet.v6).is_none() {
         return NEXT;
     }
     maps::note(Verdict::Echoed);
     // SAFETY: the index is of the interface that the frame came in by.
-    unsafe { bpf_redirect((*context.skb.skb).ifindex, 0) as i32 }
+    unsafe { bpf_redirect((*skb).ifindex, 0) as i32 }
 }
 
 #[inline(always)]

@@ -1,13 +1,18 @@
-//! The TCP flows that this node delivers.
+//! The flows that this node delivers, and the answers to those that it translates.
+//!
+//! TCP flows whose SYN was delivered, and no more, live apart from those that were heard since: a flood of the one evicts
+//! none of the other. So do the flows of protocols without connections.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use landfall_ebpf_common::{
-    FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Verdict, flow_state,
+    Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, Fragment, FragmentKey, Verdict,
+    flow_state,
 };
 
-use crate::context::Context;
-use crate::maps::{self, FLOWS, FRAGMENTS, HALF_OPEN};
-use crate::packet::{ACK, FIN, Packet, RST};
+use crate::maps::{
+    self, ANSWERS, DATAGRAM_ANSWERS, DATAGRAMS, FLOWS, FRAGMENTS, HALF_ANSWERS, HALF_OPEN,
+};
+use crate::packet::{ACK, FIN, Packet, RST, TCP};
 
 /// How often the time of a flow is written, at most: a cache line that all CPUs write is slow.
 const TOUCH: u64 = 1_000_000_000;
@@ -18,61 +23,209 @@ fn now() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Whether this node delivers the flow of a packet, which is noted as heard.
+/// Whether this node delivers the TCP flow of a packet.
 #[inline(always)]
-pub(crate) fn holds<C: Context>(packet: &Packet) -> bool {
-    if !C::LAST {
-        return FLOWS.get_ptr(&packet.flow).is_some() || HALF_OPEN.get_ptr(&packet.flow).is_some();
-    }
-    if let Some(flow) = FLOWS.get_ptr_mut(&packet.flow) {
-        let now = now();
-        // SAFETY: the map gave the pointer; both fields are written whole, and which of two writers is last is
-        // of no matter.
-        unsafe {
-            if packet.tcp & (FIN | RST) != 0 {
-                (*flow).state = flow_state::CLOSING;
-                (*flow).seen = now;
-            } else if now.wrapping_sub((*flow).seen) > TOUCH {
-                (*flow).seen = now;
-            }
-        }
-        return true;
-    }
-    if HALF_OPEN.get_ptr(&packet.flow).is_none() {
+pub(crate) fn is_there(packet: &Packet) -> bool {
+    FLOWS.get_ptr(&packet.flow).is_some() || HALF_OPEN.get_ptr(&packet.flow).is_some()
+}
+
+/// Whether this node delivers the TCP flow of a packet, and has for a while; it is noted as heard. Its endpoint is what
+/// the packet is to be translated to.
+#[inline(always)]
+pub(crate) fn is_established(packet: &mut Packet) -> bool {
+    let Some(flow) = FLOWS.get_ptr_mut(&packet.flow) else {
+        return false;
+    };
+    // SAFETY: the map gave the pointer; each field is written whole, and which of two writers is last is of no matter.
+    let flow = unsafe { &mut *flow };
+    if flow.state != flow_state::ESTABLISHED || packet.tcp & (FIN | RST) != 0 {
         return false;
     }
+    let now = now();
+    if now.wrapping_sub(flow.seen) > TOUCH {
+        flow.seen = now;
+    }
+    packet.to = flow.endpoint;
+    true
+}
+
+/// The same for flows that begin or end, and for those that were there before. Verified once, whoever calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_remember() -> u32 {
+    let Some(packet) = maps::packet() else {
+        return 0;
+    };
+    u32::from(remember(packet).is_some())
+}
+
+#[inline(always)]
+fn remember(packet: &mut Packet) -> Option<()> {
+    if let Some(flow) = FLOWS.get_ptr_mut(&packet.flow) {
+        // SAFETY: as above.
+        let flow = unsafe { &mut *flow };
+        packet.to = flow.endpoint;
+        if flow.state == flow_state::CLOSING && packet.is_syn() && packet.to.port != 0 {
+            // The same addresses and ports, for a connection of its own.
+            packet.answer = packet.flow.answer(&packet.to);
+            let _ = ANSWERS.remove(&packet.answer);
+            let _ = FLOWS.remove(&packet.flow);
+            return None;
+        }
+        if flow.state == flow_state::GUESSED {
+            enter(packet);
+        } else {
+            if packet.tcp & (FIN | RST) != 0 {
+                flow.state = flow_state::CLOSING;
+            }
+            flow.seen = now();
+        }
+        return Some(());
+    }
+    let half = HALF_OPEN.get_ptr(&packet.flow)?;
+    // SAFETY: as above; the value is copied before anything else is done to the map.
+    packet.to = unsafe { (*half).endpoint };
     if packet.tcp & (ACK | RST) == ACK {
-        enter(&packet.flow);
-        let _ = HALF_OPEN.remove(&packet.flow);
+        if enter(packet) {
+            let _ = HALF_OPEN.remove(&packet.flow);
+            if packet.to.port != 0 {
+                let _ = HALF_ANSWERS.remove(&packet.answer);
+            }
+        }
+    } else if packet.is_syn() {
+        // One may have fallen out before the other.
+        open(packet);
+    }
+    Some(())
+}
+
+/// A flow that was heard from its client more than once; not so if there is no room.
+#[inline(always)]
+fn enter(packet: &mut Packet) -> bool {
+    prepare(packet);
+    let mut entered = FLOWS.insert(&packet.flow, &packet.entry, 0).is_ok();
+    if entered && packet.to.port != 0 {
+        entered = ANSWERS.insert(&packet.answer, &packet.answers, 0).is_ok();
+    }
+    if !entered {
+        maps::note(Verdict::FlowsFull);
+    }
+    entered
+}
+
+/// Writes what goes into the maps, and by what the answers are known.
+#[inline(always)]
+fn prepare(packet: &mut Packet) {
+    let (seen, state) = (now(), flow_state::ESTABLISHED);
+    packet.entry = Flow {
+        seen,
+        state,
+        endpoint: packet.to,
+    };
+    packet.answers = Answer {
+        seen,
+        state,
+        vip: packet.vip(),
+    };
+    packet.answer = packet.flow.answer(&packet.to);
+}
+
+/// A SYN is delivered here by kube-proxy.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_open() -> u32 {
+    if let Some(packet) = maps::packet() {
+        packet.to = Endpoint::default();
+        open(packet);
+    }
+    0
+}
+
+/// A SYN is delivered here, to an endpoint if it is translated.
+#[inline(always)]
+pub(crate) fn open(packet: &mut Packet) {
+    prepare(packet);
+    let _ = HALF_OPEN.insert(&packet.flow, &packet.entry, 0);
+    if packet.to.port != 0 {
+        let _ = HALF_ANSWERS.insert(&packet.answer, &packet.answers, 0);
+    }
+}
+
+/// Whether an endpoint could not tell a flow from another of the same client, to another port or VIP.
+#[inline(always)]
+pub(crate) fn collides(packet: &mut Packet) -> bool {
+    packet.answer = packet.flow.answer(&packet.to);
+    // SAFETY: an entry that is replaced meanwhile is another flow's, and a clash as well.
+    let other = unsafe {
+        if packet.protocol == TCP {
+            ANSWERS
+                .get(&packet.answer)
+                .filter(|answer| answer.state != flow_state::CLOSING)
+        } else {
+            DATAGRAM_ANSWERS
+                .get(&packet.answer)
+                .filter(|answer| now().wrapping_sub(answer.seen) <= DATAGRAM_LIFE)
+        }
+    };
+    other.is_some_and(|answer| answer.vip != packet.vip())
+}
+
+/// Whether a flow of a protocol without connections is known; it is noted as heard, and its endpoint is what the packet
+/// is to be translated to.
+#[inline(always)]
+pub(crate) fn continues(packet: &mut Packet) -> bool {
+    let Some(flow) = DATAGRAMS.get_ptr_mut(&packet.flow) else {
+        return false;
+    };
+    // SAFETY: as in `is_established`.
+    let flow = unsafe { &mut *flow };
+    let now = now();
+    let unheard = now.wrapping_sub(flow.seen);
+    if unheard > DATAGRAM_LIFE {
+        return false;
+    }
+    if unheard > TOUCH {
+        flow.seen = now;
+    }
+    packet.to = flow.endpoint;
+    packet.answer = packet.flow.answer(&packet.to);
+    if DATAGRAM_ANSWERS.get_ptr(&packet.answer).is_none() {
+        // It fell out before the other.
+        prepare(packet);
+        let _ = DATAGRAM_ANSWERS.insert(&packet.answer, &packet.answers, 0);
     }
     true
 }
 
-/// A flow that was heard from its client more than once.
+/// A flow of such a protocol begins.
 #[inline(always)]
-fn enter(key: &FlowKey) {
-    let flow = Flow {
-        seen: now(),
-        state: flow_state::ESTABLISHED,
-        zero: 0,
-    };
-    if FLOWS.insert(key, &flow, 0).is_err() {
-        maps::note(Verdict::FlowsFull);
-    }
+pub(crate) fn begin(packet: &mut Packet) {
+    prepare(packet);
+    let _ = DATAGRAMS.insert(&packet.flow, &packet.entry, 0);
+    let _ = DATAGRAM_ANSWERS.insert(&packet.answer, &packet.answers, 0);
 }
 
-/// A SYN is delivered here.
+/// The VIP and port that a packet answers for, if it is an answer; its endpoint is noted as heard.
 #[inline(always)]
-pub(crate) fn open<C: Context>(key: &FlowKey) {
-    if !C::LAST {
-        return;
-    }
-    let flow = Flow {
-        seen: now(),
-        state: flow_state::ESTABLISHED,
-        zero: 0,
+pub(crate) fn answered(packet: &Packet) -> Option<Endpoint> {
+    let answer = if packet.protocol == TCP {
+        match ANSWERS.get_ptr_mut(&packet.flow) {
+            Some(answer) => answer,
+            None => HALF_ANSWERS.get_ptr_mut(&packet.flow)?,
+        }
+    } else {
+        DATAGRAM_ANSWERS.get_ptr_mut(&packet.flow)?
     };
-    let _ = HALF_OPEN.insert(key, &flow, 0);
+    // SAFETY: as in `is_established`.
+    let answer = unsafe { &mut *answer };
+    let now = now();
+    if packet.tcp & (FIN | RST) != 0 {
+        answer.state = flow_state::CLOSING;
+        answer.seen = now;
+    } else if now.wrapping_sub(answer.seen) > TOUCH {
+        answer.seen = now;
+    }
+    Some(answer.vip)
 }
 
 /// A first fragment tells the ports of those that follow.

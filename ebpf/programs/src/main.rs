@@ -4,26 +4,34 @@
 //!  frame ──> packet   who it is for, from whom, and to which flow it belongs
 //!              └─> steer    whose it is: this node's, another's, an earlier holder's
 //!                    ├─ spread   bucket to node
-//!                    └─ flows    what this node delivers
+//!                    ├─ flows    what this node delivers
+//!                    └─ native   delivery to an endpoint, where no kube-proxy does it
 //!              └─> echo     answers to echo requests
 //!        └─> witness  answers to other nodes that ask whether this one takes packets
+//!
+//! answers ──> packet, flows    what leaves, and answers a flow that was translated
+//!      native, answers ──> translate   addresses, ports and checksums
 //! ```
 //!
-//! The program looks at every frame that comes in by an uplink, in front of all other programs. What it does not
-//! send elsewhere it leaves to the next program, as if it were not there.
+//! One program looks at every frame that comes in by an uplink, in front of all other programs. What it does not
+//! send elsewhere it leaves to the next program, as if it were not there. Another looks at every frame that leaves,
+//! where this node delivers without kube-proxy.
 //!
-//! Behind a driver that can run it there is a second one, by XDP, where the user wants it. It reads and chooses by
-//! the same code and sends what is another node's; all else it leaves to the first.
+//! Behind a driver that can run it there is a third, by XDP, where the user wants it. It reads and chooses by
+//! the same code as the first and sends what is another node's; all else it leaves to the first.
 #![no_std]
 #![no_main]
 
+mod answers;
 mod context;
 mod echo;
 mod flows;
 mod maps;
+mod native;
 mod packet;
 mod spread;
 mod steer;
+mod translate;
 mod witness;
 
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
@@ -86,11 +94,22 @@ const PACKET_HOST: u32 = 0;
 #[inline(always)]
 fn is_ours(context: &TcContext) -> bool {
     // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
-    let (tagged, packet_type) = unsafe {
-        let skb = context.skb.skb;
-        ((*skb).vlan_present, (*skb).pkt_type)
-    };
-    tagged == 0 && packet_type == PACKET_HOST
+    let packet_type = unsafe { (*context.skb.skb).pkt_type };
+    packet_type == PACKET_HOST && is_untagged(context)
+}
+
+#[inline(always)]
+fn is_untagged(context: &TcContext) -> bool {
+    // SAFETY: as above.
+    unsafe { (*context.skb.skb).vlan_present == 0 }
+}
+
+#[classifier]
+pub fn landfall_answers(context: TcContext) -> i32 {
+    if is_untagged(&context) {
+        answers::answer(&context);
+    }
+    NEXT
 }
 
 #[cfg(not(test))]

@@ -5,10 +5,10 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use landfall_ebpf_common::{
-    Driver, Flow, FlowKey, Fragment, FragmentKey, History, Holders, HoldersKey, MAX_DRIVERS,
-    MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_NODES, MAX_PORTS, MAX_ROUTED, MAX_VIPS,
-    MAX_WIDE, Node, Peer, PeerKey, Port, PortKey, Routed, Settings, Verdict, Vip, VipCount, VipKey,
-    WideKey, WidePage,
+    Answer, Driver, Endpoint, Flow, FlowKey, Fragment, FragmentKey, History, Holders, HoldersKey,
+    MAX_DATAGRAMS, MAX_DRIVERS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_NODES,
+    MAX_PORTS, MAX_RANGES, MAX_ROUTED, MAX_SLOTS, MAX_VIPS, MAX_WIDE, Node, Peer, PeerKey, Port,
+    PortKey, Range, Routed, Settings, SlotKey, Verdict, Vip, VipCount, VipKey, WideKey, WidePage,
 };
 
 use crate::packet::Packet;
@@ -36,6 +36,22 @@ pub(crate) static FLOWS: HashMap<FlowKey, Flow> =
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow> =
     LruHashMap::with_max_entries(MAX_HALF_OPEN, 0);
 #[map]
+pub(crate) static ANSWERS: HashMap<FlowKey, Answer> =
+    HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static HALF_ANSWERS: LruHashMap<FlowKey, Answer> =
+    LruHashMap::with_max_entries(MAX_HALF_OPEN, 0);
+#[map]
+pub(crate) static DATAGRAMS: LruHashMap<FlowKey, Flow> =
+    LruHashMap::with_max_entries(MAX_DATAGRAMS, 0);
+#[map]
+pub(crate) static DATAGRAM_ANSWERS: LruHashMap<FlowKey, Answer> =
+    LruHashMap::with_max_entries(MAX_DATAGRAMS, 0);
+#[map]
+static SLOTS: HashMap<SlotKey, Endpoint> = HashMap::with_max_entries(MAX_SLOTS, BPF_F_NO_PREALLOC);
+#[map]
+static RANGES: LpmTrie<Range, u32> = LpmTrie::with_max_entries(MAX_RANGES, BPF_F_NO_PREALLOC);
+#[map]
 static HOLDERS: HashMap<HoldersKey, Holders> =
     HashMap::with_max_entries(MAX_HELD, BPF_F_NO_PREALLOC);
 #[map]
@@ -57,7 +73,7 @@ static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 /// The place of the packet at hand.
 #[inline(always)]
 pub(crate) fn packet() -> Option<&'static mut Packet> {
-    // SAFETY: a program is not interrupted by itself on the same CPU, and this is called once in a run.
+    // SAFETY: programs do not interrupt each other on the same CPU, and no two of a program's functions use it at once.
     PACKET.get_ptr_mut(0).map(|packet| unsafe { &mut *packet })
 }
 
@@ -137,6 +153,23 @@ pub(crate) fn sender(key: &PeerKey, source: &[u8; 16]) -> u32 {
 pub(crate) fn holders(key: &HoldersKey) -> Option<&'static Holders> {
     // SAFETY: as above.
     unsafe { HOLDERS.get(key) }
+}
+
+/// The endpoint that a slot of a port belongs to.
+#[inline(always)]
+pub(crate) fn endpoint(key: &SlotKey) -> Option<Endpoint> {
+    // SAFETY: as above.
+    unsafe { SLOTS.get(key) }.copied()
+}
+
+/// Whether a client is in one of a port's source ranges.
+#[inline(always)]
+pub(crate) fn in_ranges(port: u32, client: &[u8; 16]) -> bool {
+    let range = Range {
+        port: port.to_be_bytes(),
+        address: *client,
+    };
+    RANGES.get(Key::new(160, range)).is_some()
 }
 
 #[inline(always)]

@@ -1,18 +1,23 @@
 //! Reading frames.
 
-use landfall_ebpf_common::{FlowKey, FragmentKey, VipKey};
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::{Answer, Endpoint, Flow, FlowKey, FragmentKey, VipKey};
 
 use crate::context::Context;
+use crate::maps;
 
 const ETH_SOURCE: usize = 6;
 pub(crate) const ETH_HEADER: usize = 14;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
-/// Where the destination address lies in an IPv4 header (RFC 791) and in an IPv6 header (RFC 8200).
-const IPV4_DESTINATION: usize = 16;
-const IPV6_DESTINATION: usize = 24;
+pub(crate) const IPV6_HEADER: usize = 40;
+/// Where the addresses lie in an IPv4 header (RFC 791) and in an IPv6 header (RFC 8200).
+pub(crate) const IPV4_SOURCE: usize = 12;
+pub(crate) const IPV4_DESTINATION: usize = 16;
+pub(crate) const IPV6_SOURCE: usize = 8;
+pub(crate) const IPV6_DESTINATION: usize = 24;
 
 pub(crate) const ICMP: u8 = 1;
 pub(crate) const TCP: u8 = 6;
@@ -52,7 +57,7 @@ fn load<T: Copy>(context: &impl Context, offset: usize) -> Option<T> {
 
 /// An IP packet.
 pub(crate) struct Frame {
-    /// Its destination.
+    /// Its destination; in one that leaves, that is a client.
     pub(crate) vip: VipKey,
     /// IPv6, else IPv4.
     pub(crate) v6: bool,
@@ -105,6 +110,8 @@ pub(crate) struct Packet {
     pub(crate) id: u32,
     /// Where the transport header lies.
     pub(crate) transport: usize,
+    /// Where that of the packet inside an error lies.
+    pub(crate) inner: usize,
     /// Who sent it; in an error that is not the client.
     pub(crate) source: [u8; 16],
     pub(crate) mac: [u8; 6],
@@ -113,38 +120,67 @@ pub(crate) struct Packet {
     pub(crate) v6: bool,
     /// The node that steered it or handed it on, 0 for none.
     pub(crate) sender: u16,
-    /// The bucket of its flow.
+    /// The hash of its flow, and the bucket that follows from it.
+    pub(crate) hash: u64,
     pub(crate) bucket: u32,
     /// Whose it is by the table.
     pub(crate) target: u16,
     /// By the table it is this node's.
     pub(crate) here: bool,
+    /// Its flow is one that this node delivers.
+    pub(crate) known: bool,
+    /// What is known of the port that it is for: its number, its slots, its flags.
+    pub(crate) number: u32,
+    pub(crate) slots: u32,
+    pub(crate) flags: u16,
+    /// By what answers to its flow are known; written before it is used.
+    pub(crate) answer: FlowKey,
+    /// What goes into the maps of flows.
+    pub(crate) entry: Flow,
+    pub(crate) answers: Answer,
+    /// What is translated, and to what. If the flow is known, that is its endpoint.
+    pub(crate) from: Endpoint,
+    pub(crate) to: Endpoint,
+}
+
+/// See [`Packet::read`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_read(skb: *mut __sk_buff) -> u32 {
+    let context = TcContext::new(skb);
+    maps::packet().map_or(0, |packet| u32::from(packet.read(&context)))
 }
 
 impl Packet {
-    /// Reads a packet into the place of the last. Nothing, if it cannot be read or is of another kind.
-    ///
-    /// A function of its own in the kernel too: what it needs of the stack is free again when it returns.
-    #[inline(never)]
-    pub(crate) fn read(&mut self, context: &impl Context, frame: &Frame) -> bool {
-        self.try_read(context, frame).is_some()
+    /// Puts a frame in the place of the last.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, frame: &Frame) {
+        self.v6 = frame.v6;
+        self.flow.vip = frame.vip;
+    }
+
+    /// Reads a packet into the place of the last, where its frame is already. False, if it cannot be read or is of
+    /// another kind.
+    #[inline(always)]
+    pub(crate) fn read(&mut self, context: &impl Context) -> bool {
+        let read = self.try_read(context).is_some();
+        self.flow.protocol = u32::from(self.protocol);
+        read
     }
 
     #[inline(always)]
-    fn try_read(&mut self, context: &impl Context, frame: &Frame) -> Option<()> {
+    fn try_read(&mut self, context: &impl Context) -> Option<()> {
         self.kind = Kind::Whole;
-        self.v6 = frame.v6;
         self.tcp = 0;
         self.more = false;
         self.id = 0;
         self.mac = load(context, ETH_SOURCE)?;
-        self.flow.vip = frame.vip;
         self.flow.client_port = 0;
         self.flow.port = 0;
-        if !frame.v6 && self.plain(context).is_some() {
+        if !self.v6 && self.plain(context).is_some() {
             return Some(());
         }
-        if frame.v6 {
+        if self.v6 {
             self.ipv6(context)?;
         } else {
             self.ipv4(context)?;
@@ -160,8 +196,8 @@ impl Packet {
                 self.tcp = header[13];
             }
             UDP | SCTP => self.ports(context.load(self.transport)?),
-            ICMP if !frame.v6 => self.icmp(context)?,
-            ICMPV6 if frame.v6 => self.icmpv6(context)?,
+            ICMP if !self.v6 => self.icmp(context)?,
+            ICMPV6 if self.v6 => self.icmpv6(context)?,
             _ => return None,
         }
         Some(())
@@ -322,6 +358,7 @@ impl Packet {
         // It went the other way.
         self.ports([ports[2], ports[3], ports[0], ports[1]]);
         self.kind = Kind::Error;
+        self.inner = at;
         self.protocol = protocol;
         self.more = false;
         Some(())
@@ -335,6 +372,16 @@ impl Packet {
             vip: self.flow.vip,
             id: self.id,
             protocol: u32::from(self.protocol),
+        }
+    }
+
+    /// The VIP and the port that it is for.
+    #[inline(always)]
+    pub(crate) fn vip(&self) -> Endpoint {
+        Endpoint {
+            address: self.flow.vip.0,
+            port: self.flow.port,
+            zero: 0,
         }
     }
 

@@ -1,13 +1,15 @@
 //! Whose a packet to a VIP is.
 
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::handing_on::Arrival;
-use landfall_ebpf_common::rendezvous::bucket;
+use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{
     HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
     port_flag,
 };
 
-use crate::context::Context;
+use crate::context::{Context, HERE};
 use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP};
 use crate::spread::choose;
 use crate::{DROP, echo, flows, maps};
@@ -20,7 +22,8 @@ pub(crate) fn steer<C: Context>(context: &C, frame: &Frame, vip: &Vip) -> i32 {
     let Some(packet) = maps::packet() else {
         return C::NEXT;
     };
-    if !packet.read(context, frame) {
+    packet.put(frame);
+    if !context.read(packet) {
         return up::<C>(Verdict::Unserved);
     }
     match packet.kind {
@@ -54,15 +57,26 @@ pub(crate) fn steer<C: Context>(context: &C, frame: &Frame, vip: &Vip) -> i32 {
         zero: [0; 2],
     };
     packet.sender = maps::sender(&from, &packet.source) as u16;
-    packet.bucket = bucket_of(packet, port);
+    packet.known = false;
+    (packet.number, packet.slots, packet.flags) = (port.number, port.slots, port.spread.flags);
+    packet.hash = hash_of(packet, port);
+    packet.bucket = bucket(packet.hash);
     if packet.protocol == TCP {
-        connection(context, packet, port)
-    } else if packet.sender != 0 {
-        // Whoever sent it chose this node; to choose again would be to send it round.
-        up::<C>(Verdict::Delivered)
-    } else {
-        send_or_deliver(context, choose(&port.spread, packet.bucket, true))
+        return connection(context, packet, port);
     }
+    // Whoever sent it chose this node; to choose again would be to send it round.
+    if packet.sender == 0 {
+        packet.target = choose(&port.spread, packet.bucket, true);
+        if !is_here(packet.target) {
+            return send_away(context, packet.target);
+        }
+    }
+    context.deliver(packet)
+}
+
+#[inline(always)]
+fn is_here(node: u16) -> bool {
+    maps::node(node).is_some_and(|node| node.flags & node_flag::HERE != 0)
 }
 
 /// A packet of a TCP flow, or an error about one.
@@ -70,25 +84,37 @@ pub(crate) fn steer<C: Context>(context: &C, frame: &Frame, vip: &Vip) -> i32 {
 fn connection<C: Context>(context: &C, packet: &mut Packet, port: &Port) -> i32 {
     let new = packet.is_syn() && packet.kind == Kind::Whole;
     packet.target = choose(&port.spread, packet.bucket, new);
-    packet.here = maps::node(packet.target).is_some_and(|node| node.flags & node_flag::HERE != 0);
+    packet.here = is_here(packet.target);
     // What is another's by the tables is not looked for here, unless someone holds flows of earlier tables.
     let mine = packet.here || packet.sender != 0 || port.spread.flags & port_flag::HELD != 0;
-    if mine && flows::holds::<C>(packet) {
-        return up::<C>(Verdict::Delivered);
+    packet.known = mine && context.knows(packet);
+    if packet.known {
+        return context.deliver(packet);
     }
     if packet.sender == 0 && !packet.here {
-        return send_or_deliver(context, packet.target);
+        return send_away(context, packet.target);
     }
     if new {
-        flows::open::<C>(&packet.flow);
-        return up::<C>(Verdict::Delivered);
+        return context.deliver(packet);
     }
-    hand_on(context, packet, port.number)
+    context
+        .hand_on(packet)
+        .unwrap_or_else(|| context.deliver(packet))
 }
 
-/// Looks for the node that knows the flow of a packet which this one does not.
+/// See [`hand_on`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
+pub extern "C" fn landfall_hand_on(skb: *mut __sk_buff) -> i32 {
+    let context = TcContext::new(skb);
+    maps::packet()
+        .and_then(|packet| hand_on(&context, packet))
+        .unwrap_or(HERE)
+}
+
+/// Looks for the node that knows the flow of a packet which this one does not. Nothing: it is to be delivered here.
+#[inline(always)]
+pub(crate) fn hand_on<C: Context>(context: &C, packet: &mut Packet) -> Option<i32> {
     let settings = maps::settings();
     let arrival = Arrival {
         ttl: packet.ttl,
@@ -103,14 +129,14 @@ fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
         arrival.ttl_after()
     };
     let Some(ttl) = after else {
-        return stay::<C>(arrival, settings.seeded);
+        return stay::<C>(arrival.waits() && settings.seeded != 0);
     };
     let mut next = Candidate {
         number: 0,
         seed: u64::MAX,
     };
     let key = HoldersKey {
-        port,
+        port: packet.number,
         bucket: packet.bucket,
     };
     if let Some(holders) = maps::holders(&key) {
@@ -120,7 +146,7 @@ fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
     }
     // Where the holders have spoken, only what changed last is older than their word.
     let known = next.number != 0;
-    if let Some(history) = maps::history(port) {
+    if let Some(history) = maps::history(packet.number) {
         for place in 0..MAX_HISTORY {
             if known && place > 0 {
                 break;
@@ -136,13 +162,13 @@ fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
         next.consider(packet.target, packet, arrival);
     }
     if next.number == 0 {
-        return stay::<C>(arrival, settings.seeded);
+        return stay::<C>(arrival.waits() && settings.seeded != 0);
     }
     let Some(node) = maps::node(next.number) else {
-        return up::<C>(Verdict::Unreachable);
+        return Some(up::<C>(Verdict::Unreachable));
     };
     if !context.reaches(node) {
-        return up::<C>(Verdict::Unreachable);
+        return Some(up::<C>(Verdict::Unreachable));
     }
     let lowered = if packet.v6 {
         context.store(ETH_HEADER + HOP_LIMIT, ttl)
@@ -150,19 +176,19 @@ fn hand_on<C: Context>(context: &C, packet: &Packet, port: u32) -> i32 {
         echo::set_ttl(context, packet.ttl, ttl)
     };
     if lowered.is_none() {
-        return up::<C>(Verdict::Unreachable);
+        return Some(up::<C>(Verdict::Unreachable));
     }
-    send(context, node, Verdict::HandedOn)
+    Some(send(context, node, Verdict::HandedOn))
 }
 
 /// Nobody is there to hand it on to.
 #[inline(always)]
-fn stay<C: Context>(arrival: Arrival, seeded: u32) -> i32 {
-    if C::LAST && seeded != 0 && arrival.waits() {
+fn stay<C: Context>(waits: bool) -> Option<i32> {
+    if C::LAST && waits {
         maps::note(Verdict::Waiting);
-        return DROP;
+        return Some(DROP);
     }
-    up::<C>(Verdict::Delivered)
+    None
 }
 
 /// To whom to hand on next: of those that may, the one with the lowest seed.
@@ -193,9 +219,9 @@ impl Candidate {
     }
 }
 
-/// Which bucket a packet's flow is in.
+/// The hash of a packet's flow.
 #[inline(always)]
-fn bucket_of(packet: &Packet, port: &Port) -> u32 {
+fn hash_of(packet: &Packet, port: &Port) -> u64 {
     let flags = port.spread.flags;
     let by_client = flags & port_flag::AFFINITY != 0
         || (packet.protocol == UDP && flags & port_flag::UDP_PORTS == 0);
@@ -204,20 +230,15 @@ fn bucket_of(packet: &Packet, port: &Port) -> u32 {
     } else {
         u32::from(packet.flow.client_port) << 16 | u32::from(packet.flow.port)
     };
-    bucket(&packet.flow.client, &packet.flow.vip.0, rest)
+    hash(&packet.flow.client, &packet.flow.vip.0, rest)
 }
 
+/// Sends a frame to the node that serves it, which is not this one.
 #[inline(always)]
-fn send_or_deliver<C: Context>(context: &C, target: u16) -> i32 {
-    let Some(node) = maps::node(target) else {
-        return up::<C>(Verdict::Unserved);
-    };
-    if target == 0 {
-        up::<C>(Verdict::Unserved)
-    } else if node.flags & node_flag::HERE != 0 {
-        up::<C>(Verdict::Delivered)
-    } else {
-        send(context, node, Verdict::Steered)
+fn send_away<C: Context>(context: &C, target: u16) -> i32 {
+    match maps::node(target) {
+        Some(node) if target != 0 => send(context, node, Verdict::Steered),
+        _ => up::<C>(Verdict::Unserved),
     }
 }
 

@@ -1,9 +1,8 @@
-//! The TCP connections to VIPs that the kernel's connection tracking knows: flows that were delivered here before the
-//! programs saw them, and the proof that a flow they know is still alive.
+//! The TCP connections that the kernel's connection tracking knows: flows that were delivered here before the programs
+//! saw them, and the proof that a flow they know is still alive.
 
 use std::collections::HashSet;
 use std::io;
-use std::net::IpAddr;
 
 use landfall_ebpf_common::{FlowKey, VipKey};
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
@@ -33,17 +32,28 @@ mod attribute {
     pub(super) const TCP_STATE: u16 = 1;
 }
 
+/// TCP's number.
+pub(super) const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
 /// `IPS_DST_NAT`: an entry without it was not delivered to an endpoint.
 const TRANSLATED: u32 = 1 << 5;
 /// `TCP_CONNTRACK_SYN_SENT` and the states in which a connection is over.
 const SYN_SENT: u8 = 1;
 const TIME_WAIT: u8 = 7;
 
-/// Reads the connections to these addresses that are established or are being closed.
+/// A connection, by the addresses and ports of what its client sends when it is tracked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Connection {
+    /// To a VIP where connection tracking translates, to an endpoint where the programs have done it before.
+    pub(super) flow: FlowKey,
+    /// Connection tracking translates it.
+    pub(super) translated: bool,
+}
+
+/// Reads the connections that are established or are being closed, of those that are wanted.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`.
-pub(super) fn connections(vips: &HashSet<IpAddr>) -> io::Result<HashSet<FlowKey>> {
+pub(super) fn connections(wanted: impl Fn(&Connection) -> bool) -> io::Result<HashSet<Connection>> {
     const ANY_FAMILY: [u8; 4] = [0; 4];
     const TRIES: u32 = 5;
     let requests = Requests::open(NETLINK_NETFILTER)?;
@@ -51,7 +61,8 @@ pub(super) fn connections(vips: &HashSet<IpAddr>) -> io::Result<HashSet<FlowKey>
     loop {
         let mut found = HashSet::new();
         let outcome = requests.ask(CONNTRACK << 8 | GET, DUMP, &ANY_FAMILY, |payload| {
-            found.extend(connection(payload.get(4..).unwrap_or_default(), vips));
+            let entry = connection(payload.get(4..).unwrap_or_default());
+            found.extend(entry.filter(&wanted));
         });
         tries += 1;
         match outcome {
@@ -64,8 +75,8 @@ pub(super) fn connections(vips: &HashSet<IpAddr>) -> io::Result<HashSet<FlowKey>
     }
 }
 
-/// The flow of an entry, if it is a living TCP connection to one of these addresses that was delivered.
-fn connection(entry: &[u8], vips: &HashSet<IpAddr>) -> Option<FlowKey> {
+/// What an entry is about, if that is a living TCP connection.
+fn connection(entry: &[u8]) -> Option<Connection> {
     use attribute as a;
     let tuple = find(entry, a::ORIGINAL)?;
     let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
@@ -79,23 +90,24 @@ fn connection(entry: &[u8], vips: &HashSet<IpAddr>) -> Option<FlowKey> {
     };
     let v6 = |kind| Some(VipKey(find(ip, kind)?.try_into().ok()?));
     let vip = v4(a::V4_DESTINATION).or_else(|| v6(a::V6_DESTINATION))?;
-    if !vips.contains(&vip.address()) {
-        return None;
-    }
     let status = find(entry, a::STATUS)?.try_into().ok()?;
     let info = find(entry, a::PROTOCOL_INFO)?;
     let state = *find(find(info, a::TCP)?, a::TCP_STATE)?.first()?;
-    if u32::from_be_bytes(status) & TRANSLATED == 0 || state <= SYN_SENT || state >= TIME_WAIT {
+    if state <= SYN_SENT || state >= TIME_WAIT {
         return None;
     }
     let port = |kind| {
         let bytes = find(protocol, kind)?.try_into().ok()?;
         Some(u16::from_be_bytes(bytes))
     };
-    Some(FlowKey {
-        client: v4(a::V4_SOURCE).or_else(|| v6(a::V6_SOURCE))?.0,
-        vip,
-        client_port: port(a::SOURCE_PORT)?,
-        port: port(a::DESTINATION_PORT)?,
+    Some(Connection {
+        flow: FlowKey {
+            client: v4(a::V4_SOURCE).or_else(|| v6(a::V6_SOURCE))?.0,
+            vip,
+            client_port: port(a::SOURCE_PORT)?,
+            port: port(a::DESTINATION_PORT)?,
+            protocol: TCP,
+        },
+        translated: u32::from_be_bytes(status) & TRANSLATED != 0,
     })
 }

@@ -19,6 +19,9 @@ use super::pins::{Pins, remove_link};
 use super::tables::{self, TablesError};
 use super::uplink::{Restored, UplinkError, chain, interface_name};
 
+/// What its links' pins are called after.
+const PLACE: &str = "xdp";
+
 /// Why an interface's driver does not run the program, though the user wants it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriverError {
@@ -70,7 +73,7 @@ impl Drivers {
     /// Puts the program in the place of the one that an earlier process left at a driver, in one step; takes that off
     /// where it is not wanted any more.
     pub(super) fn inherit(&mut self, ebpf: &mut Ebpf, pins: &Pins, wanted: &BTreeSet<String>) {
-        for interface in pins.drivers_linked() {
+        for interface in pins.linked(PLACE) {
             let name = interface_name(interface);
             let still = name.as_ref().is_ok_and(|name| wanted.contains(name));
             match still
@@ -105,7 +108,7 @@ impl Drivers {
         let name = interface_name(interface)?;
         let address = fit(&name)?;
         self.tell(interface, address)?;
-        let pin = pins.driver_link(interface);
+        let pin = pins.link(interface, PLACE);
         if Link::open(&pin)
             .and_then(|link| link.xdp_interface())
             .is_ok_and(|at| at == interface)
@@ -133,7 +136,7 @@ impl Drivers {
 
     /// Takes the program off the interface's driver.
     pub(super) fn detach(&mut self, pins: &Pins, interface: u32) {
-        let pin = pins.driver_link(interface);
+        let pin = pins.link(interface, PLACE);
         if let Err(error) = remove_link(&pin) {
             tracing::warn!(path = %pin.display(), %error, "cannot remove a pinned link");
         }
@@ -162,7 +165,7 @@ impl Drivers {
     fn replace(&mut self, ebpf: &mut Ebpf, pins: &Pins, interface: u32) -> Result<(), DriverError> {
         let address = fit(&interface_name(interface)?)?;
         self.tell(interface, address)?;
-        let link: FdLink = PinnedLink::from_pin(pins.driver_link(interface))
+        let link: FdLink = PinnedLink::from_pin(pins.link(interface, PLACE))
             .map_err(UplinkError::from)?
             .into();
         let link = XdpLink::try_from(link).map_err(UplinkError::from)?;

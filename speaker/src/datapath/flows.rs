@@ -1,29 +1,28 @@
-//! The TCP flows that this node delivers: those that were there before the programs, those that are no more, and those
-//! whose buckets are another node's by now.
+//! The flows that this node delivers: those that were there before the programs, those that are no more, and those whose
+//! buckets are another node's by now.
 //!
 //! A thread of its own: to look through a quarter of a million flows takes a while, and a node's death must not wait
 //! for it.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::io;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, MapData};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering;
-use landfall_ebpf_common::rendezvous::bucket;
-use landfall_ebpf_common::{Flow, FlowKey, flow_state};
-use nix::time::{ClockId, clock_gettime};
+use landfall_ebpf_common::FlowKey;
+use landfall_ebpf_common::rendezvous::{bucket, hash};
 
 use super::worker::{SharedTables, lock};
-use super::{Held, PortId, PortState, conntrack};
+use super::{Held, PortId, PortState};
+use compare::{Known, reconcile};
+pub(super) use maps::FlowMaps;
 
-/// A flow that connection tracking does not know is forgotten when it was not heard for this long: a new one may be
-/// here before it is there.
-const UNHEARD: Duration = Duration::from_secs(60);
+mod compare;
+mod maps;
+
 /// How often the flows are compared with connection tracking, and how soon again when that failed.
 const COMPARE: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(10);
@@ -31,17 +30,11 @@ const RETRY: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_secs(2);
 /// Changes of the tables are gathered for so long.
 const GATHER: Duration = Duration::from_millis(50);
-/// `BPF_NOEXIST`: an entry that is there is newer.
-const IF_NEW: u64 = 1;
-
-/// The map of flows.
-pub(super) type FlowMap = HashMap<MapData, FlowKey, Flow>;
-
 /// What the thread is told, and what it tells.
 #[expect(clippy::struct_excessive_bools, reason = "independent switches")]
 #[derive(Debug, Default)]
 struct State {
-    map: Option<FlowMap>,
+    maps: Option<FlowMaps>,
     /// All VIPs are known: what was there before can be told from what is not.
     complete: bool,
     here: Option<NodeName>,
@@ -49,6 +42,8 @@ struct State {
     ports: BTreeMap<PortId, PortState>,
     /// Some port is spread otherwise than when it was looked last.
     moved: bool,
+    /// Some port has lost an endpoint of this node.
+    withdrawn: bool,
     /// Packets may have passed the programs by.
     missed: bool,
     /// The flows have been compared with connection tracking, or cannot be.
@@ -94,10 +89,10 @@ impl Flows {
         self.shared.wake.notify_all();
     }
 
-    /// The map is there.
-    pub(super) fn install(&self, map: FlowMap) {
+    /// The maps are there.
+    pub(super) fn install(&self, maps: FlowMaps) {
         self.tell(|state| {
-            state.map = Some(map);
+            state.maps = Some(maps);
             state.missed = true;
         });
     }
@@ -131,15 +126,18 @@ impl Flows {
 
     /// How a port is spread.
     pub(super) fn port(&self, id: PortId, port: Option<&PortState>) {
-        if id.protocol != Protocol::Tcp {
-            return;
-        }
         self.tell(|state| {
-            match port {
+            let before = match port {
                 Some(port) => state.ports.insert(id, port.clone()),
                 None => state.ports.remove(&id),
             };
-            state.moved = true;
+            state.moved |= id.protocol == Protocol::Tcp;
+            state.withdrawn |= before
+                .and_then(|before| before.native)
+                .is_some_and(|before| {
+                    let now = port.and_then(|port| port.native.as_ref());
+                    now.is_none_or(|now| !before.endpoints.is_subset(&now.endpoints))
+                });
         });
     }
 
@@ -173,34 +171,35 @@ struct Task {
 
 impl Task {
     fn run(&mut self) {
-        while let Some(mut map) = self.wait() {
+        while let Some(mut maps) = self.wait() {
             thread::sleep(GATHER);
             if Instant::now() >= self.compare_at {
-                self.compare(&mut map);
+                self.compare(&mut maps);
             }
-            self.look(&map);
-            lock(&self.shared.state).map.get_or_insert(map);
+            self.look(&maps);
+            self.withdraw(&mut maps);
+            lock(&self.shared.state).maps.get_or_insert(maps);
         }
     }
 
-    /// Waits until there is something to do, and takes the map. Nothing: stop.
-    fn wait(&mut self) -> Option<FlowMap> {
+    /// Waits until there is something to do, and takes the maps. Nothing: stop.
+    fn wait(&mut self) -> Option<FlowMaps> {
         let mut state = lock(&self.shared.state);
         loop {
             if state.stop {
                 return None;
             }
-            if state.complete && state.map.is_some() {
+            if state.complete && state.maps.is_some() {
                 if std::mem::take(&mut state.missed) {
                     self.compare_at = Instant::now();
                 }
                 let moved = std::mem::take(&mut state.moved);
                 let now = Instant::now();
                 let look = !state.held.is_empty() && now >= self.look_at;
-                if (moved || look || now >= self.compare_at)
-                    && let Some(map) = state.map.take()
+                if (moved || look || state.withdrawn || now >= self.compare_at)
+                    && let Some(maps) = state.maps.take()
                 {
-                    return Some(map);
+                    return Some(maps);
                 }
             }
             let (woken, _) = self
@@ -214,9 +213,12 @@ impl Task {
 
     /// Compares the flows with connection tracking. From the first time on, what is not known here may be looked for
     /// elsewhere.
-    fn compare(&mut self, map: &mut FlowMap) {
-        let vips = lock(&self.shared.state).vips.clone();
-        let compared = reconcile(map, &vips).map_err(|error| error.to_string());
+    fn compare(&mut self, maps: &mut FlowMaps) {
+        let known = {
+            let state = lock(&self.shared.state);
+            Known::new(&state.vips, &state.ports)
+        };
+        let compared = reconcile(maps, &known).map_err(|error| error.to_string());
         let seeded = compared.and_then(|reconciled| {
             tracing::debug!(?reconciled, "compared with connection tracking");
             match lock(&self.tables).as_mut() {
@@ -236,9 +238,9 @@ impl Task {
     }
 
     /// Looks which flows are in buckets of other nodes.
-    fn look(&mut self, map: &FlowMap) {
+    fn look(&mut self, maps: &FlowMaps) {
         self.look_at = Instant::now() + LOOK;
-        let flows: Vec<FlowKey> = map.keys().flatten().collect();
+        let flows: Vec<FlowKey> = maps.flows.keys().flatten().collect();
         let mut state = lock(&self.shared.state);
         let Some(here) = state.here.clone() else {
             return;
@@ -262,6 +264,22 @@ impl Task {
             state.held = Arc::new(held);
         }
     }
+
+    /// Forgets the flows without connections whose endpoints are gone: nothing would ever end them.
+    fn withdraw(&mut self, maps: &mut FlowMaps) {
+        let endpoints = {
+            let mut state = lock(&self.shared.state);
+            if !std::mem::take(&mut state.withdrawn) {
+                return;
+            }
+            compare::endpoints_of(&state.ports)
+        };
+        maps.forget_datagrams(|flow, endpoint| {
+            endpoints
+                .get(endpoint)
+                .is_none_or(|ports| !ports.contains(&(flow.vip, flow.protocol, flow.port)))
+        });
+    }
 }
 
 fn bucket_of(flow: &FlowKey, port: &PortState) -> u32 {
@@ -270,41 +288,5 @@ fn bucket_of(flow: &FlowKey, port: &PortState) -> u32 {
     } else {
         u32::from(flow.client_port) << 16 | u32::from(flow.port)
     };
-    bucket(&flow.client, &flow.vip.0, rest)
-}
-
-/// What a comparison changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Reconciled {
-    entered: usize,
-    forgotten: usize,
-}
-
-/// Enters the flows that are delivered here already, and forgets those that are not any more.
-fn reconcile(map: &mut FlowMap, vips: &HashSet<IpAddr>) -> io::Result<Reconciled> {
-    let alive = conntrack::connections(vips)?;
-    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-    let over = |flow: &Flow| now.saturating_sub(Duration::from_nanos(flow.seen)) > UNHEARD;
-    let gone: BTreeSet<FlowKey> = map
-        .iter()
-        .flatten()
-        .filter(|(key, flow)| !alive.contains(key) && over(flow))
-        .map(|(key, _)| key)
-        .collect();
-    let mut reconciled = Reconciled::default();
-    for key in gone {
-        // It may have gone by itself.
-        let _ = map.remove(&key);
-        reconciled.forgotten += 1;
-    }
-    let flow = Flow {
-        seen: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-        state: flow_state::ESTABLISHED,
-        zero: 0,
-    };
-    for key in alive {
-        // Otherwise it is there already, or the table is full.
-        reconciled.entered += usize::from(map.insert(key, flow, IF_NEW).is_ok());
-    }
-    Ok(reconciled)
+    bucket(hash(&flow.client, &flow.vip.0, rest))
 }

@@ -27,7 +27,7 @@ const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
 type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
-pub(super) const SHAPES: [Shape; 14] = [
+pub(super) const SHAPES: [Shape; 20] = [
     shape::<common::VipKey, common::Vip>(map::VIPS, MapType::Hash, common::MAX_VIPS),
     shape::<u32, common::VipCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_VIPS),
     shape::<common::PortKey, common::Port>(map::PORTS, MapType::Hash, common::MAX_PORTS),
@@ -38,6 +38,20 @@ pub(super) const SHAPES: [Shape; 14] = [
     shape::<Prefix<common::Routed>, u32>(map::ROUTED, MapType::LpmTrie, common::MAX_ROUTED),
     shape::<common::FlowKey, common::Flow>(map::FLOWS, MapType::Hash, common::MAX_FLOWS),
     shape::<common::FlowKey, common::Flow>(map::HALF_OPEN, MapType::LruHash, common::MAX_HALF_OPEN),
+    shape::<common::FlowKey, common::Answer>(map::ANSWERS, MapType::Hash, common::MAX_FLOWS),
+    shape::<common::FlowKey, common::Answer>(
+        map::HALF_ANSWERS,
+        MapType::LruHash,
+        common::MAX_HALF_OPEN,
+    ),
+    shape::<common::FlowKey, common::Flow>(map::DATAGRAMS, MapType::LruHash, common::MAX_DATAGRAMS),
+    shape::<common::FlowKey, common::Answer>(
+        map::DATAGRAM_ANSWERS,
+        MapType::LruHash,
+        common::MAX_DATAGRAMS,
+    ),
+    shape::<common::SlotKey, common::Endpoint>(map::SLOTS, MapType::Hash, common::MAX_SLOTS),
+    shape::<Prefix<common::Range>, u32>(map::RANGES, MapType::LpmTrie, common::MAX_RANGES),
     shape::<common::HoldersKey, common::Holders>(map::HOLDERS, MapType::Hash, common::MAX_HELD),
     shape::<common::FragmentKey, common::Fragment>(
         map::FRAGMENTS,

@@ -1,9 +1,8 @@
 //! Where maps and links are pinned, and how a layout is told from another.
 //!
 //! ```text
-//!  <pin dir>/layout-2/VIPS      a map of this layout
-//!  <pin dir>/layout-2/links/7   the link of the interface with index 7
-//!  <pin dir>/layout-2/links/xdp-7   the link of its driver
+//!  <pin dir>/layout-3/VIPS             a map of this layout
+//!  <pin dir>/layout-3/links/7-ingress  the link of a program at the interface with index 7
 //! ```
 //!
 //! The number is [`landfall_ebpf_common::LAYOUT`]. What lies under another number is not read: once this
@@ -14,17 +13,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
-use aya::programs::TcAttachType;
 use aya::programs::tc::qdisc_detach_program;
+use landfall_ebpf_common::LAYOUT;
 use landfall_ebpf_common::link::Link;
-use landfall_ebpf_common::{LAYOUT, UPLINK_INGRESS};
 use nix::net::if_::if_nameindex;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::layout::{SHAPES, Shape};
-
-/// What the names of drivers' links begin with.
-const DRIVER: &str = "xdp-";
+use super::uplink::Side;
 
 /// Why the pins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -75,34 +71,20 @@ impl Pins {
         self.layout.join(name)
     }
 
-    /// Where an interface's link is pinned.
-    pub(crate) fn link(&self, interface: u32) -> PathBuf {
-        self.layout.join("links").join(interface.to_string())
-    }
-
-    /// Where the link of an interface's driver is pinned.
-    pub(crate) fn driver_link(&self, interface: u32) -> PathBuf {
+    /// Where the link of an interface at a place is pinned.
+    pub(super) fn link(&self, interface: u32, place: &str) -> PathBuf {
         self.layout
             .join("links")
-            .join(format!("{DRIVER}{interface}"))
+            .join(format!("{interface}-{place}"))
     }
 
-    /// The interfaces with a pinned link.
-    pub(crate) fn linked(&self) -> Vec<u32> {
-        self.links("")
-    }
-
-    /// The interfaces with a pinned link of their driver.
-    pub(crate) fn drivers_linked(&self) -> Vec<u32> {
-        self.links(DRIVER)
-    }
-
-    fn links(&self, prefix: &str) -> Vec<u32> {
+    /// The interfaces with a pinned link at a place.
+    pub(super) fn linked(&self, place: &str) -> Vec<u32> {
         entries(&self.layout.join("links"))
             .iter()
             .filter_map(|path| {
-                let name = path.file_name()?.to_str()?;
-                name.strip_prefix(prefix)?.parse().ok()
+                let (interface, at) = path.file_name()?.to_str()?.split_once('-')?;
+                interface.parse().ok().filter(|_| at == place)
             })
             .collect()
     }
@@ -150,9 +132,11 @@ pub fn uninstall(pin_dir: &Path) -> io::Result<Removed> {
     }
     for interface in &if_nameindex()? {
         let name = interface.name().to_string_lossy();
-        // An interface without our filter answers with an error of one kind or another.
-        if qdisc_detach_program(&name, TcAttachType::Ingress, UPLINK_INGRESS).is_ok() {
-            removed.filters += 1;
+        for side in Side::ALL {
+            // An interface without our filter answers with an error of one kind or another.
+            if qdisc_detach_program(&name, side.attach_type(), side.program()).is_ok() {
+                removed.filters += 1;
+            }
         }
     }
     Ok(removed)

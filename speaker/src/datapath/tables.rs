@@ -4,6 +4,7 @@
 //! are read from the maps and kept, so that what is pinned goes on meaning what it meant.
 
 mod holders;
+mod local;
 mod nodes;
 mod numbers;
 mod ports;
@@ -15,10 +16,14 @@ use std::net::IpAddr;
 
 use aya::Ebpf;
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
+use ipnet::IpNet;
 use landfall_core::steering::seed;
-use landfall_ebpf_common::{Settings, map};
+use landfall_ebpf_common::{Settings, VipKey, map, routed_prefix};
 
 use super::{Change, VipCount};
+
+pub(super) use local::endpoint;
+pub(super) use ports::key as port_key;
 
 /// Why the maps do not hold what they should.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,13 @@ pub(super) fn taken<M: TryFrom<Map, Error = MapError>>(
 ) -> Result<M, TablesError> {
     let map = ebpf.take_map(name).ok_or(TablesError::Missing(name))?;
     Ok(M::try_from(map)?)
+}
+
+/// A network as in a longest-prefix match: its prefix's length in bits, and its address.
+fn network(net: IpNet) -> (u32, [u8; 16]) {
+    let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
+    let length = routed_prefix(mapped + u32::from(net.prefix_len()));
+    (length, VipKey::from_address(net.network()).0)
 }
 
 impl Tables {

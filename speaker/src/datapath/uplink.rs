@@ -1,9 +1,9 @@
-//! The program at the uplinks: loading it, attaching it in front of all others, and keeping it there.
+//! The programs at the uplinks: loading them, attaching each in front of all others, and keeping them there.
 //!
 //! With TCX the pinned link is the attachment. With clsact (kernels below 6.6) it is a filter of preference 1
 //! with a handle of our own, by which a later process knows it for ours; no other filter is ever replaced.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 
@@ -14,16 +14,16 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use landfall_ebpf_common::{UPLINK_INGRESS, map, tcx};
+use landfall_ebpf_common::{UPLINK_EGRESS, UPLINK_INGRESS, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 
 use super::driver::{DriverError, Drivers};
-use super::flows::FlowMap;
+use super::flows::FlowMaps;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
-use super::tables::{self, Tables, TablesError};
-use super::{Attachment, Hook};
+use super::tables::{Tables, TablesError};
+use super::{Attachment, Config, Delivery, Hook};
 
 /// The object that the build script has compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
@@ -74,51 +74,109 @@ pub(super) enum Restored {
     Overtaken,
 }
 
-/// The program, loaded.
+/// Where at an interface a program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Side {
+    /// What comes in.
+    Ingress,
+    /// What leaves: only where this node delivers without kube-proxy.
+    Egress,
+}
+
+impl Side {
+    pub(super) const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// Those that have something to do.
+    const fn wanted(delivery: Delivery) -> &'static [Self] {
+        match delivery {
+            Delivery::KubeProxy => &[Self::Ingress],
+            Delivery::Native => &Self::ALL,
+        }
+    }
+
+    /// The name of its program.
+    pub(super) const fn program(self) -> &'static str {
+        match self {
+            Self::Ingress => UPLINK_INGRESS,
+            Self::Egress => UPLINK_EGRESS,
+        }
+    }
+
+    pub(super) const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Ingress => TcAttachType::Ingress,
+            Self::Egress => TcAttachType::Egress,
+        }
+    }
+
+    const fn hook(self) -> tcx::Hook {
+        match self {
+            Self::Ingress => tcx::Hook::Ingress,
+            Self::Egress => tcx::Hook::Egress,
+        }
+    }
+
+    pub(super) const fn word(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+/// A program at an interface.
+type Place = (u32, Side);
+
+/// The programs, loaded.
 #[derive(Debug)]
 pub(super) struct Uplink {
     ebpf: Ebpf,
     pins: Pins,
     hook: Hook,
-    id: u32,
-    /// The interfaces it was attached to, by this process or an earlier one.
-    attached: BTreeSet<u32>,
+    /// The programs' ids, of those that are wanted.
+    ids: BTreeMap<Side, u32>,
+    /// Where they were attached, by this process or an earlier one.
+    attached: BTreeSet<Place>,
     drivers: Drivers,
 }
 
 impl Uplink {
-    /// Loads the program beside the pinned maps, and puts it in the place of the one that an earlier process left
-    /// at each uplink: in one step, so that no packet passes uncounted.
-    ///
-    /// The same at the drivers of the interfaces with these names.
-    pub(super) fn load(
-        pins: &Pins,
-        hook: Hook,
-        xdp: &BTreeSet<String>,
-    ) -> Result<Self, UplinkError> {
+    /// Loads the programs beside the pinned maps, and puts each in the place of the one that an earlier process left
+    /// at each uplink: in one step, so that no packet passes uncounted. A program that is not wanted is taken off.
+    pub(super) fn load(pins: &Pins, config: &Config) -> Result<Self, UplinkError> {
         let mut ebpf = object(Some(pins))?;
         let mut drivers = Drivers::adopt(&mut ebpf)?;
-        drivers.inherit(&mut ebpf, pins, xdp);
-        let program = classifier(&mut ebpf)?;
-        program.load()?;
-        let id = program.info()?.id();
+        drivers.inherit(&mut ebpf, pins, &config.xdp);
+        let mut ids = BTreeMap::new();
+        for side in Side::wanted(config.delivery) {
+            let program = classifier(&mut ebpf, side.program())?;
+            program.load()?;
+            ids.insert(*side, program.info()?.id());
+        }
         let mut uplink = Self {
             ebpf,
             pins: pins.clone(),
-            hook,
-            id,
+            hook: config.hook,
+            ids,
             attached: BTreeSet::new(),
             drivers,
         };
-        for interface in pins.linked() {
-            match uplink.adopt(interface) {
-                Ok(()) => {
-                    uplink.attached.insert(interface);
+        for side in Side::ALL {
+            for interface in pins.linked(side.word()) {
+                let place = (interface, side);
+                if !uplink.ids.contains_key(&side) {
+                    uplink.detach_from(place);
+                    continue;
                 }
-                Err(error) => {
-                    // The interface is gone, and its index may be another's by now.
-                    tracing::debug!(interface, %error, "a pinned link is of no use");
-                    remove(&pins.link(interface));
+                match uplink.adopt(place) {
+                    Ok(()) => {
+                        uplink.attached.insert(place);
+                    }
+                    Err(error) => {
+                        // The interface is gone, and its index may be another's by now.
+                        tracing::debug!(interface, %error, "a pinned link is of no use");
+                        remove(&pins.link(interface, side.word()));
+                    }
                 }
             }
         }
@@ -130,29 +188,41 @@ impl Uplink {
         Tables::adopt(&mut self.ebpf)
     }
 
-    /// The map of flows, to be taken once.
-    pub(super) fn flows(&mut self) -> Result<FlowMap, TablesError> {
-        tables::taken(&mut self.ebpf, map::FLOWS)
+    /// The maps of flows, to be taken once.
+    pub(super) fn flows(&mut self) -> Result<FlowMaps, TablesError> {
+        FlowMaps::taken(&mut self.ebpf)
     }
 
-    /// The interfaces that carry it, as far as this process knows.
+    /// The interfaces that carry programs, as far as this process knows.
     pub(super) fn attached(&self) -> BTreeSet<u32> {
-        self.attached.clone()
+        self.attached
+            .iter()
+            .map(|(interface, _)| *interface)
+            .collect()
     }
 
-    /// Sees to it that the program is attached to the interface, in front of all others.
+    /// Sees to it that the programs are attached to the interface, each in front of all others.
     pub(super) fn ensure(
         &mut self,
         interface: u32,
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        if self.hook == Hook::Clsact {
-            return self.ensure_clsact(interface);
+        let sides: Vec<Side> = self.ids.keys().copied().collect();
+        let mut outcome = (Attachment::Tcx, None);
+        for side in sides {
+            let (attachment, restored) = self.ensure_at((interface, side))?;
+            outcome = (attachment, restored.or(outcome.1));
         }
-        match tcx::ingress_programs(interface) {
-            Ok(programs) => self.ensure_tcx(interface, &programs),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                self.ensure_clsact(interface)
-            }
+        Ok(outcome)
+    }
+
+    fn ensure_at(&mut self, place: Place) -> Result<(Attachment, Option<Restored>), UplinkError> {
+        let (interface, side) = place;
+        if self.hook == Hook::Clsact {
+            return self.ensure_clsact(place);
+        }
+        match tcx::programs(interface, side.hook()) {
+            Ok(programs) => self.ensure_tcx(place, &programs),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.ensure_clsact(place),
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
                 self.detach(interface);
                 Err(UplinkError::NoInterface(interface))
@@ -182,79 +252,89 @@ impl Uplink {
         self.drivers.detach(&self.pins, interface);
     }
 
-    /// Takes the program off the interface.
+    /// Takes the programs off the interface.
     pub(super) fn detach(&mut self, interface: u32) {
-        remove(&self.pins.link(interface));
+        for side in Side::ALL {
+            self.detach_from((interface, side));
+        }
+    }
+
+    fn detach_from(&mut self, place: Place) {
+        let (interface, side) = place;
+        remove(&self.pins.link(interface, side.word()));
         if let Ok(name) = interface_name(interface)
-            && let Ok(link) = clsact_link(&name)
+            && let Ok(link) = clsact_link(&name, side)
         {
             // Dropping the link deletes the filter; it is an error if there is none.
             drop(link);
         }
-        self.attached.remove(&interface);
+        self.attached.remove(&place);
     }
 
     fn ensure_tcx(
         &mut self,
-        interface: u32,
+        place: Place,
         programs: &[u32],
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        let restored = match programs.iter().position(|id| *id == self.id) {
+        let (interface, side) = place;
+        let id = self.ids.get(&side);
+        let restored = match programs.iter().position(|other| Some(other) == id) {
             Some(0) => {
-                self.attached.insert(interface);
+                self.attached.insert(place);
                 return Ok((Attachment::Tcx, None));
             }
             Some(_) => Some(Restored::Overtaken),
-            None if self.attached.contains(&interface) => Some(Restored::Removed),
+            None if self.attached.contains(&place) => Some(Restored::Removed),
             None => None,
         };
         let name = interface_name(interface)?;
-        let pin = self.pins.link(interface);
+        let pin = self.pins.link(interface, side.word());
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(&pin);
-        let program = classifier(&mut self.ebpf)?;
+        let program = classifier(&mut self.ebpf, side.program())?;
         let options = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program
-            .attach_with_options(&name, TcAttachType::Ingress, options)
+            .attach_with_options(&name, side.attach_type(), options)
             .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;
         taken(program, id)?
             .pin(&pin)
             .map_err(|error| UplinkError::Attach(name, chain(&error)))?;
-        self.attached.insert(interface);
+        self.attached.insert(place);
         Ok((Attachment::Tcx, restored))
     }
 
     fn ensure_clsact(
         &mut self,
-        interface: u32,
+        place: Place,
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
+        let (interface, side) = place;
         let name = interface_name(interface)?;
         // It may be there already, ours or another's.
         let _ = qdisc_add_clsact(&name);
-        let program = classifier(&mut self.ebpf)?;
+        let program = classifier(&mut self.ebpf, side.program())?;
         let options = TcAttachOptions::Netlink(NlOptions {
             priority: CLSACT_PRIORITY,
             handle: CLSACT_HANDLE,
             classid: None,
         });
-        let made = program.attach_with_options(&name, TcAttachType::Ingress, options);
-        let known = self.attached.contains(&interface);
+        let made = program.attach_with_options(&name, side.attach_type(), options);
+        let known = self.attached.contains(&place);
         match made {
             Ok(id) => {
                 keep(program.take_link(id)?);
-                self.attached.insert(interface);
+                self.attached.insert(place);
                 Ok((Attachment::Clsact, known.then_some(Restored::Removed)))
             }
             // The filter with our handle is there: this process's, or an earlier one's that is to be replaced.
             Err(error) if exists(&error) => {
                 if !known {
-                    let link = clsact_link(&name)
+                    let link = clsact_link(&name, side)
                         .map_err(|error| UplinkError::Attach(name.clone(), error.to_string()))?;
                     let id = program
                         .attach_to_link(link)
                         .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;
                     keep(program.take_link(id)?);
-                    self.attached.insert(interface);
+                    self.attached.insert(place);
                 }
                 Ok((Attachment::Clsact, None))
             }
@@ -263,10 +343,10 @@ impl Uplink {
     }
 
     /// Puts the program in the place of the one that the pinned link holds.
-    fn adopt(&mut self, interface: u32) -> Result<(), UplinkError> {
-        let link: FdLink = PinnedLink::from_pin(self.pins.link(interface))?.into();
+    fn adopt(&mut self, (interface, side): Place) -> Result<(), UplinkError> {
+        let link: FdLink = PinnedLink::from_pin(self.pins.link(interface, side.word()))?.into();
         let link = SchedClassifierLink::try_from(link)?;
-        let program = classifier(&mut self.ebpf)?;
+        let program = classifier(&mut self.ebpf, side.program())?;
         let id = program.attach_to_link(link)?;
         taken(program, id).map(drop)
     }
@@ -283,11 +363,14 @@ pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
     Ok(loader.load(OBJECT)?)
 }
 
-/// The program in the object.
-pub(super) fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, UplinkError> {
+/// A program in the object.
+pub(super) fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, UplinkError> {
     Ok(ebpf
-        .program_mut(UPLINK_INGRESS)
-        .ok_or(UplinkError::Missing(UPLINK_INGRESS))?
+        .program_mut(name)
+        .ok_or(UplinkError::Missing(name))?
         .try_into()?)
 }
 
@@ -302,10 +385,10 @@ fn keep(link: SchedClassifierLink) {
     std::mem::forget(link);
 }
 
-fn clsact_link(name: &str) -> io::Result<SchedClassifierLink> {
+fn clsact_link(name: &str, side: Side) -> io::Result<SchedClassifierLink> {
     SchedClassifierLink::attached(
         name,
-        TcAttachType::Ingress,
+        side.attach_type(),
         CLSACT_PRIORITY,
         CLSACT_HANDLE,
         None,

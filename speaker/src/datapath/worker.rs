@@ -297,8 +297,7 @@ impl Task {
     /// program goes on, or packets are passed up as they were before there was any.
     fn load(&mut self) -> Result<(), String> {
         let pins = Pins::open(&self.config.pin_dir).map_err(|error| error.to_string())?;
-        let mut uplink = Uplink::load(&pins, self.config.hook, &self.config.xdp)
-            .map_err(|error| error.to_string())?;
+        let mut uplink = Uplink::load(&pins, &self.config).map_err(|error| error.to_string())?;
         let tables = uplink.tables().map_err(|error| error.to_string())?;
         self.fresh = !tables.is_seeded();
         self.not_retired = Some(pins);

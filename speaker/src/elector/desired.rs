@@ -5,12 +5,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use landfall_core::groups::{Group, GroupId, GroupService};
-use landfall_core::ip::IpRange;
+use landfall_core::ip::{Family, IpRange};
 
 use super::Speaker;
 use super::steering::Steered;
 use crate::announcer::{Announcement, Interface};
-use crate::node_rules::{HostService, HostTargets, Rules};
+use crate::node_rules::{HostTargets, PodTargets, Rules, VipPort};
 
 /// What the rules should say, and what each group adds to it, so that a change costs what it changes.
 #[derive(Debug, Default)]
@@ -69,6 +69,9 @@ impl Desired {
         for service in part.host_services.keys() {
             self.rules.host_services.remove(service);
         }
+        for service in part.pod_services.keys() {
+            self.rules.pod_services.remove(service);
+        }
         Some(removed)
     }
 
@@ -86,6 +89,10 @@ impl Desired {
         let services = part.host_services.iter();
         self.rules
             .host_services
+            .extend(services.map(|(service, targets)| (service.clone(), targets.clone())));
+        let services = part.pod_services.iter();
+        self.rules
+            .pod_services
             .extend(services.map(|(service, targets)| (service.clone(), targets.clone())));
         self.parts.insert(id, added);
     }
@@ -177,6 +184,9 @@ impl Speaker {
             }
             for service in &group.services {
                 self.host_services(vip.address, service, &mut part.host_services);
+                if self.is_native() && service.host_endpoints.is_empty() {
+                    pod_services(vip.address, service, &mut part.pod_services);
+                }
             }
         }
         part
@@ -186,7 +196,7 @@ impl Speaker {
         &self,
         vip: IpAddr,
         service: &GroupService,
-        into: &mut BTreeMap<HostService, HostTargets>,
+        into: &mut BTreeMap<VipPort, HostTargets>,
     ) {
         for ((protocol, port), endpoints) in &service.host_endpoints {
             let mut targets = HostTargets::default();
@@ -212,7 +222,7 @@ impl Speaker {
             if targets.remote.is_empty() {
                 targets.remote = dead;
             }
-            let service = HostService {
+            let service = VipPort {
                 vip,
                 protocol: *protocol,
                 port: *port,
@@ -260,5 +270,30 @@ impl Speaker {
             }
         }
         likely
+    }
+}
+
+/// Where this node's own processes and pods reach a Service.
+fn pod_services(
+    vip: IpAddr,
+    service: &GroupService,
+    into: &mut BTreeMap<VipPort, Arc<PodTargets>>,
+) {
+    for port in &service.ports {
+        let endpoints = service.targets((Family::of(vip), port.protocol, port.port), None);
+        if endpoints.is_empty() {
+            continue; // The leader refuses it.
+        }
+        let targets = PodTargets {
+            endpoints,
+            affinity: service.affinity,
+            ranges: service.source_ranges.clone(),
+        };
+        let port = VipPort {
+            vip,
+            protocol: port.protocol,
+            port: port.port,
+        };
+        into.insert(port, Arc::new(targets));
     }
 }

@@ -65,8 +65,18 @@ impl Speaker {
             if echo.asked > Duration::ZERO {
                 echo.unanswered = echo.unanswered.saturating_add(1);
             }
-            changed |= echo.is_over() != before;
-            echo.token = rand::random();
+            if echo.is_over() && !before {
+                tracing::warn!(
+                    node = %id.name,
+                    interface = id.interface,
+                    "a node's kernel answers no more: the node is out of the tables"
+                );
+                changed = true;
+            }
+            // A late answer to an earlier question of the series is an answer.
+            if echo.unanswered == 0 {
+                echo.token = rand::random();
+            }
             echo.asked = now;
             questions.push((id.interface, *mac, echo.token));
         }
@@ -104,6 +114,7 @@ impl Speaker {
             let name = id.name.clone();
             self.election.remember(&name, now);
             if was_over {
+                tracing::info!(node = %name, interface, "a node's kernel answers again");
                 self.nodes_stale = true;
                 self.desired.forget();
                 self.apply_at.get_or_insert(now);

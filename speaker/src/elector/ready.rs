@@ -117,6 +117,7 @@ impl Speaker {
     /// The port by which kube-proxy tells whether it delivers a Service's packets to endpoints of this node.
     fn health_port(&self, service: &GroupService) -> Option<u16> {
         let asks = !self.identity.manifests
+            && !self.is_native()
             && service.local_nodes.is_some()
             && service.health_check_node_port != 0;
         asks.then_some(service.health_check_node_port)
@@ -139,6 +140,9 @@ impl Speaker {
                     .get(&self.identity.node)
                     .is_some_and(|endpoints| !endpoints.is_disjoint(&self.hosts_alive))
             });
+        }
+        if self.is_native() {
+            return self.steers;
         }
         let mut blind = false;
         for vip in &group.vips {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use landfall_core::election::{HeldPort, NodeRegister, service_id};
-use landfall_core::groups::{Group, GroupService};
+use landfall_core::groups::{FamilyPort, Group, GroupService};
 use landfall_core::ip::Family;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
@@ -18,7 +18,9 @@ use serde_json::{Value, json};
 
 use super::Speaker;
 use crate::announcer::MacAddr;
-use crate::datapath::{Attachment, Change, NodeId, NodeState, PortId, PortState, VipState};
+use crate::datapath::{
+    Attachment, Change, Delivery, Native, NodeId, NodeState, PortId, PortState, VipState,
+};
 
 /// What one group adds to what the data path should know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -297,7 +299,8 @@ impl Speaker {
                 .and_then(|place| self.interface(&place.name))
                 .map(|interface| interface.index);
             let state = VipState {
-                steer: group.steers() && uplink.is_some(),
+                // Where the programs deliver they see all packets, and the leader's stay with it if it is not to steer.
+                steer: (group.steers() || self.is_native()) && uplink.is_some(),
                 udp_port: None,
             };
             steered.vips.insert(vip.address, state);
@@ -324,12 +327,13 @@ impl Speaker {
     ) {
         let id = service_id(&service.key);
         let serves = |node: &NodeName| {
-            self.is_there(node, interface) && self.election.serves(node, &group.id, id)
+            (group.steers() || *node == self.identity.node)
+                && self.is_there(node, interface)
+                && self.election.serves(node, &group.id, id)
         };
         for port in &service.ports {
-            let spread = service
-                .spreads
-                .get(&(Family::of(vip), port.protocol, port.port));
+            let family_port = (Family::of(vip), port.protocol, port.port);
+            let spread = service.spreads.get(&family_port);
             let nodes: Distribution = spread
                 .into_iter()
                 .flatten()
@@ -347,9 +351,25 @@ impl Speaker {
                 affinity: service.affinity,
                 udp_ports: service.udp_ports,
                 host: !service.host_endpoints.is_empty(),
+                native: self.native(service, family_port),
             };
             into.insert(port_id, state);
         }
+    }
+}
+
+impl Speaker {
+    /// Whether this node's programs deliver to pods, and no kube-proxy.
+    pub(super) fn is_native(&self) -> bool {
+        self.identity.delivery == Delivery::Native
+    }
+
+    fn native(&self, service: &GroupService, port: FamilyPort) -> Option<Native> {
+        let delivers = self.is_native() && service.host_endpoints.is_empty();
+        delivers.then(|| Native {
+            endpoints: service.targets(port, Some(&self.identity.node)),
+            ranges: service.source_ranges.clone(),
+        })
     }
 }
 
@@ -364,8 +384,21 @@ fn held_port(id: &PortId) -> HeldPort {
 fn lone_udp_port(vip: IpAddr, ports: &BTreeMap<PortId, PortState>) -> Option<u16> {
     let mut of_vip = ports
         .iter()
-        .filter(|(id, _)| id.vip == vip && id.protocol == Protocol::Udp);
+        .filter(|(id, _)| id.vip == vip && id.protocol == Protocol::Udp)
+        .map(|(id, state)| (id, anonymous(state)));
     let (id, state) = of_vip.next()?;
     let alike = !state.udp_ports && of_vip.all(|(_, other)| other == state);
     alike.then_some(id.port)
+}
+
+/// A port's state without what tells it from another that the same endpoints serve.
+fn anonymous(state: &PortState) -> PortState {
+    let mut state = state.clone();
+    if let Some(native) = &mut state.native {
+        native.endpoints = std::mem::take(&mut native.endpoints)
+            .into_iter()
+            .map(|endpoint| SocketAddr::new(endpoint.ip(), 0))
+            .collect();
+    }
+    state
 }

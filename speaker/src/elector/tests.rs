@@ -167,6 +167,7 @@ impl World {
             node: name.clone(),
             boot: BootId(boot),
             manifests: true,
+            delivery: crate::datapath::Delivery::KubeProxy,
             gossip: "10.88.0.1:7950".parse().unwrap(),
             peers: Vec::new(),
         };
@@ -431,6 +432,7 @@ fn mk_service(key: &ObjectKey) -> Service {
         health_check_node_port: 0,
         affinity: false,
         udp_ports: false,
+        source_ranges: None,
         families: Vec::new(),
         family_policy: landfall_core::model::FamilyPolicy::SingleStack,
         request: landfall_core::model::AddressRequest::default(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use landfall_core::ip::Family;
 use landfall_core::model::Protocol;
 
-use super::{HostService, HostTargets, Rules};
+use super::{HostTargets, Rules, VipPort, pods};
 
 /// The table's name, in family `inet`.
 pub(super) const TABLE: &str = "landfall";
@@ -16,10 +16,12 @@ pub(super) const TABLE: &str = "landfall";
 /// An uplink whose answers are marked, and with what.
 pub(super) type Marks = BTreeMap<Arc<str>, u32>;
 
-/// The chains, empty, and the sets. Idempotent; takes nothing away.
+/// The table anew, with its chains and sets, empty. What an earlier one held is gone in the same step, the counts too.
 fn skeleton() -> String {
     format!(
         "add table inet {TABLE}
+delete table inet {TABLE}
+add table inet {TABLE}
 add set inet {TABLE} vips4 {{ type ipv4_addr; }}
 add set inet {TABLE} vips6 {{ type ipv6_addr; }}
 add set inet {TABLE} refusing4 {{ type ipv4_addr; }}
@@ -44,12 +46,6 @@ add chain inet {TABLE} hide-client {{ type nat hook postrouting priority srcnat 
 /// The whole table anew, in one transaction.
 pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
     let mut text = skeleton();
-    let _ = writeln!(text, "flush table inet {TABLE}");
-    for set in ["vips", "refusing", "ports"] {
-        for family in [4, 6] {
-            let _ = writeln!(text, "flush set inet {TABLE} {set}{family}");
-        }
-    }
     elements(&mut text, "add", "vips", &rules.vips);
     elements(&mut text, "add", "refusing", &rules.refusing());
     elements(&mut text, "add", "ports", &rules.ports());
@@ -62,12 +58,15 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
     }
     answers(&mut text, rules, marks, mask);
     deliveries(&mut text, rules);
+    pods::whole(&mut text, rules);
     text
 }
 
 /// From `old` to `new`, when only VIPs came or went; `None` when the chains change too.
 pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> {
-    if old.host_services != new.host_services {
+    if old.host_services != new.host_services
+        || old.pod_services.is_empty() != new.pod_services.is_empty()
+    {
         return None;
     }
     let mut text = String::new();
@@ -80,10 +79,11 @@ pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> 
         let (old, new) = (old.vips_of(uplink), new.vips_of(uplink));
         replace(&mut text, &answered(*mark), &old, &new);
     }
+    pods::change(&mut text, old, new);
     Some(text)
 }
 
-fn replace<E: Element + Ord + Clone>(
+pub(super) fn replace<E: Element + Ord + Clone>(
     text: &mut String,
     set: &str,
     old: &BTreeSet<E>,
@@ -94,7 +94,7 @@ fn replace<E: Element + Ord + Clone>(
 }
 
 /// `set` is named without its family.
-fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all: &BTreeSet<E>) {
+pub(super) fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all: &BTreeSet<E>) {
     for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
         let mut list = String::new();
         for element in all.iter().filter(|it| Family::of(it.vip()) == family) {
@@ -111,7 +111,7 @@ fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all: &BTreeSet
 }
 
 /// What is in a set: by its VIP it belongs to a family.
-trait Element {
+pub(super) trait Element {
     fn vip(&self) -> IpAddr;
     fn text(&self) -> String;
 }
@@ -172,7 +172,6 @@ fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
                 text,
                 "add set inet {TABLE} {set}{suffix} {{ type {kind}; }}"
             );
-            let _ = writeln!(text, "flush set inet {TABLE} {set}{suffix}");
             for chain in ["mark-answers", "mark-own-answers"] {
                 let _ = writeln!(
                     text,
@@ -193,7 +192,7 @@ fn deliveries(text: &mut String, rules: &Rules) {
         };
         let protocol = protocol(service.vip);
         let transport = service.protocol.to_string().to_lowercase();
-        let HostService { vip, port, .. } = service;
+        let VipPort { vip, port, .. } = service;
         for chain in ["deliver", "deliver-own"] {
             let _ = writeln!(
                 text,
@@ -213,22 +212,25 @@ fn deliveries(text: &mut String, rules: &Rules) {
 
 /// Where a connection goes: this node's own endpoint, else the others in turn.
 fn target(targets: &HostTargets) -> Option<String> {
-    let to = |address: &SocketAddr| format!("{} to {address}", protocol(address.ip()));
     if let Some(local) = &targets.local {
-        return Some(format!("dnat {}", to(local)));
+        return to_any(&[*local], "");
     }
-    match targets.remote.as_slice() {
+    to_any(&targets.remote, "numgen inc")
+}
+
+/// A translation to one of these, in turn or as `choice` says.
+pub(super) fn to_any(targets: &[SocketAddr], choice: &str) -> Option<String> {
+    match targets {
         [] => None,
-        [one] => Some(format!("dnat {}", to(one))),
+        [one] => Some(format!("dnat {} to {one}", protocol(one.ip()))),
         [first, ..] => {
             let choices: Vec<_> = targets
-                .remote
                 .iter()
                 .enumerate()
                 .map(|(index, address)| format!("{index} : {} . {}", address.ip(), address.port()))
                 .collect();
             Some(format!(
-                "dnat {} addr . port to numgen inc mod {} map {{ {} }}",
+                "dnat {} addr . port to {choice} mod {} map {{ {} }}",
                 protocol(first.ip()),
                 choices.len(),
                 choices.join(", ")
@@ -238,7 +240,7 @@ fn target(targets: &HostTargets) -> Option<String> {
 }
 
 /// What nftables calls the family of an address.
-fn protocol(address: IpAddr) -> &'static str {
+pub(super) fn protocol(address: IpAddr) -> &'static str {
     match address {
         IpAddr::V4(_) => "ip",
         IpAddr::V6(_) => "ip6",

@@ -59,6 +59,7 @@ pub(in crate::ipam) fn mk_service(name: &str) -> Service {
         health_check_node_port: 0,
         affinity: false,
         udp_ports: false,
+        source_ranges: None,
         families: vec![Family::V4],
         family_policy: FamilyPolicy::SingleStack,
         request: AddressRequest::default(),

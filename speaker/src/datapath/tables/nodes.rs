@@ -8,13 +8,11 @@ use aya::maps::{Array, HashMap, MapData, MapError};
 use ipnet::IpNet;
 use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
-use landfall_ebpf_common::{
-    MAX_NODES, Node, Peer, PeerKey, Routed, VipKey, map, node_flag, routed_prefix,
-};
+use landfall_ebpf_common::{MAX_NODES, Node, Peer, PeerKey, Routed, VipKey, map, node_flag};
 
 use super::super::{NodeId, NodeState};
 use super::numbers::Numbers;
-use super::{TablesError, taken};
+use super::{TablesError, network, taken};
 
 /// What is in the maps for a node.
 #[derive(Clone, Debug, Default)]
@@ -138,7 +136,7 @@ impl Nodes {
         let routed: BTreeSet<(u32, Routed)> = state
             .routed
             .iter()
-            .map(|net| network(number, *net))
+            .map(|net| behind(number, *net))
             .collect();
         for (length, data) in known.routed.difference(&routed) {
             forget(self.routed.remove(&Key::new(*length, *data)))?;
@@ -212,12 +210,11 @@ fn node_of((seed, interface): (u64, u32), state: &NodeState) -> Node {
     }
 }
 
-fn network(node: u16, net: IpNet) -> (u32, Routed) {
-    let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
-    let length = routed_prefix(mapped + u32::from(net.prefix_len()));
+fn behind(node: u16, net: IpNet) -> (u32, Routed) {
+    let (length, address) = network(net);
     let routed = Routed {
         node: u32::from(node).to_be_bytes(),
-        address: VipKey::from_address(net.network()).0,
+        address,
     };
     (length, routed)
 }

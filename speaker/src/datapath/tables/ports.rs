@@ -15,6 +15,7 @@ use landfall_ebpf_common::{
 
 use super::super::{PortId, PortState};
 use super::holders::Holders;
+use super::local::Local;
 use super::nodes::Nodes;
 use super::numbers::Numbers;
 use super::wide::Wide;
@@ -38,6 +39,7 @@ pub(super) struct Ports {
     history: HashMap<MapData, u32, History>,
     wide: Wide,
     holders: Holders,
+    local: Local,
     known: BTreeMap<PortKey, Known>,
     /// Those with earlier spreads.
     changed: BTreeSet<PortKey>,
@@ -75,6 +77,7 @@ impl Ports {
             history,
             wide,
             holders: Holders::adopt(ebpf)?,
+            local: Local::adopt(ebpf)?,
             changed: known
                 .iter()
                 .filter(|(_, known)| known.history != History::default())
@@ -99,10 +102,16 @@ impl Ports {
         };
         let spread = self.spread(state, nodes)?;
         let Some(mut known) = self.known.get(&key).copied() else {
-            return self.insert(key, spread, state.interface);
+            return self.insert(key, spread, state);
         };
         known.interface = state.interface;
-        let before = known.port.spread;
+        let number = known.port.number;
+        let Port {
+            spread: before,
+            slots: slots_before,
+            ..
+        } = known.port;
+        known.port.slots = self.local.put(number, state)?;
         if same_nodes(&before, &spread) {
             self.wide.leave(&spread);
             known.port.spread.flags = flags(state, self.is_held(&known));
@@ -117,25 +126,36 @@ impl Ports {
             known.port.spread = spread;
             known.port.spread.flags = flags(state, self.is_held(&known));
         }
-        if known.port.spread != before {
+        if (known.port.spread, known.port.slots) != (before, slots_before) {
             self.map.insert(key, known.port, 0)?;
         }
+        self.local.trim(number, known.port.slots);
         self.known.insert(key, known);
         Ok(())
     }
 
-    fn insert(&mut self, key: PortKey, spread: Spread, interface: u32) -> Result<(), TablesError> {
+    fn insert(
+        &mut self,
+        key: PortKey,
+        spread: Spread,
+        state: &PortState,
+    ) -> Result<(), TablesError> {
         let number = self
             .numbers
             .take()
             .ok_or(TablesError::Full(MAX_PORTS, "ports of VIPs"))?;
-        let port = Port { number, spread };
+        let slots = self.local.put(number, state)?;
+        let port = Port {
+            number,
+            slots,
+            spread,
+        };
         self.map.insert(key, port, 0)?;
         let known = Known {
             port,
             history: History::default(),
             changed: Instant::now(),
-            interface,
+            interface: state.interface,
         };
         self.known.insert(key, known);
         Ok(())
@@ -171,6 +191,7 @@ impl Ports {
         self.changed.remove(key);
         self.forget_history(&known)?;
         self.holders.remove(known.port.number);
+        self.local.remove(known.port.number);
         self.wide.leave(&known.port.spread);
         self.numbers.give(known.port.number);
         self.wide.sweep();
@@ -288,6 +309,9 @@ fn flags(state: &PortState, held: bool) -> u16 {
     flag(state.udp_ports, port_flag::UDP_PORTS);
     flag(state.host, port_flag::HOST);
     flag(held, port_flag::HELD);
+    flag(state.native.is_some(), port_flag::NATIVE);
+    let ranges = state.native.as_ref().and_then(|it| it.ranges.as_ref());
+    flag(ranges.is_some(), port_flag::RANGES);
     flags
 }
 
@@ -296,7 +320,8 @@ fn same_nodes(one: &Spread, other: &Spread) -> bool {
     Spread { flags: 0, ..*one } == Spread { flags: 0, ..*other }
 }
 
-fn key(id: PortId) -> PortKey {
+/// By what a port is known in the maps.
+pub(in super::super) fn key(id: PortId) -> PortKey {
     PortKey {
         vip: VipKey::from_address(id.vip),
         port: id.port,

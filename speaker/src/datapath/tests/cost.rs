@@ -17,7 +17,7 @@ impl Program {
     /// Nanoseconds a run, the best of five times many.
     fn cost(&mut self, frame: &[u8]) -> u32 {
         let mut once = || {
-            let result = classifier(&mut self.ebpf)
+            let result = classifier(&mut self.ebpf, UPLINK_INGRESS)
                 .expect("the object holds it")
                 .test_run(TestRunOptions {
                     data_in: Some(frame),

@@ -2,6 +2,7 @@
 
 mod flows;
 mod kinds;
+mod native;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
-use landfall_ebpf_common::{Verdict, rendezvous};
+use landfall_ebpf_common::{UPLINK_EGRESS, UPLINK_INGRESS, Verdict, rendezvous};
 
 use super::super::driver::{Drivers, driver};
 use super::super::tables::Tables;
@@ -91,10 +92,12 @@ impl Program {
     /// The program, with three nodes and two VIPs that are spread over all of them.
     pub(super) fn load() -> Self {
         let mut ebpf = object(None).expect("these tests load eBPF programs and need root");
-        classifier(&mut ebpf)
-            .expect("the object holds it")
-            .load()
-            .expect("the verifier accepts it");
+        for name in [UPLINK_INGRESS, UPLINK_EGRESS] {
+            classifier(&mut ebpf, name)
+                .expect("the object holds it")
+                .load()
+                .expect("the verifier accepts it");
+        }
         driver(&mut ebpf)
             .expect("the object holds it")
             .load()
@@ -140,8 +143,12 @@ impl Program {
 
     /// The test device's answer and frame.
     pub(super) fn raw(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
+        self.run(UPLINK_INGRESS, frame)
+    }
+
+    fn run(&mut self, program: &'static str, frame: &[u8]) -> (u32, Vec<u8>) {
         let mut out = vec![0; frame.len() + 64];
-        let result = classifier(&mut self.ebpf)
+        let result = classifier(&mut self.ebpf, program)
             .expect("the object holds it")
             .test_run(TestRunOptions {
                 data_in: Some(frame),
@@ -257,11 +264,11 @@ fn mk_from(node: &str, ttl: u8, vip: IpAddr, protocol: u8, payload: &[u8]) -> Ve
 /// The bucket of a flow from a client.
 fn bucket(vip: IpAddr, rest: u32) -> u32 {
     use landfall_ebpf_common::VipKey;
-    rendezvous::bucket(
+    rendezvous::bucket(rendezvous::hash(
         &VipKey::from_address(client(vip)).0,
         &VipKey::from_address(vip).0,
         rest,
-    )
+    ))
 }
 
 /// A client's port and the VIP's, 80, as they go into a flow's hash.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aya::Ebpf;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, TcAttachType};
-use landfall_ebpf_common::{LAYOUT, map, tcx};
+use landfall_ebpf_common::{LAYOUT, UPLINK_INGRESS, map, tcx};
 use landfall_lab::raw::send_frame;
 use landfall_lab::{Mac, Netns};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -115,7 +115,7 @@ impl Segment {
 
     fn programs(&self) -> Vec<u32> {
         self.node
-            .run(|| tcx::ingress_programs(self.uplink).expect("the kernel has TCX"))
+            .run(|| tcx::programs(self.uplink, tcx::Hook::Ingress).expect("the kernel has TCX"))
     }
 
     fn start(&self, pin_dir: &Path, hook: Hook) -> (Worker, Registry) {
@@ -144,7 +144,7 @@ impl Segment {
             tables
                 .change(&Change::Vip(VIP, Some(VipState::default())))
                 .expect("the map has room");
-            let program = classifier(&mut ebpf).expect("the object holds it");
+            let program = classifier(&mut ebpf, UPLINK_INGRESS).expect("the object holds it");
             program.load().expect("the verifier accepts it");
             program
                 .attach_with_options(
@@ -321,7 +321,7 @@ fn what_goes_in_front_or_takes_it_away_is_answered_within_a_second() {
     let pin = bpffs
         .pin_dir()
         .join(format!("layout-{LAYOUT}/links"))
-        .join(segment.uplink.to_string());
+        .join(format!("{}-ingress", segment.uplink));
     fs::remove_file(pin).expect("the pin is there");
     eventually("attached again", || {
         segment.programs().first() == ours.first()

@@ -115,3 +115,97 @@ pub(super) fn mk_sctp(from: u16, to: u16) -> Vec<u8> {
     packet.extend([0; 8]);
     packet
 }
+
+/// The sum in ones' complement of a transport's packet and what its checksum covers besides; 0xffff if that is right.
+fn sum(from: IpAddr, to: IpAddr, protocol: u8, packet: &[u8]) -> u16 {
+    let mut covered = Vec::new();
+    match (from, to) {
+        // An ICMP message's checksum covers no addresses.
+        (IpAddr::V4(_), _) if protocol == 1 => {}
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            covered.extend(from.octets());
+            covered.extend(to.octets());
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            covered.extend(from.octets());
+            covered.extend(to.octets());
+        }
+        _ => panic!("one family"),
+    }
+    if protocol != 1 {
+        covered.extend([0, protocol]);
+        covered.extend(u16::try_from(packet.len()).expect("short").to_be_bytes());
+    }
+    covered.extend(packet);
+    covered.push(0);
+    let mut sum: u32 = covered
+        .chunks_exact(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    u16::try_from(sum).expect("folded")
+}
+
+/// SCTP's checksum, over a packet whose own is zero.
+fn crc32c(packet: &[u8]) -> [u8; 4] {
+    let mut crc = u32::MAX;
+    for byte in packet {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ if crc & 1 == 0 { 0 } else { 0x82f6_3b78 };
+        }
+    }
+    (!crc).to_le_bytes()
+}
+
+/// Where the checksum lies in a transport's packet.
+fn checksum_at(protocol: u8) -> usize {
+    match protocol {
+        6 => 16,
+        17 => 6,
+        132 => 8,
+        _ => 2,
+    }
+}
+
+/// A transport's packet with its checksum right.
+pub(super) fn sealed(from: IpAddr, to: IpAddr, protocol: u8, packet: &[u8]) -> Vec<u8> {
+    let mut packet = packet.to_vec();
+    let at = checksum_at(protocol);
+    if protocol == 132 {
+        packet[at..at + 4].fill(0);
+        let sum = crc32c(&packet);
+        packet[at..at + 4].copy_from_slice(&sum);
+        return packet;
+    }
+    packet[at..at + 2].fill(0);
+    let checksum = match !sum(from, to, protocol, &packet) {
+        0 if protocol == 17 => u16::MAX,
+        checksum => checksum,
+    };
+    packet[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
+    packet
+}
+
+/// Whether the transport's checksum in a frame is right.
+pub(super) fn has_sound_transport(frame: &[u8]) -> bool {
+    let (from, to, protocol, packet): (IpAddr, IpAddr, u8, &[u8]) = if frame[12..14] == [8, 0] {
+        let address = |at: usize| {
+            let octets: [u8; 4] = frame[at..at + 4].try_into().expect("four");
+            Ipv4Addr::from(octets).into()
+        };
+        (address(26), address(30), frame[23], &frame[34..])
+    } else {
+        let address = |at: usize| {
+            let octets: [u8; 16] = frame[at..at + 16].try_into().expect("sixteen");
+            Ipv6Addr::from(octets).into()
+        };
+        (address(22), address(38), frame[20], &frame[54..])
+    };
+    if protocol == 132 {
+        return sealed(from, to, protocol, packet) == packet;
+    }
+    sum(from, to, protocol, packet) == 0xffff
+}

@@ -155,11 +155,11 @@ fn what_a_node_sends_for_itself_or_those_behind_it_is_a_clients() {
     let pod: IpAddr = "10.2.0.9".parse().unwrap();
     let sport = (1024..u16::MAX)
         .find(|sport| {
-            let bucket = rendezvous::bucket(
+            let bucket = rendezvous::bucket(rendezvous::hash(
                 &landfall_ebpf_common::VipKey::from_address(pod).0,
                 &landfall_ebpf_common::VipKey::from_address(vip).0,
                 ports(*sport),
-            );
+            ));
             &*first(&mk_spread(&NODES), bucket).unwrap().0 == "other"
         })
         .unwrap();
