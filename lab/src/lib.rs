@@ -41,6 +41,7 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+pub mod bulk;
 pub mod error;
 pub mod failover;
 pub mod fault;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::address::{self, pod_cidrs};
 use crate::error::{IoContext, Result};
 use crate::lab::{Lab, Pod};
-use crate::server::{TCP_PORT, UDP_PORT};
+use crate::server::{NEWS_PORT, TCP_PORT, UDP_PORT};
 
 /// `spec.externalTrafficPolicy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +31,33 @@ impl Policy {
 
 /// The port of a lab's Service for lines over TCP.
 pub const LINES: u16 = 80;
+/// The port of a lab's Service where the server speaks first.
+pub const NEWS: u16 = 81;
 /// The port of a lab's Service for echoed datagrams.
 pub const ECHO: u16 = UDP_PORT;
+
+/// A Service's ports: name, protocol, port, and the port of its pods.
+const PORTS: [(&str, &str, u16, u16); 3] = [
+    ("lines", "TCP", LINES, TCP_PORT),
+    ("news", "TCP", NEWS, NEWS_PORT),
+    ("echo", "UDP", ECHO, UDP_PORT),
+];
+
+/// What an `EndpointSlice` says of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// It takes connections.
+    Ready,
+    /// It is to go, and finishes what it has begun.
+    Draining,
+}
+
+impl Condition {
+    fn conditions(self) -> Value {
+        let ready = self == Self::Ready;
+        json!({"ready": ready, "serving": true, "terminating": !ready})
+    }
+}
 
 /// A directory of manifests. Files appear and change whole, as a watcher likes it.
 #[derive(Clone, Debug)]
@@ -119,12 +144,15 @@ impl Manifests {
         )
     }
 
-    /// A dual-stack Service of the pods' servers: TCP [`LINES`] and UDP [`ECHO`], at these VIPs.
+    /// A dual-stack Service of the pods' servers: TCP [`LINES`] and [`NEWS`], UDP [`ECHO`], at these VIPs.
     pub fn write_service(&self, name: &str, vips: [IpAddr; 2], policy: Policy) -> Result<()> {
         let addresses = vips.map(|vip| vip.to_string());
         let ingress = addresses
             .clone()
             .map(|address| json!({"ip": address, "ipMode": "VIP"}));
+        let ports = PORTS.map(|(name, protocol, port, target)| {
+            json!({"name": name, "protocol": protocol, "port": port, "targetPort": target})
+        });
         let object = json!({
             "apiVersion": "v1",
             "kind": "Service",
@@ -139,10 +167,7 @@ impl Manifests {
                 "ipFamilyPolicy": "RequireDualStack",
                 "ipFamilies": ["IPv4", "IPv6"],
                 "selector": {"app": name},
-                "ports": [
-                    {"name": "lines", "protocol": "TCP", "port": LINES, "targetPort": TCP_PORT},
-                    {"name": "echo", "protocol": "UDP", "port": ECHO, "targetPort": UDP_PORT},
-                ],
+                "ports": ports,
             },
             "status": {"loadBalancer": {"ingress": ingress}},
         });
@@ -155,15 +180,26 @@ impl Manifests {
         service: &str,
         pods: impl IntoIterator<Item = &'a Pod>,
     ) -> Result<()> {
-        let pods: Vec<&Pod> = pods.into_iter().collect();
+        let pods: Vec<_> = pods
+            .into_iter()
+            .map(|pod| (pod, Condition::Ready))
+            .collect();
+        self.write_endpoints_as(service, &pods)
+    }
+
+    /// The same, of pods of which not all are ready.
+    pub fn write_endpoints_as(&self, service: &str, pods: &[(&Pod, Condition)]) -> Result<()> {
+        let ports = PORTS.map(|(name, protocol, _, target)| {
+            json!({"name": name, "protocol": protocol, "port": target})
+        });
         for (family, of_family) in [("IPv4", 0), ("IPv6", 1)] {
             let endpoints: Vec<Value> = pods
                 .iter()
-                .map(|pod| {
+                .map(|(pod, condition)| {
                     json!({
                         "addresses": [pod.addresses[of_family].to_string()],
                         "nodeName": pod.node,
-                        "conditions": {"ready": true, "serving": true, "terminating": false},
+                        "conditions": condition.conditions(),
                         "targetRef": {"kind": "Pod", "namespace": "default", "name": pod.name},
                     })
                 })
@@ -178,10 +214,7 @@ impl Manifests {
                     "labels": {"kubernetes.io/service-name": service},
                 },
                 "addressType": family,
-                "ports": [
-                    {"name": "lines", "protocol": "TCP", "port": TCP_PORT},
-                    {"name": "echo", "protocol": "UDP", "port": UDP_PORT},
-                ],
+                "ports": ports,
                 "endpoints": endpoints,
             });
             self.write(&format!("endpointslice-{name}"), &object)?;

@@ -2,14 +2,18 @@
 //!
 //! - UDP [`UDP_PORT`]: every datagram comes back with `<pod> ` before it.
 //! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes. The line `whoami` is
-//!   answered with the client's address, as the pod sees it.
+//!   answered with the client's address, as the pod sees it. After the line `bulk <bytes>` both sides speak as in
+//!   [`crate::bulk`].
+//! - TCP [`NEWS_PORT`]: the server speaks first, and alone: a line `<pod> <number>` every [`NEWS_INTERVAL`], from 0 on.
 //!
-//! Both listen on IPv4 and IPv6, and can be tried with `nc`.
+//! All listen on IPv4 and IPv6, and can be tried with `nc`.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -17,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
+use crate::bulk::{self, Content};
 use crate::error::{IoContext, Result};
 use crate::netns::Netns;
 
@@ -24,8 +29,14 @@ use crate::netns::Netns;
 pub const UDP_PORT: u16 = 5000;
 /// Where a pod answers lines.
 pub const TCP_PORT: u16 = 8080;
+/// Where a pod speaks first.
+pub const NEWS_PORT: u16 = 8081;
+/// The time between two lines of its news.
+pub const NEWS_INTERVAL: Duration = Duration::from_millis(100);
 /// What a client asks to learn its address as the pod sees it.
 pub const WHO_AM_I: &str = "whoami";
+/// What a client says, with a number of bytes behind it, before both send as many.
+pub const BULK: &str = "bulk ";
 
 /// The servers of one pod, on a thread in its namespace. Dropping it ends them: open connections are reset or
 /// closed by the kernel as for a process that dies.
@@ -38,8 +49,14 @@ pub struct PodServer {
 impl PodServer {
     /// Starts them; when this returns they listen.
     pub fn start(netns: &Netns, pod: &str) -> Result<Self> {
-        let (udp, tcp) = netns
-            .run(|| io::Result::Ok((bind(Type::DGRAM, UDP_PORT)?, bind(Type::STREAM, TCP_PORT)?)))
+        let (udp, tcp, news) = netns
+            .run(|| {
+                io::Result::Ok((
+                    bind(Type::DGRAM, UDP_PORT)?,
+                    bind(Type::STREAM, TCP_PORT)?,
+                    bind(Type::STREAM, NEWS_PORT)?,
+                ))
+            })
             .context(|| format!("opening the server sockets of {pod}"))?;
         let (stop, stopped) = oneshot::channel();
         let name: Arc<str> = format!("{pod} ").into();
@@ -52,7 +69,8 @@ impl PodServer {
                 let servers = async {
                     let served = tokio::try_join!(
                         echo(udp.into(), Arc::clone(&name)),
-                        answer(tcp.into(), name)
+                        accept(tcp.into(), Arc::clone(&name), converse),
+                        accept(news.into(), name, tell)
                     );
                     if let Err(error) = served {
                         tracing::warn!(%error, "a pod's server ended");
@@ -114,14 +132,21 @@ async fn echo(socket: std::net::UdpSocket, name: Arc<str>) -> io::Result<()> {
     }
 }
 
-async fn answer(listener: std::net::TcpListener, name: Arc<str>) -> io::Result<()> {
+async fn accept<T>(
+    listener: std::net::TcpListener,
+    name: Arc<str>,
+    serve: impl Fn(TcpStream, Arc<str>) -> T,
+) -> io::Result<()>
+where
+    T: Future<Output = io::Result<()>> + Send + 'static,
+{
     let listener = TcpListener::from_std(listener)?;
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
-                    connections.spawn(converse(stream, Arc::clone(&name)));
+                    connections.spawn(serve(stream, Arc::clone(&name)));
                 }
             }
             Some(_) = connections.join_next() => {}
@@ -138,8 +163,24 @@ async fn converse(stream: TcpStream, name: Arc<str>) -> io::Result<()> {
         if line == WHO_AM_I {
             line = client.to_string();
         }
+        if let Some(bytes) = line.strip_prefix(BULK).and_then(|text| text.parse().ok()) {
+            let read = lines.into_inner();
+            return bulk::exchange(read, write, bytes, Content::Servers, &AtomicU64::new(0)).await;
+        }
         write
             .write_all(format!("{name}{line}\n").as_bytes())
+            .await?;
+    }
+    Ok(())
+}
+
+async fn tell(mut stream: TcpStream, name: Arc<str>) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut due = tokio::time::interval(NEWS_INTERVAL);
+    for number in 0_u64.. {
+        due.tick().await;
+        stream
+            .write_all(format!("{name}{number}\n").as_bytes())
             .await?;
     }
     Ok(())
