@@ -1,0 +1,138 @@
+//! Established flows, and what becomes of them.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Instant;
+
+use landfall_lab::fault::SPEAKER;
+use landfall_lab::manifests::LINES;
+use landfall_lab::server::WHO_AM_I;
+use landfall_lab::{Netns, Pod};
+
+use super::cluster::{Cluster, PATIENCE};
+
+/// An established flow, and the pod at its end.
+pub(super) struct Flow {
+    pub(super) stream: BufReader<TcpStream>,
+    pub(super) pod: String,
+}
+
+impl Flow {
+    pub(super) fn open(from: &Netns, to: SocketAddr) -> std::io::Result<Self> {
+        Self::over(from.run(|| TcpStream::connect_timeout(&to, PATIENCE))?)
+    }
+
+    /// A flow over a new connection.
+    pub(super) fn over(stream: TcpStream) -> std::io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut flow = Self {
+            stream: BufReader::new(stream),
+            pod: String::new(),
+        };
+        flow.ask()?;
+        flow.pod = flow.answer()?;
+        Ok(flow)
+    }
+
+    pub(super) fn ask(&mut self) -> std::io::Result<()> {
+        self.stream.get_mut().write_all(b"still there?\n")
+    }
+
+    pub(super) fn answer(&mut self) -> std::io::Result<String> {
+        let line = self.line()?;
+        Ok(line.split(' ').next().unwrap_or_default().to_owned())
+    }
+
+    fn line(&mut self) -> std::io::Result<String> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(line)
+    }
+
+    /// Says something to the pod; what it answers, its name left off.
+    pub(super) fn say(&mut self, line: &str) -> std::io::Result<String> {
+        writeln!(self.stream.get_mut(), "{line}")?;
+        let answer = self.line()?;
+        let rest = answer.strip_prefix(&*self.pod);
+        assert!(rest.is_some(), "{} is answered {answer:?}", self.pod);
+        Ok(rest.unwrap_or_default().trim().to_owned())
+    }
+
+    /// The client's address, as the pod sees it.
+    pub(super) fn seen_as(&mut self) -> IpAddr {
+        self.say(WHO_AM_I).unwrap().parse().unwrap()
+    }
+
+    pub(super) fn node(&self) -> &str {
+        self.pod.split_once("-pod").unwrap().0
+    }
+}
+
+/// Each of the flows asks its pod and is answered by it.
+pub(super) fn all_alive(cluster: &Cluster, flows: &mut [Flow], when: &str) {
+    let lost = |flow: &Flow, error: std::io::Error| -> ! {
+        for node in cluster.lab.nodes() {
+            let state = cluster.lab.speaker_state(&node.name).unwrap_or_default();
+            println!(
+                "{}: {:?} {}",
+                node.name,
+                cluster.verdicts_of(&node.name),
+                state["steering"]
+            );
+            let log = cluster.lab.log(&node.name, SPEAKER).unwrap_or_default();
+            for line in log.lines().filter(|line| line.contains("WARN")) {
+                println!("{line}");
+            }
+        }
+        panic!("{when}: a flow to {}: {error}", flow.pod)
+    };
+    for flow in flows.iter_mut() {
+        if let Err(error) = flow.ask() {
+            lost(flow, error);
+        }
+    }
+    for flow in flows.iter_mut() {
+        match flow.answer() {
+            Ok(pod) => assert_eq!(pod, flow.pod, "{when}: another pod answered"),
+            Err(error) => lost(flow, error),
+        }
+    }
+}
+
+pub(super) fn open(cluster: &Cluster, vip: IpAddr, number: usize) -> Vec<Flow> {
+    (0..number)
+        .map(|_| Flow::open(cluster.lab.client(), (vip, LINES).into()).unwrap())
+        .collect()
+}
+
+/// Opens connections until these pods have all served, and no other has among the last of them.
+pub(super) fn await_served(cluster: &Cluster, vip: IpAddr, pods: &[&Pod]) {
+    let begun = Instant::now();
+    let wanted: BTreeSet<&str> = pods.iter().map(|pod| &*pod.name).collect();
+    loop {
+        let seen: BTreeSet<String> = (0..pods.len() * 12)
+            .filter_map(|_| Flow::open(cluster.lab.client(), (vip, LINES).into()).ok())
+            .map(|flow| flow.pod)
+            .collect();
+        if seen.iter().map(String::as_str).collect::<BTreeSet<_>>() == wanted {
+            return;
+        }
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "served by {seen:?}, not by {wanted:?}"
+        );
+    }
+}
+
+/// A flow to a pod that is not the leader's.
+pub(super) fn elsewhere(cluster: &Cluster, vip: IpAddr, leader: &str) -> Flow {
+    let to = (vip, LINES).into();
+    (0..100)
+        .map(|_| Flow::open(cluster.lab.client(), to).unwrap())
+        .find(|flow| flow.node() != leader)
+        .unwrap()
+}
