@@ -3,6 +3,7 @@
 
 mod steering {
     mod bytes;
+    mod clients;
     mod cluster;
     mod flow;
     mod fragments;

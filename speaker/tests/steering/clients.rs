@@ -1,0 +1,138 @@
+//! Wherever a client is, it is served, and the pod sees its own address.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+
+use landfall_lab::manifests::LINES;
+use landfall_lab::{Lab, Netns, Network};
+use socket2::{Domain, Socket, Type};
+
+use super::cluster::{Cluster, PATIENCE, mk_three, vips};
+use super::flow::{Flow, await_served};
+
+/// As many connections reach every one of three nodes, but for one time in ten thousand.
+const CONNECTIONS: usize = 30;
+
+/// A host on a link of its own behind another host, its gateway; the `number`-th.
+fn mk_behind(lab: &Lab, gateway: &Netns, number: u8) -> Netns {
+    let role = format!("behind{number}");
+    let host = Netns::create_in(lab.id(), &role).unwrap();
+    gateway.veth(&role, &host, "eth0").unwrap();
+    gateway
+        .ip_batch(&format!(
+            "address add 10.66.{number}.1/24 dev {role}\n\
+             address add fd00:66:{number}::1/64 dev {role} nodad\n"
+        ))
+        .unwrap();
+    host.ip_batch(&format!(
+        "address add 10.66.{number}.2/24 dev eth0\n\
+         address add fd00:66:{number}::2/64 dev eth0 nodad\n\
+         route add default via 10.66.{number}.1\n\
+         route add default via fd00:66:{number}::1\n"
+    ))
+    .unwrap();
+    host
+}
+
+/// The addresses of the host that [`mk_behind`] makes.
+fn behind(number: u8) -> [IpAddr; 2] {
+    let group = u16::from(number);
+    [
+        Ipv4Addr::new(10, 66, number, 2).into(),
+        Ipv6Addr::new(0xfd00, 0x66, group, 0, 0, 0, 0, 2).into(),
+    ]
+}
+
+/// Opens connections, all of which must be served by pods that see `address`: the pods.
+fn served(from: &Netns, vip: IpAddr, address: IpAddr) -> BTreeSet<String> {
+    (0..CONNECTIONS)
+        .map(|_| {
+            let mut flow = Flow::open(from, (vip, LINES).into())
+                .unwrap_or_else(|error| panic!("{vip} from {}: {error}", from.name()));
+            assert_eq!(flow.seen_as(), address, "{vip} from {}", from.name());
+            flow.pod
+        })
+        .collect()
+}
+
+#[test]
+fn on_the_segment_and_routed() {
+    let (cluster, _) = mk_three(false);
+    let clients = [
+        (cluster.lab.client(), Network::Lan.both(100)),
+        (cluster.lab.remote(), Network::Remote.both(100)),
+    ];
+    for (from, addresses) in clients {
+        for (vip, address) in vips().into_iter().zip(addresses) {
+            assert_eq!(served(from, vip, address).len(), 3, "not by all pods");
+        }
+    }
+}
+
+/// Two clients with one address for the world, and the same source ports before translation.
+#[test]
+fn two_behind_one_nat() {
+    const PORTS: std::ops::Range<u16> = 40_000..40_020;
+    let (cluster, _) = mk_three(false);
+    let router = cluster.lab.router();
+    let clients = [1, 2].map(|number| (number, mk_behind(&cluster.lab, router, number)));
+    router
+        .nft(
+            "table inet nat_of_clients {
+                chain out {
+                    type nat hook postrouting priority srcnat
+                    ip saddr 10.66.0.0/16 masquerade
+                    ip6 saddr fd00:66::/32 masquerade
+                }
+            }",
+        )
+        .unwrap();
+    for (vip, shared) in vips().into_iter().zip(Network::Lan.both(1)) {
+        let mut flows = Vec::new();
+        for port in PORTS {
+            for (number, from) in &clients {
+                let own = behind(*number)[usize::from(vip.is_ipv6())];
+                let to: SocketAddr = (vip, LINES).into();
+                let stream = from.run(|| -> std::io::Result<TcpStream> {
+                    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                    socket.bind(&SocketAddr::new(own, port).into())?;
+                    socket.connect_timeout(&to.into(), PATIENCE)?;
+                    Ok(socket.into())
+                });
+                let flow = Flow::over(stream.unwrap()).unwrap();
+                flows.push((format!("client {number}, port {port}"), flow));
+            }
+        }
+        for round in 0..3 {
+            for (client, flow) in &mut flows {
+                let line = format!("{client}, round {round}");
+                assert_eq!(flow.say(&line).unwrap(), line, "flows are mixed");
+            }
+        }
+        for (client, flow) in &mut flows {
+            assert_eq!(flow.seen_as(), shared, "{client}");
+        }
+        let pods: BTreeSet<&str> = flows.iter().map(|(_, flow)| &*flow.pod).collect();
+        assert_eq!(pods.len(), 3, "not by all pods");
+    }
+}
+
+/// What a node's own process sends is a client's, though it comes from a peer's Ethernet address.
+#[test]
+fn on_the_host_of_another_node() {
+    let cluster = Cluster::start(3, 1);
+    cluster.speak();
+    let [vip, _] = vips();
+    // Pods are where the client is not, nor the leader.
+    let pods = cluster.pods();
+    cluster.serve(&pods);
+    let leader = cluster.await_leader(vip, |_| true);
+    let others: Vec<_> = pods.into_iter().filter(|pod| pod.node != leader).collect();
+    cluster.serve(&others[..1]);
+    await_served(&cluster, vip, &others[..1]);
+    let host = cluster.lab.node(&others[1].node).unwrap();
+    for (vip, address) in vips().into_iter().zip(host.addresses(Network::Lan)) {
+        let pods = served(&host.netns, vip, address);
+        assert_eq!(pods, BTreeSet::from([others[0].name.clone()]));
+    }
+}
