@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
+use landfall_lab::bulk::{self, Content};
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::manifests::LINES;
-use landfall_lab::server::WHO_AM_I;
+use landfall_lab::server::{BULK, WHO_AM_I};
 use landfall_lab::{Netns, Pod};
 
 use super::cluster::{Cluster, PATIENCE};
@@ -60,6 +62,20 @@ impl Flow {
         let rest = answer.strip_prefix(&*self.pod);
         assert!(rest.is_some(), "{} is answered {answer:?}", self.pod);
         Ok(rest.unwrap_or_default().trim().to_owned())
+    }
+
+    /// Sends many bytes and gets as many; all must be what was sent. `received` counts them meanwhile.
+    pub(super) fn exchange(self, bytes: u64, received: &AtomicU64) -> std::io::Result<()> {
+        let mut stream = self.stream.into_inner();
+        writeln!(stream, "{BULK}{bytes}")?;
+        stream.set_nonblocking(true)?;
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(async {
+                let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
+                bulk::exchange(read, write, bytes, Content::Clients, received).await
+            })
     }
 
     /// The client's address, as the pod sees it.
@@ -129,10 +145,10 @@ pub(super) fn await_served(cluster: &Cluster, vip: IpAddr, pods: &[&Pod]) {
 }
 
 /// A flow to a pod that is not the leader's.
-pub(super) fn elsewhere(cluster: &Cluster, vip: IpAddr, leader: &str) -> Flow {
+pub(super) fn elsewhere(from: &Netns, vip: IpAddr, leader: &str) -> Flow {
     let to = (vip, LINES).into();
     (0..100)
-        .map(|_| Flow::open(cluster.lab.client(), to).unwrap())
+        .map(|_| Flow::open(from, to).unwrap())
         .find(|flow| flow.node() != leader)
         .unwrap()
 }
