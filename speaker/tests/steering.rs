@@ -8,4 +8,5 @@ mod steering {
     mod flow;
     mod fragments;
     mod survival;
+    mod weights;
 }
