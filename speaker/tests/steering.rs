@@ -7,6 +7,7 @@ mod steering {
     mod cluster;
     mod flow;
     mod fragments;
+    mod path_mtu;
     mod survival;
     mod weights;
 }
