@@ -7,6 +7,7 @@ mod steering {
     mod cluster;
     mod flow;
     mod fragments;
+    mod packet;
     mod path_mtu;
     mod survival;
     mod weights;

@@ -1,0 +1,117 @@
+//! IP packets made by hand, and sent past the sender's own network stack.
+
+use std::net::{IpAddr, SocketAddr};
+
+use landfall_lab::Netns;
+use pnet_packet::ip::{IpNextHeaderProtocol, IpNextHeaderProtocols};
+use pnet_packet::ipv4::MutableIpv4Packet;
+use pnet_packet::ipv6::MutableIpv6Packet;
+use pnet_packet::udp::{self, MutableUdpPacket};
+use socket2::{Domain, Protocol, Socket, Type};
+
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
+const UDP_HEADER: usize = 8;
+/// What a fragment carries, at most: as much as fits into 1500 bytes with either header, in units of eight.
+const FRAGMENT: usize = 1448;
+
+/// Sends IP packets as they are, but for IPv4's header checksum, which the kernel fills in.
+pub(super) struct Raw(Socket);
+
+impl Raw {
+    pub(super) fn open(from: &Netns, to: IpAddr) -> Self {
+        let domain = Domain::for_address((to, 0).into());
+        // Of this protocol a socket takes whole packets, of both families (raw(7)).
+        let raw = Protocol::from(libc::IPPROTO_RAW);
+        Self(from.run(|| Socket::new(domain, Type::RAW, Some(raw)).unwrap()))
+    }
+
+    pub(super) fn send(&self, to: IpAddr, packet: &[u8]) -> std::io::Result<usize> {
+        self.0.send_to(packet, &SocketAddr::new(to, 0).into())
+    }
+}
+
+/// An IP packet. `fragment`: the datagram's identification, this one's offset, and whether more follow.
+fn ip(
+    from: IpAddr,
+    to: IpAddr,
+    protocol: IpNextHeaderProtocol,
+    fragment: Option<(u32, usize, bool)>,
+    payload: &[u8],
+) -> Vec<u8> {
+    let short = |length: usize| u16::try_from(length).unwrap();
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let mut packet = vec![0; IPV4_HEADER];
+            let mut header = MutableIpv4Packet::new(&mut packet).unwrap();
+            header.set_version(4);
+            header.set_header_length(5);
+            header.set_total_length(short(IPV4_HEADER + payload.len()));
+            header.set_ttl(64);
+            header.set_next_level_protocol(protocol);
+            header.set_source(from);
+            header.set_destination(to);
+            if let Some((id, offset, more)) = fragment {
+                header.set_identification(u16::try_from(id).unwrap());
+                header.set_flags(u8::from(more));
+                header.set_fragment_offset(short(offset / 8));
+            }
+            packet.extend(payload);
+            packet
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let mut inside = Vec::new();
+            if let Some((id, offset, more)) = fragment {
+                inside.extend([protocol.0, 0]);
+                inside.extend((short(offset) | u16::from(more)).to_be_bytes());
+                inside.extend(id.to_be_bytes());
+            }
+            let next = match fragment {
+                Some(_) => IpNextHeaderProtocols::Ipv6Frag,
+                None => protocol,
+            };
+            inside.extend(payload);
+            let mut packet = vec![0; IPV6_HEADER];
+            let mut header = MutableIpv6Packet::new(&mut packet).unwrap();
+            header.set_version(6);
+            header.set_payload_length(short(inside.len()));
+            header.set_next_header(next);
+            header.set_hop_limit(64);
+            header.set_source(from);
+            header.set_destination(to);
+            packet.extend(inside);
+            packet
+        }
+        _ => panic!("{from} and {to} are of two families"),
+    }
+}
+
+/// The fragments of a UDP datagram, in their order.
+pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<Vec<u8>> {
+    let mut datagram = vec![0; UDP_HEADER];
+    datagram.extend(data);
+    let length = u16::try_from(datagram.len()).unwrap();
+    let mut header = MutableUdpPacket::new(&mut datagram).unwrap();
+    header.set_source(from.port());
+    header.set_destination(to.port());
+    header.set_length(length);
+    let sum = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            udp::ipv4_checksum(&header.to_immutable(), &from, &to)
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            udp::ipv6_checksum(&header.to_immutable(), &from, &to)
+        }
+        _ => panic!("{from} and {to} are of two families"),
+    };
+    header.set_checksum(sum);
+    let number = datagram.len().div_ceil(FRAGMENT);
+    datagram
+        .chunks(FRAGMENT)
+        .enumerate()
+        .map(|(at, part)| {
+            let place = Some((id, at * FRAGMENT, at + 1 < number));
+            ip(from.ip(), to.ip(), IpNextHeaderProtocols::Udp, place, part)
+        })
+        .collect()
+}
