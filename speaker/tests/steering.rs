@@ -5,10 +5,13 @@ mod steering {
     mod bytes;
     mod clients;
     mod cluster;
+    mod flood;
     mod flow;
     mod fragments;
     mod packet;
     mod path_mtu;
+    mod policy;
+    mod rollout;
     mod survival;
     mod weights;
 }

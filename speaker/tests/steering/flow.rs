@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use landfall_lab::bulk::{self, Content};
 use landfall_lab::fault::SPEAKER;
@@ -40,6 +40,12 @@ impl Flow {
 
     pub(super) fn ask(&mut self) -> std::io::Result<()> {
         self.stream.get_mut().write_all(b"still there?\n")
+    }
+
+    /// How long it waits for answers from now on.
+    pub(super) fn set_patience(&mut self, patience: Duration) {
+        let stream = self.stream.get_ref();
+        stream.set_read_timeout(Some(patience)).unwrap();
     }
 
     pub(super) fn answer(&mut self) -> std::io::Result<String> {
@@ -120,8 +126,12 @@ pub(super) fn all_alive(cluster: &Cluster, flows: &mut [Flow], when: &str) {
 }
 
 pub(super) fn open(cluster: &Cluster, vip: IpAddr, number: usize) -> Vec<Flow> {
+    open_from(cluster.lab.client(), vip, number)
+}
+
+pub(super) fn open_from(from: &Netns, vip: IpAddr, number: usize) -> Vec<Flow> {
     (0..number)
-        .map(|_| Flow::open(cluster.lab.client(), (vip, LINES).into()).unwrap())
+        .map(|_| Flow::open(from, (vip, LINES).into()).unwrap())
         .collect()
 }
 

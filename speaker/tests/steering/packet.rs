@@ -6,12 +6,14 @@ use landfall_lab::Netns;
 use pnet_packet::ip::{IpNextHeaderProtocol, IpNextHeaderProtocols};
 use pnet_packet::ipv4::MutableIpv4Packet;
 use pnet_packet::ipv6::MutableIpv6Packet;
+use pnet_packet::tcp::{self, MutableTcpPacket};
 use pnet_packet::udp::{self, MutableUdpPacket};
 use socket2::{Domain, Protocol, Socket, Type};
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const UDP_HEADER: usize = 8;
+const TCP_HEADER: usize = 20;
 /// What a fragment carries, at most: as much as fits into 1500 bytes with either header, in units of eight.
 const FRAGMENT: usize = 1448;
 
@@ -114,4 +116,33 @@ pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) 
             ip(from.ip(), to.ip(), IpNextHeaderProtocols::Udp, place, part)
         })
         .collect()
+}
+
+/// A SYN.
+pub(super) fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
+    let mut segment = vec![0; TCP_HEADER];
+    let mut header = MutableTcpPacket::new(&mut segment).unwrap();
+    header.set_source(from.port());
+    header.set_destination(to.port());
+    header.set_sequence(sequence);
+    header.set_data_offset(5);
+    header.set_flags(tcp::TcpFlags::SYN);
+    header.set_window(64_240);
+    let sum = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            tcp::ipv4_checksum(&header.to_immutable(), &from, &to)
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            tcp::ipv6_checksum(&header.to_immutable(), &from, &to)
+        }
+        _ => panic!("{from} and {to} are of two families"),
+    };
+    header.set_checksum(sum);
+    ip(
+        from.ip(),
+        to.ip(),
+        IpNextHeaderProtocols::Tcp,
+        None,
+        &segment,
+    )
 }
