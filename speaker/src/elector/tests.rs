@@ -312,6 +312,25 @@ fn rules_and_data_path_follow() {
     assert_eq!(host.announcing.asked().listening, [2]);
 }
 
+/// What an earlier speaker has left in its kernel goes on: to its peers it steers all the time.
+#[test]
+fn a_speaker_that_begins_anew_stays_in_the_data_path_of_others() {
+    let mut world = World::new(2);
+    world.run(Duration::from_secs(3));
+    world.host("n2").lower.told.lock().unwrap().clear();
+    world.boot(1, 77);
+    world.run(Duration::from_secs(3));
+    assert!(world.host("n1").speaker.is_ready());
+    for change in &*world.host("n2").lower.told.lock().unwrap() {
+        if let Told::Node(id, state) = change
+            && *id.name.0 == *"n1"
+        {
+            let goes_on = state.as_ref().is_some_and(|it| it.alive && it.steers);
+            assert!(goes_on, "told of n1: {state:?}");
+        }
+    }
+}
+
 #[test]
 fn processes_of_nodes_are_delivered_to_and_lead() {
     let mut world = World::new(1);
