@@ -121,15 +121,25 @@ fn two_behind_one_nat() {
 #[test]
 fn on_the_host_of_another_node() {
     let cluster = Cluster::start(3, 1);
+    cluster.serve(&[]);
     cluster.speak();
     let [vip, _] = vips();
-    // Pods are where the client is not, nor the leader.
-    let pods = cluster.pods();
-    cluster.serve(&pods);
     let leader = cluster.await_leader(vip, |_| true);
-    let others: Vec<_> = pods.into_iter().filter(|pod| pod.node != leader).collect();
+    // The pod is where the client is not, nor the leader.
+    let others: Vec<_> = cluster
+        .pods()
+        .into_iter()
+        .filter(|pod| pod.node != leader)
+        .collect();
     cluster.serve(&others[..1]);
-    await_served(&cluster, vip, &others[..1]);
+    for vip in vips() {
+        await_served(&cluster, vip, &others[..1]);
+    }
+    assert_eq!(
+        cluster.leader(vip),
+        Some(leader),
+        "the leadership moved by itself"
+    );
     let host = cluster.lab.node(&others[1].node).unwrap();
     for (vip, address) in vips().into_iter().zip(host.addresses(Network::Lan)) {
         let pods = served(&host.netns, vip, address);
