@@ -13,7 +13,9 @@
 //! - [`chart`]: the CRDs and the RBAC that Helm renders, and kubeconfigs for its `ServiceAccount`s.
 //! - [`objects`]: Nodes and Pods as a kubelet would report them, and the tests' Services.
 //! - [`Cluster`]: all of it with the real speakers and controller.
+//! - [`slices`]: `EndpointSlice`s by the test's own hand.
 //! - [`client`]: asks VIPs as a client does.
+//! - [`tables`]: what the speakers have told their data paths.
 //! - [`usage`]: what a process costs.
 //!
 //! ```no_run
@@ -46,6 +48,8 @@ mod control_plane;
 mod forward;
 pub mod objects;
 mod pki;
+pub mod slices;
+pub mod tables;
 pub mod usage;
 
 pub use cluster::Cluster;

@@ -8,6 +8,8 @@
 
 #[path = "announcing/conflict.rs"]
 mod conflict;
+#[path = "announcing/endpoints.rs"]
+mod endpoints;
 #[path = "announcing/interfaces.rs"]
 mod interfaces;
 #[path = "announcing/nodes.rs"]
@@ -45,6 +47,7 @@ fn announcing() {
         nodes::local_endpoints,
         steering::local_endpoints,
         steering::unknown_ports,
+        endpoints::removed_and_added,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

@@ -1,0 +1,151 @@
+//! How soon the tables of all nodes follow the endpoints, with the real kube-proxy delivering. Times are printed.
+
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use landfall_lab::server::TCP_PORT;
+use landfall_lab::{Lab, Network, Node, Pod, speakers::http_get};
+use landfall_tests::slices::{self, State};
+use landfall_tests::{PATIENCE, tables};
+use serde_json::json;
+
+use crate::scene::Scene;
+
+const SERVICE: &str = "followed";
+const ROUNDS: usize = 10;
+/// What the busiest machine does not need; the goal is 100 ms.
+const GENEROUS: Duration = Duration::from_secs(5);
+
+/// A Service whose slice the test writes, and what belongs to it.
+struct Followed<'a> {
+    scene: &'a Scene<'a>,
+    vip: IpAddr,
+    /// By which kube-proxy says whether a node has endpoints.
+    health: u16,
+}
+
+impl<'a> Followed<'a> {
+    fn create(scene: &'a Scene<'a>) -> Self {
+        let spec = json!({
+            "externalTrafficPolicy": "Local", "ipFamilyPolicy": "SingleStack", "selector": null,
+        });
+        let vip = scene.create(SERVICE, spec, json!({}))[0];
+        let port = scene.service(SERVICE).spec.unwrap().health_check_node_port;
+        Self {
+            scene,
+            vip,
+            health: u16::try_from(port.unwrap()).unwrap(),
+        }
+    }
+
+    fn lab(&self) -> &Lab {
+        self.scene.lab()
+    }
+
+    /// As the tables name it.
+    fn port(&self) -> String {
+        format!("{}/TCP", SocketAddr::new(self.vip, TCP_PORT))
+    }
+
+    /// Writes the slice; the moment before.
+    fn write<'p>(&self, endpoints: impl IntoIterator<Item = (&'p Pod, State)>) -> Instant {
+        self.scene.cluster.block_on(async {
+            let client = self.scene.cluster.client().await.unwrap();
+            let begun = Instant::now();
+            slices::write(&client, SERVICE, endpoints).await.unwrap();
+            begun
+        })
+    }
+
+    /// Does something to the endpoints, and waits until all nodes' tables have this node or have it not.
+    fn tables(
+        &self,
+        node: &str,
+        there: bool,
+        change: impl FnOnce() -> Instant,
+    ) -> (Instant, Instant) {
+        let nodes: Vec<&str> = self.lab().nodes().iter().map(|node| &*node.name).collect();
+        let wanted = |table: &tables::Table| table.contains_key(node) == there;
+        tables::follow(self.lab(), &nodes, &self.port(), wanted, change)
+    }
+
+    /// Waits until kube-proxy on a node says that it serves, or that it does not; when it did.
+    fn kube_proxy(&self, node: &Node, serves: bool) -> Instant {
+        let address = node.addresses(Network::Management)[0];
+        let begun = Instant::now();
+        loop {
+            let answer = http_get(&node.netns, SocketAddr::new(address, self.health), "/");
+            let refused = answer
+                .as_ref()
+                .is_err_and(|why| why.to_string().contains("503"));
+            if (serves && answer.is_ok()) || (!serves && refused) {
+                return Instant::now();
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "kube-proxy of {}: {answer:?}",
+                node.name
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// The median and the longest, in words.
+fn summary(times: &mut [Duration]) -> String {
+    times.sort();
+    let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
+    assert!(longest < GENEROUS, "{times:?}");
+    format!(
+        "median {:.0} ms, longest {:.0} ms of {}",
+        median.as_secs_f64() * 1e3,
+        longest.as_secs_f64() * 1e3,
+        times.len()
+    )
+}
+
+/// An endpoint that is removed or not ready leaves all tables at once; one that comes is in them when its node's
+/// kube-proxy is ready, and no sooner.
+pub(crate) fn removed_and_added(scene: &Scene<'_>) {
+    let followed = Followed::create(scene);
+    let nodes = scene.lab().nodes();
+    let all = || scene.lab().pods().map(|pod| (pod, State::Ready));
+    for node in nodes {
+        followed.tables(&node.name, true, || followed.write(all()));
+    }
+    let (mut removals, mut rules, mut additions) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let node = &nodes[round % nodes.len()];
+        let (written, gone) = followed.tables(&node.name, false, || {
+            let theirs = |pod: &Pod| pod.node == node.name;
+            if round % 2 == 0 {
+                followed.write(all().filter(|(pod, _)| !theirs(pod)))
+            } else {
+                followed.write(all().map(|(pod, state)| {
+                    let state = if theirs(pod) { State::NotReady } else { state };
+                    (pod, state)
+                }))
+            }
+        });
+        removals.push(gone - written);
+        followed.kube_proxy(node, false);
+
+        let (ready, there) = followed.tables(&node.name, true, || {
+            let written = followed.write(all());
+            let ready = followed.kube_proxy(node, true);
+            rules.push(ready - written);
+            ready
+        });
+        additions.push(there.saturating_duration_since(ready));
+    }
+    println!(
+        "      slice -> removed from all tables: {}",
+        summary(&mut removals)
+    );
+    println!("      slice -> kube-proxy ready: {}", summary(&mut rules));
+    println!(
+        "      kube-proxy ready -> in all tables: {}",
+        summary(&mut additions)
+    );
+}
