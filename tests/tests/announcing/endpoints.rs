@@ -52,6 +52,8 @@ impl<'a> Followed<'a> {
     fn write<'p>(&self, endpoints: impl IntoIterator<Item = (&'p Pod, State)>) -> Instant {
         self.scene.cluster.block_on(async {
             let client = self.scene.cluster.client().await.unwrap();
+            // The connection is there before the time begins.
+            client.apiserver_version().await.unwrap();
             let begun = Instant::now();
             slices::write(&client, SERVICE, endpoints).await.unwrap();
             begun
