@@ -45,7 +45,7 @@ use steering::Told;
 pub const HELLO_EVERY: Duration = Duration::from_millis(300);
 /// At least so long between two hellos that answer strangers.
 const ANSWER_EVERY: Duration = Duration::from_millis(20);
-/// Rules and data path follow changes at most this often.
+/// Rules and data path follow a change at once, and further ones at most this often.
 const APPLY_EVERY: Duration = Duration::from_millis(50);
 /// Speakers with another key are logged at most this often.
 const STRANGER_EVERY: Duration = Duration::from_mins(1);
@@ -127,6 +127,7 @@ pub struct Speaker {
     /// Who holds flows of these pages is to be told to the data path, once it knows the ports.
     held_pages: BTreeSet<(HeldPort, u16)>,
     apply_at: Option<Duration>,
+    applied_at: Duration,
     groups_changed: bool,
     hello_at: Duration,
     /// When a speaker with another key was last logged.
@@ -174,6 +175,7 @@ impl Speaker {
             held: Arc::default(),
             held_pages: BTreeSet::new(),
             apply_at: None,
+            applied_at: Duration::ZERO,
             groups_changed: true,
             hello_at: Duration::ZERO,
             stranger_at: None,
@@ -359,7 +361,7 @@ impl Speaker {
     pub fn settle(&mut self, now: Duration, wall: u64) -> BTreeSet<GroupId> {
         let changed = self.index.reconcile();
         if !changed.is_empty() {
-            self.apply_at.get_or_insert(now + APPLY_EVERY);
+            self.apply_soon(now);
             self.update_expected();
         }
         let over = |conflict: &Conflict| {
@@ -381,7 +383,7 @@ impl Speaker {
         self.send(tick.frames);
         if tick.all {
             self.desired.forget();
-            self.apply_at.get_or_insert(now + APPLY_EVERY);
+            self.apply_soon(now);
         }
         if tick.all && self.identity.manifests {
             let addresses = self.election.addresses();
@@ -397,7 +399,7 @@ impl Speaker {
         }
         if !tick.heard.is_empty() {
             self.desired.touch(&tick.heard);
-            self.apply_at.get_or_insert(now + APPLY_EVERY);
+            self.apply_soon(now);
         }
         self.desired.touch(&changed);
         for lost in tick.lost {
@@ -414,8 +416,9 @@ impl Speaker {
         }
         self.groups_changed |= !touched.is_empty();
         // Before the sources were listed, what an earlier run left in the kernel is right, and nothing here is.
-        if self.index.is_synced() && self.apply_at.is_some_and(|at| now >= at) {
+        if self.apply_due().is_some_and(|at| now >= at) {
             self.apply_at = None;
+            self.applied_at = now;
             self.apply();
         }
         if now >= self.hello_at {
@@ -428,6 +431,16 @@ impl Speaker {
             }
         }
         touched
+    }
+
+    /// When [`Speaker::settle`] should be called next, for what it gathers.
+    pub fn apply_due(&self) -> Option<Duration> {
+        self.apply_at.filter(|_| self.index.is_synced())
+    }
+
+    fn apply_soon(&mut self, now: Duration) {
+        let soonest = now.max(self.applied_at + APPLY_EVERY);
+        self.apply_at.get_or_insert(soonest);
     }
 
     fn conclude(&mut self, change: Change) -> GroupId {

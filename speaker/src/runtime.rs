@@ -1,7 +1,7 @@
 //! Wiring: flags to parts, parts to the loop, and the loop itself.
 //!
 //! One task owns the [`Speaker`]; it takes inputs in batches and settles after each. It looks at the clock ten
-//! times a second, which is what all timers of the election need.
+//! times a second, which is what all timers of the election need, and when there are changes to be made so.
 
 mod probe;
 
@@ -31,6 +31,8 @@ use crate::metrics::Metrics;
 use crate::status::{Reporter, Write, writer};
 use crate::{announcer, datapath, node_rules};
 
+/// The clock begins at an hour, so that subtracting any patience stays above zero.
+const EPOCH: Duration = Duration::from_hours(1);
 /// The clock's step.
 const BEAT: Duration = Duration::from_millis(100);
 /// How often the key file is read.
@@ -289,9 +291,14 @@ struct Loop {
 }
 
 impl Loop {
-    /// Monotonic; beginning at an hour, so that subtracting any patience stays above zero.
+    /// Monotonic.
     fn now(&self) -> Duration {
-        self.start.elapsed() + Duration::from_hours(1)
+        self.start.elapsed() + EPOCH
+    }
+
+    /// When it is so late.
+    fn at(&self, time: Duration) -> Instant {
+        self.start + time.saturating_sub(EPOCH)
     }
 
     async fn run(&mut self, inputs: Inputs, early: Vec<Event>, stop: impl Future<Output = ()>) {
@@ -309,6 +316,7 @@ impl Loop {
         let mut stopping: Option<Duration> = None;
         let (mut events, mut news, mut facts) = (Vec::new(), Vec::new(), Vec::new());
         loop {
+            let due = self.shared.lock().apply_due().map(|due| self.at(due));
             tokio::select! {
                 count = objects.source.events.recv_many(&mut events, BATCH) => {
                     if count == 0 {
@@ -355,6 +363,7 @@ impl Loop {
                         self.source(&mut objects, Vec::new(), false);
                     }
                 }
+                () = at(due) => {}
                 _ = keys.tick() => self.read_keys(),
                 _ = show.tick() => self.metrics.take_gossip(&self.counters),
                 () = &mut stop, if stopping.is_none() => {
@@ -426,6 +435,14 @@ impl Loop {
                 tracing::warn!("the gossip keys stay as they were: {error:#}");
             }
         }
+    }
+}
+
+/// Waits until then, or for ever.
+async fn at(then: Option<Instant>) {
+    match then {
+        Some(then) => tokio::time::sleep_until(then).await,
+        None => std::future::pending().await,
     }
 }
 
