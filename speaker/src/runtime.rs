@@ -316,7 +316,7 @@ impl Loop {
         let mut stopping: Option<Duration> = None;
         let (mut events, mut news, mut facts) = (Vec::new(), Vec::new(), Vec::new());
         loop {
-            let due = self.shared.lock().apply_due().map(|due| self.at(due));
+            let (apply_at, ask_at) = self.appointments();
             tokio::select! {
                 count = objects.source.events.recv_many(&mut events, BATCH) => {
                     if count == 0 {
@@ -356,14 +356,20 @@ impl Loop {
                         speaker.announcer(event, now);
                     }
                     drop(speaker);
-                    let questions = self.shared.lock().questions(self.probes.asks_hosts(now));
-                    self.probes.ask(questions, now);
+                    if self.probes.asks_hosts(now) {
+                        let endpoints = self.shared.lock().host_questions();
+                        self.probes.ask_hosts(endpoints, now);
+                    }
                     let wakeup = objects.allocator.as_ref().and_then(Allocator::next_wakeup);
                     if wakeup.is_some_and(|at| at <= now) {
                         self.source(&mut objects, Vec::new(), false);
                     }
                 }
-                () = at(due) => {}
+                () = at(apply_at) => {}
+                () = at(ask_at) => {
+                    let now = self.now();
+                    self.probes.ask_health(self.shared.lock().health_questions(), now);
+                }
                 _ = keys.tick() => self.read_keys(),
                 _ = show.tick() => self.metrics.take_gossip(&self.counters),
                 () = &mut stop, if stopping.is_none() => {
@@ -383,6 +389,16 @@ impl Loop {
                 }
             }
         }
+    }
+
+    /// When there is something to be made so, and when to ask health-check ports.
+    fn appointments(&self) -> (Option<Instant>, Option<Instant>) {
+        let speaker = self.shared.lock();
+        let asks = speaker.health_questions().len() > 0;
+        (
+            speaker.apply_due().map(|time| self.at(time)),
+            asks.then(|| self.at(self.probes.health_at())),
+        )
     }
 
     /// Takes objects in, and hands out addresses where no controller does.

@@ -24,15 +24,6 @@ pub struct Check {
     next: Duration,
 }
 
-/// Whom the loop should ask by the network: health-check ports, and processes of this node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Questions {
-    /// Health-check ports of this node, by group.
-    pub health: BTreeSet<(GroupId, u16)>,
-    /// Processes of this node.
-    pub hosts: BTreeSet<SocketAddr>,
-}
-
 /// What a health-check port says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
@@ -232,24 +223,24 @@ impl Speaker {
         }
     }
 
-    /// Whom to ask now; `hosts` says whether processes of this node are among them.
-    pub fn questions(&self, hosts: bool) -> Questions {
-        let mut questions = Questions {
-            health: self.asking.keys().cloned().collect(),
-            hosts: BTreeSet::new(),
-        };
-        if hosts && self.identity.manifests {
-            questions.hosts = self
-                .index
-                .groups()
-                .values()
-                .flat_map(|group| &group.services)
-                .flat_map(|service| service.host_endpoints.values())
-                .filter_map(|nodes| nodes.get(&self.identity.node))
-                .flatten()
-                .copied()
-                .collect();
+    /// The health-check ports of this node that are to be asked now, by group.
+    pub fn health_questions(&self) -> impl ExactSizeIterator<Item = &(GroupId, u16)> {
+        self.asking.keys()
+    }
+
+    /// The processes of this node that are to be asked now.
+    pub fn host_questions(&self) -> BTreeSet<SocketAddr> {
+        if !self.identity.manifests {
+            return BTreeSet::new();
         }
-        questions
+        self.index
+            .groups()
+            .values()
+            .flat_map(|group| &group.services)
+            .flat_map(|service| service.host_endpoints.values())
+            .filter_map(|nodes| nodes.get(&self.identity.node))
+            .flatten()
+            .copied()
+            .collect()
     }
 }

@@ -367,7 +367,7 @@ fn processes_of_nodes_are_delivered_to_and_lead() {
     let own: SocketAddr = "10.88.0.12:6443".parse().unwrap();
     let now = world.now;
     let host = world.host("n2");
-    assert_eq!(host.speaker.questions(true).hosts, BTreeSet::from([own]));
+    assert_eq!(host.speaker.host_questions(), BTreeSet::from([own]));
     host.speaker.host_endpoint(own, true, now);
     world.run(Duration::from_secs(1));
     assert_eq!(

@@ -9,8 +9,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::elector::ready::{Health, Questions};
+use crate::elector::ready::Health;
 
+/// Health-check ports are asked this often, and no more than a thousand a second in all.
+const HEALTH_EVERY: Duration = Duration::from_millis(20);
+const HEALTH_PACE: Duration = Duration::from_millis(1);
 /// A process of this node is asked this often.
 const HOSTS_EVERY: Duration = Duration::from_secs(1);
 /// No answer after this long is one.
@@ -30,6 +33,7 @@ pub(super) struct Prober {
     asking: BTreeSet<(GroupId, u16)>,
     sender: mpsc::UnboundedSender<Outcome>,
     receiver: mpsc::UnboundedReceiver<Outcome>,
+    health_at: Duration,
     hosts_at: Duration,
 }
 
@@ -46,21 +50,29 @@ impl Prober {
             asking: BTreeSet::new(),
             sender,
             receiver,
+            health_at: Duration::ZERO,
             hosts_at: Duration::ZERO,
         }
     }
 
-    /// Whether processes of this node are to be asked again.
-    pub(super) fn asks_hosts(&self, now: Duration) -> bool {
-        now >= self.hosts_at
+    /// When health-check ports are to be asked again.
+    pub(super) fn health_at(&self) -> Duration {
+        self.health_at
     }
 
-    /// Asks what is not being asked already.
-    pub(super) fn ask(&mut self, questions: Questions, now: Duration) {
-        for (id, port) in questions.health {
-            if !self.asking.insert((id.clone(), port)) {
+    /// Asks the health-check ports that are not being asked already.
+    pub(super) fn ask_health<'a>(
+        &mut self,
+        questions: impl ExactSizeIterator<Item = &'a (GroupId, u16)>,
+        now: Duration,
+    ) {
+        let number = u32::try_from(questions.len()).unwrap_or(u32::MAX);
+        self.health_at = now + HEALTH_EVERY.max(HEALTH_PACE.saturating_mul(number));
+        for question in questions {
+            if !self.asking.insert(question.clone()) {
                 continue;
             }
+            let (id, port) = question.clone();
             let (sender, address) = (self.sender.clone(), SocketAddr::new(self.own, port));
             tokio::spawn(async move {
                 let asked = tokio::time::timeout(PATIENCE, health(address)).await;
@@ -72,11 +84,17 @@ impl Prober {
                 let _ = sender.send(Outcome::Health(id, port, answer));
             });
         }
-        if now < self.hosts_at {
-            return;
-        }
+    }
+
+    /// Whether processes of this node are to be asked again.
+    pub(super) fn asks_hosts(&self, now: Duration) -> bool {
+        now >= self.hosts_at
+    }
+
+    /// Asks processes of this node.
+    pub(super) fn ask_hosts(&mut self, endpoints: BTreeSet<SocketAddr>, now: Duration) {
         self.hosts_at = now + HOSTS_EVERY;
-        for endpoint in questions.hosts {
+        for endpoint in endpoints {
             let sender = self.sender.clone();
             tokio::spawn(async move {
                 let alive = tokio::time::timeout(PATIENCE, TcpStream::connect(endpoint))
