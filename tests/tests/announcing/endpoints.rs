@@ -119,6 +119,8 @@ pub(crate) fn removed_and_added(scene: &Scene<'_>) {
     let (mut removals, mut rules, mut additions) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..ROUNDS {
         let node = &nodes[round % nodes.len()];
+        // Speakers gather what follows a change closely.
+        thread::sleep(Duration::from_millis(200));
         let (written, gone) = followed.tables(&node.name, false, || {
             let theirs = |pod: &Pod| pod.node == node.name;
             if round % 2 == 0 {
