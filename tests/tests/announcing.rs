@@ -48,6 +48,7 @@ fn announcing() {
         steering::local_endpoints,
         steering::unknown_ports,
         endpoints::removed_and_added,
+        endpoints::added_under_load,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

@@ -10,7 +10,7 @@ use tokio::time::{interval, timeout};
 use crate::measure::{Stop, Worker};
 use crate::netns::Netns;
 
-/// The time between two attempts.
+/// The time between two attempts, unless another is asked for.
 const INTERVAL: Duration = Duration::from_millis(50);
 /// After which an attempt has failed.
 const LIMIT: Duration = Duration::from_secs(15);
@@ -38,8 +38,13 @@ pub struct Probe(Worker<Report>);
 impl Probe {
     /// Begins to connect to `to` every 50 ms.
     pub fn start(from: &Netns, to: SocketAddr) -> Self {
+        Self::start_every(from, to, INTERVAL)
+    }
+
+    /// The same at another pace.
+    pub fn start_every(from: &Netns, to: SocketAddr, pace: Duration) -> Self {
         Self(Worker::start_async(from, "connects", move |stop| {
-            connect(to, stop)
+            connect(to, pace, stop)
         }))
     }
 
@@ -49,10 +54,10 @@ impl Probe {
     }
 }
 
-async fn connect(to: SocketAddr, stop: Stop) -> Report {
+async fn connect(to: SocketAddr, pace: Duration, stop: Stop) -> Report {
     let mut attempts = JoinSet::new();
     let mut report = Report::default();
-    let mut due = interval(INTERVAL);
+    let mut due = interval(pace);
     let count = |outcome: Option<Duration>, report: &mut Report| match outcome {
         Some(took) => report.established.push(took),
         None => report.failed += 1,

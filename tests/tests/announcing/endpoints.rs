@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_lab::measure::connects;
 use landfall_lab::server::TCP_PORT;
 use landfall_lab::{Lab, Network, Node, Pod, speakers::http_get};
 use landfall_tests::slices::{self, State};
@@ -152,4 +153,42 @@ pub(crate) fn removed_and_added(scene: &Scene<'_>) {
         "      kube-proxy ready -> in all tables: {}",
         summary(&mut additions)
     );
+}
+
+/// New connections come while one node after the other gets its first endpoint: each is served, and none had to
+/// send its SYN again, which takes a second.
+pub(crate) fn added_under_load(scene: &Scene<'_>) {
+    const PACE: Duration = Duration::from_millis(5);
+    let followed = Followed::create(scene);
+    let nodes = scene.lab().nodes();
+    let first = |number: usize| {
+        let pods = nodes[..number].iter().flat_map(|node| &node.pods);
+        pods.map(|pod| (pod, State::Ready))
+    };
+    let to = SocketAddr::new(followed.vip, TCP_PORT);
+    let (mut slowest, mut connects) = (Vec::new(), 0);
+    for _ in 0..3 {
+        followed.tables(&nodes[0].name, true, || followed.write(first(1)));
+        for node in &nodes[1..] {
+            followed.tables(&node.name, false, Instant::now);
+            followed.kube_proxy(node, false);
+        }
+        scene.served(&[followed.vip]);
+        let probe = connects::Probe::start_every(scene.lab().client(), to, PACE);
+        for number in 2..=nodes.len() {
+            let node = &nodes[number - 1];
+            followed.tables(&node.name, true, || followed.write(first(number)));
+            // What is wrong shows with the connections that come now.
+            thread::sleep(Duration::from_millis(300));
+        }
+        let report = probe.stop();
+        assert_eq!(report.failed, 0, "of {}", report.established.len());
+        connects += report.established.len();
+        slowest.extend(report.worst());
+    }
+    println!(
+        "      {connects} connects, one every {PACE:?}: slowest {:?}",
+        slowest.iter().max().unwrap()
+    );
+    assert!(slowest.iter().all(|took| *took < Duration::from_secs(1)));
 }
