@@ -386,7 +386,8 @@ impl Lab {
             .remove(pod);
     }
 
-    pub(crate) fn serve_pod(&self, pod: &Pod) -> Result<()> {
+    /// Starts a pod's servers.
+    pub fn serve_pod(&self, pod: &Pod) -> Result<()> {
         let server = PodServer::start(&pod.netns, &pod.name)?;
         self.servers
             .lock()

@@ -4,6 +4,7 @@
 //! - [`datagrams`]: one UDP datagram every 2 ms, open loop: the outage, and what was lost;
 //! - [`stream`]: an established request/response TCP flow: its longest stall;
 //! - [`connects`]: new connections: the worst `connect()`;
+//! - [`requests`]: a new connection for each request: who answered, and which failed;
 //! - [`census`]: many established flows: how many are alive, reset or stalled afterwards;
 //! - [`neighbours`]: who answers ARP or ND for an address.
 
@@ -11,6 +12,7 @@ pub mod census;
 pub mod connects;
 pub mod datagrams;
 pub mod neighbours;
+pub mod requests;
 pub mod stream;
 
 use std::sync::Arc;

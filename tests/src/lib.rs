@@ -15,7 +15,8 @@
 //! - [`Cluster`]: all of it with the real speakers and controller.
 //! - [`slices`]: `EndpointSlice`s by the test's own hand.
 //! - [`client`]: asks VIPs as a client does.
-//! - [`tables`]: what the speakers have told their data paths.
+//! - [`flows`]: established flows that are asked again and again.
+//! - [`tables`]: what the speakers have told their data paths, and what those did.
 //! - [`usage`]: what a process costs.
 //!
 //! ```no_run
@@ -45,6 +46,7 @@ pub mod chart;
 pub mod client;
 mod cluster;
 mod control_plane;
+pub mod flows;
 mod forward;
 pub mod objects;
 mod pki;

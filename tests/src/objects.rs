@@ -1,7 +1,7 @@
 //! Nodes and Pods as a kubelet would report them, and the Services of tests.
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, Client};
 use landfall_lab::{Lab, Network, address};
 use serde_json::{Value, json};
@@ -98,6 +98,32 @@ pub async fn label_node(client: &Client, node: &str, labels: Value) -> kube::Res
     let patch = json!({"metadata": {"labels": labels}});
     nodes
         .patch(node, &PatchParams::default(), &Patch::Merge(patch))
+        .await
+        .map(drop)
+}
+
+/// Adds labels to a Pod; a null takes one away.
+pub async fn label_pod(client: &Client, pod: &str, labels: Value) -> kube::Result<()> {
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    let patch = json!({"metadata": {"labels": labels}});
+    pods.patch(pod, &PatchParams::default(), &Patch::Merge(patch))
+        .await
+        .map(drop)
+}
+
+/// Deletes a Pod as a Deployment does: it terminates until [`remove_pod`].
+pub async fn terminate_pod(client: &Client, pod: &str) -> kube::Result<()> {
+    delete_pod(client, pod, 3600).await
+}
+
+/// Removes a Pod as its kubelet does when the containers have ended.
+pub async fn remove_pod(client: &Client, pod: &str) -> kube::Result<()> {
+    delete_pod(client, pod, 0).await
+}
+
+async fn delete_pod(client: &Client, pod: &str, grace: u32) -> kube::Result<()> {
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    pods.delete(pod, &DeleteParams::default().grace_period(grace))
         .await
         .map(drop)
 }

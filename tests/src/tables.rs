@@ -1,4 +1,4 @@
-//! What the speakers of all nodes have told their data paths, as `/debug/state` shows it.
+//! What the speakers of all nodes have told their data paths, as `/debug/state` shows it, and what those did.
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -22,6 +22,23 @@ pub fn of_node(lab: &Lab, node: &str, port: &str) -> Option<Table> {
     weights
         .map(|(node, weight)| Some((node.clone(), weight.as_u64()?)))
         .collect()
+}
+
+/// What the programs of all nodes that can be asked did with packets, by verdict.
+pub fn verdicts(lab: &Lab) -> BTreeMap<String, u64> {
+    let mut sums = BTreeMap::new();
+    for node in lab.nodes() {
+        let text = lab.speaker_metrics(&node.name).unwrap_or_default();
+        for line in text.lines() {
+            let counted = line
+                .strip_prefix("landfall_datapath_packets_total{verdict=\"")
+                .and_then(|rest| rest.split_once("\"} "));
+            if let Some((verdict, count)) = counted {
+                *sums.entry(verdict.to_owned()).or_default() += count.parse().unwrap_or(0);
+            }
+        }
+    }
+    sums
 }
 
 /// Makes a change and waits until the tables of all these nodes are as wanted: when the last of them was.
