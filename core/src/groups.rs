@@ -55,9 +55,8 @@ pub struct GroupService {
     pub health_check_node_port: u16,
     /// Nodes with servable endpoints, whatever the policy.
     pub endpoint_nodes: BTreeSet<NodeName>,
-    /// How each port's new flows are to be spread, by family: over the nodes with ready endpoints, or, where nobody
-    /// has any, over those whose endpoints still serve while they terminate.
-    pub spreads: BTreeMap<FamilyPort, Distribution>,
+    /// How each port's new flows are to be spread, by family.
+    pub spreads: BTreeMap<FamilyPort, Spread>,
     /// All flows of a client go to one node.
     pub affinity: bool,
     /// UDP flows are told apart by their ports too.
@@ -91,6 +90,34 @@ impl GroupService {
             .partition(|endpoint| endpoint.ready);
         let chosen = if ready.is_empty() { draining } else { ready };
         chosen.iter().map(|endpoint| endpoint.address).collect()
+    }
+}
+
+/// The nodes that new flows of a port are to be spread over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spread {
+    /// Those with ready endpoints.
+    pub ready: Distribution,
+    /// Those whose endpoints still serve while they terminate. They are for as long as no node with a ready one can be
+    /// sent anything: its rules come later than the slice that names it.
+    pub draining: Distribution,
+}
+
+impl Spread {
+    /// The spread over those of the nodes that can be sent something.
+    pub fn over(&self, serves: impl Fn(&NodeName) -> bool) -> Distribution {
+        let of = |nodes: &Distribution| -> Distribution {
+            let serving = nodes.iter().filter(|(node, _)| serves(node));
+            serving
+                .map(|(node, weight)| (node.clone(), *weight))
+                .collect()
+        };
+        let ready = of(&self.ready);
+        if ready.is_empty() {
+            of(&self.draining)
+        } else {
+            ready
+        }
     }
 }
 
@@ -592,7 +619,7 @@ impl Counts {
         nodes.entry(node.clone()).or_default()[usize::from(!ready)] += 1;
     }
 
-    fn spreads(self) -> BTreeMap<FamilyPort, Distribution> {
+    fn spreads(self) -> BTreeMap<FamilyPort, Spread> {
         let of = |nodes: &BTreeMap<NodeName, [u32; 2]>, kind: usize| {
             let counts = nodes
                 .iter()
@@ -603,11 +630,9 @@ impl Counts {
         self.0
             .iter()
             .map(|(port, nodes)| {
-                let ready = of(nodes, 0);
-                let spread = if ready.is_empty() {
-                    of(nodes, 1)
-                } else {
-                    ready
+                let spread = Spread {
+                    ready: of(nodes, 0),
+                    draining: of(nodes, 1),
                 };
                 (*port, spread)
             })
@@ -634,8 +659,11 @@ fn digest(id: &GroupId, vips: &[GroupVip], services: &[GroupService]) -> u64 {
         }
         for ((family, protocol, port), spread) in &service.spreads {
             text(&format!("{family}/{protocol}/{port}"));
-            for (node, weight) in spread {
+            for (node, weight) in &spread.ready {
                 text(&format!("{node}={weight}"));
+            }
+            for (node, weight) in &spread.draining {
+                text(&format!("{node}~{weight}"));
             }
         }
         text(if service.affinity { "a" } else { "" });

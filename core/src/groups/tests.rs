@@ -121,3 +121,18 @@ fn a_resting_address_is_in_no_group() {
     assert_eq!(index.reconcile().len(), 1);
     assert!(index.groups().is_empty() && index.groups_of.is_empty());
 }
+
+#[test]
+fn who_drains_serves_until_a_ready_one_can() {
+    let nodes =
+        |names: &[&str]| -> Distribution { names.iter().map(|name| ((*name).into(), 1)).collect() };
+    let spread = Spread {
+        ready: nodes(&["new", "other"]),
+        draining: nodes(&["gone", "old"]),
+    };
+    let over = |serving: &[&str]| spread.over(|node| serving.contains(&&*node.0));
+    assert_eq!(over(&["old"]), nodes(&["old"]));
+    assert_eq!(over(&["old", "new"]), nodes(&["new"]));
+    assert_eq!(over(&["old", "new", "other"]), nodes(&["new", "other"]));
+    assert_eq!(over(&[]), nodes(&[]));
+}

@@ -357,12 +357,7 @@ impl Speaker {
         for port in &service.ports {
             let family_port = (Family::of(vip), port.protocol, port.port);
             let spread = service.spreads.get(&family_port);
-            let nodes: Distribution = spread
-                .into_iter()
-                .flatten()
-                .filter(|(node, _)| serves(node))
-                .map(|(node, weight)| (node.clone(), *weight))
-                .collect();
+            let nodes = spread.map_or_else(Distribution::default, |spread| spread.over(serves));
             let port_id = PortId {
                 vip,
                 protocol: port.protocol,
