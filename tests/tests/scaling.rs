@@ -5,6 +5,8 @@
 
 #[path = "scaling/deployment.rs"]
 mod deployment;
+#[path = "scaling/flows.rs"]
+mod flows;
 #[path = "scaling/rollout.rs"]
 mod rollout;
 
@@ -27,9 +29,11 @@ type Scenario = (&'static str, fn(&Cluster));
 
 #[test]
 fn scaling() {
-    let scenarios: [Scenario; 2] = [
+    let scenarios: [Scenario; 3] = [
         ("rollout::of_four", rollout::of_four),
         ("rollout::of_one", rollout::of_one),
+        // Last: a node stays dead.
+        ("flows::outlive_everything", flows::outlive_everything),
     ];
     // A pod may be replaced by another of the same node while a third still ends.
     let topology = Topology {
