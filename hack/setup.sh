@@ -31,9 +31,10 @@ kubernetes_dir() {
 
 helm_dir() { echo "$CACHE/helm-$HELM_VERSION"; }
 
+# What the lab needs, and whatever else is named.
 packages() {
     local wanted=(bpftool conntrack ethtool iproute2 iputils-ping jq libzstd-dev "llvm-$LLVM_VERSION-dev" nftables
-        rust-web-src rustc-web tcpdump zlib1g-dev) missing=()
+        rust-web-src rustc-web tcpdump zlib1g-dev "$@") missing=()
     for package in "${wanted[@]}"; do
         [[ $(dpkg-query -W -f='${Status}' "$package" 2>/dev/null) == "install ok installed" ]] || missing+=("$package")
     done
@@ -79,7 +80,8 @@ go_tools() {
 
 case "${1:-}" in
     lab) packages; rust ;;
-    test) packages; rust; go_tools ;;
+    # kube-proxy in iptables mode runs it.
+    test) packages iptables; rust; go_tools ;;
     paths)
         echo "LANDFALL_KUBERNETES=$(kubernetes_dir)/kubernetes"
         echo "LANDFALL_HELM=$(helm_dir)/helm"

@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use kube::Client;
 use landfall_lab::{Lab, Program, Topology, fault::SPEAKER};
 
-use crate::{ControlPlane, chart, control_plane, objects};
+use crate::{ControlPlane, ProxyMode, chart, control_plane, objects};
 
 /// The cluster. Dropping it ends all of it.
 pub struct Cluster {
@@ -26,11 +26,13 @@ struct Kubeconfigs {
 
 impl Cluster {
     /// Builds the lab, starts the control plane, installs the chart, reports nodes and pods, starts kube-proxy on
-    /// each node. Landfall's own processes do not run yet. Not to be called from async code.
+    /// each node, in nftables mode. Landfall's own processes do not run yet. Not to be called from async code.
     pub fn build(topology: Topology) -> anyhow::Result<Self> {
         let cluster = Self::build_without_kube_proxy(topology)?;
         for node in cluster.lab().nodes() {
-            cluster.plane.start_kube_proxy(&node.name)?;
+            cluster
+                .plane
+                .start_kube_proxy(&node.name, ProxyMode::Nftables)?;
         }
         Ok(cluster)
     }

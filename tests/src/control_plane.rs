@@ -33,6 +33,24 @@ const CONTROLLERS: &str = "endpointslice-controller,endpointslice-mirroring-cont
 /// How long a component may take to be ready.
 const START: Duration = Duration::from_secs(60);
 
+/// How kube-proxy makes its rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// By nftables.
+    Nftables,
+    /// By iptables, whichever of its backends is installed.
+    Iptables,
+}
+
+impl ProxyMode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+}
+
 /// A running control plane. Its processes are the lab's and end with it.
 pub struct ControlPlane {
     lab: Arc<Lab>,
@@ -142,14 +160,14 @@ impl ControlPlane {
         self.block_on(self.ready())
     }
 
-    /// Starts kube-proxy on a node.
-    pub fn start_kube_proxy(&self, node: &str) -> anyhow::Result<()> {
+    /// Starts kube-proxy on a node; one that runs there is killed, and what another mode has left is cleaned up.
+    pub fn start_kube_proxy(&self, node: &str, mode: ProxyMode) -> anyhow::Result<()> {
         let program = self
             .binaries
             .component("kube-proxy")
             .option("--kubeconfig", self.path("kube-proxy.kubeconfig"))
             .option("--hostname-override", node)
-            .option("--proxy-mode", "nftables")
+            .option("--proxy-mode", mode.name())
             .option("--cluster-cidr", POD_CIDRS)
             .option("--bind-address", "0.0.0.0")
             .option("--healthz-bind-address", "127.0.0.1:10256")

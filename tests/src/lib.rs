@@ -55,7 +55,7 @@ pub mod tables;
 pub mod usage;
 
 pub use cluster::Cluster;
-pub use control_plane::{ControlPlane, HOST as CONTROL_HOST};
+pub use control_plane::{ControlPlane, HOST as CONTROL_HOST, ProxyMode};
 
 use std::future::Future;
 use std::time::{Duration, Instant};

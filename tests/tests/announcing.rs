@@ -8,6 +8,8 @@
 
 #[path = "announcing/conflict.rs"]
 mod conflict;
+#[path = "announcing/delivery.rs"]
+mod delivery;
 #[path = "announcing/endpoints.rs"]
 mod endpoints;
 #[path = "announcing/interfaces.rs"]
@@ -49,6 +51,8 @@ fn announcing() {
         steering::unknown_ports,
         endpoints::removed_and_added,
         endpoints::added_under_load,
+        delivery::cluster_policy,
+        delivery::iptables,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

@@ -11,7 +11,7 @@ use landfall_tests::CONTROL_HOST;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::scene::{Scene, eventually};
+use crate::scene::Scene;
 
 const CONTROLLER: &str = "controller";
 /// How long a process stays away: longer than its absence takes to be noticed.
@@ -65,11 +65,7 @@ fn strike(scene: &Scene<'_>, name: &str, vips: &[IpAddr], processes: &[(&str, &s
     for (host, process) in processes {
         lab.restart(host, process).unwrap();
     }
-    eventually(
-        "all speakers to take part",
-        || alive(scene),
-        |alive| alive.iter().all(|number| *number == lab.nodes().len()),
-    );
+    scene.all_take_part();
     thread::sleep(BACK);
     scene.served(vips);
     let after = scene.leader(vips[0]);
@@ -91,18 +87,4 @@ fn strike(scene: &Scene<'_>, name: &str, vips: &[IpAddr], processes: &[(&str, &s
         }
     }
     scene.led_by(vips, &after);
-}
-
-/// How many speakers take part, as each of them sees it.
-fn alive(scene: &Scene<'_>) -> Vec<usize> {
-    let lab = scene.lab();
-    let count = |node: &str| {
-        let state = lab.speaker_state(node).ok()?;
-        let alive = state["peers"].as_array()?.iter().filter(|peer| {
-            peer["alive"] == true && peer["gossip"] == true && peer["synced"] == true
-        });
-        Some(alive.count() + 1)
-    };
-    let nodes = lab.nodes().iter();
-    nodes.map(|node| count(&node.name).unwrap_or(0)).collect()
 }

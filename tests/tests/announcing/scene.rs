@@ -218,6 +218,25 @@ impl<'a> Scene<'a> {
         self.served(vips);
     }
 
+    /// Waits until every speaker sees all others take part.
+    pub(crate) fn all_take_part(&self) {
+        let lab = self.lab();
+        let alive = |node: &str| {
+            let state = lab.speaker_state(node).ok()?;
+            let alive = state["peers"].as_array()?.iter().filter(|peer| {
+                peer["alive"] == true && peer["gossip"] == true && peer["synced"] == true
+            });
+            Some(alive.count() + 1)
+        };
+        let look = || -> Vec<usize> {
+            let nodes = lab.nodes().iter();
+            nodes.map(|node| alive(&node.name).unwrap_or(0)).collect()
+        };
+        eventually("all speakers to take part", look, |alive| {
+            alive.iter().all(|number| *number == lab.nodes().len())
+        });
+    }
+
     /// A `VirtualIP`'s status.
     pub(crate) fn status(&self, vip: IpAddr) -> Value {
         self.cluster.block_on(async {

@@ -133,7 +133,7 @@ fn knock(from: &Netns, vip: IpAddr, port: u16) -> [Knock; 2] {
 }
 
 /// Opens connections, all of which must be served, by pods that see the client's address: how many each pod got.
-fn pods(from: &Netns, vip: IpAddr) -> BTreeMap<String, usize> {
+pub(crate) fn pods(from: &Netns, vip: IpAddr) -> BTreeMap<String, usize> {
     let mut pods = BTreeMap::new();
     let mine = client::addresses(from);
     for _ in 0..CONNECTIONS {
