@@ -38,7 +38,7 @@ use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
 use desired::Desired;
 use echo::Echo;
-use ready::Check;
+use ready::{Check, Frontend};
 use steering::Told;
 
 /// Time between two hellos.
@@ -107,6 +107,8 @@ pub struct Speaker {
     announced: BTreeMap<GroupId, BTreeMap<IpAddr, Announcement>>,
     conflicts: BTreeMap<IpAddr, Conflict>,
     checks: BTreeMap<GroupId, Check>,
+    /// What is taken for served where nobody can be asked.
+    believed: BTreeMap<GroupId, BTreeSet<Frontend>>,
     /// The health-check ports that are asked, and since when.
     asking: BTreeMap<(GroupId, u16), Duration>,
     hosts_alive: BTreeSet<SocketAddr>,
@@ -161,6 +163,7 @@ impl Speaker {
             announced: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             checks: BTreeMap::new(),
+            believed: BTreeMap::new(),
             asking: BTreeMap::new(),
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),

@@ -4,11 +4,12 @@
 //! and where neither can be asked, two seconds. A process of this node is asked by connecting to it.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use landfall_core::election::service_id;
 use landfall_core::groups::{Group, GroupId, GroupService};
+use landfall_core::model::Protocol;
 
 use super::Speaker;
 
@@ -35,6 +36,16 @@ pub enum Health {
     Silent,
 }
 
+/// What clients send to, and kube-proxy has rules for.
+pub(super) type Frontend = (IpAddr, Protocol, u16);
+
+fn frontends(group: &Group, service: &GroupService) -> impl Iterator<Item = Frontend> {
+    group.vips.iter().flat_map(|vip| {
+        let ports = service.ports.iter();
+        ports.map(|port| (vip.address, port.protocol, port.port))
+    })
+}
+
 impl Speaker {
     /// Looks at the groups that changed, and again at those that were not served yet.
     pub(super) fn check_ready(&mut self, changed: &BTreeSet<GroupId>, now: Duration) {
@@ -47,6 +58,7 @@ impl Speaker {
                 check.next = now;
             } else {
                 self.checks.remove(id);
+                self.believed.remove(id);
                 self.asking.retain(|(asked, _), _| asked != id);
             }
         }
@@ -64,6 +76,7 @@ impl Speaker {
             let ready = self.is_served(&group, now.saturating_sub(since));
             self.note_ready(&group, ready);
             self.note_serves(&group, ready, now);
+            self.believe(&group, ready);
             if ready {
                 self.checks.remove(&id);
             } else if let Some(check) = self.checks.get_mut(&id) {
@@ -135,21 +148,43 @@ impl Speaker {
         if self.is_native() {
             return self.steers;
         }
+        let believed = self.believed.get(&group.id);
         let mut blind = false;
-        for vip in &group.vips {
-            for port in &service.ports {
-                let known =
-                    self.parts
-                        .rules
-                        .kube_proxy_serves(vip.address, port.protocol, port.port);
-                match known {
-                    Some(false) => return false,
-                    Some(true) => {}
-                    None => blind = true,
-                }
+        for frontend in frontends(group, service) {
+            let (vip, protocol, port) = frontend;
+            match self.parts.rules.kube_proxy_serves(vip, protocol, port) {
+                Some(false) => return false,
+                Some(true) => {}
+                None => blind |= !believed.is_some_and(|known| known.contains(&frontend)),
             }
         }
         !blind || self.identity.manifests || waited >= BLIND
+    }
+
+    /// Where nobody can be asked, rules that were waited for once are there until the last endpoint goes, whatever
+    /// else changes.
+    fn believe(&mut self, group: &Group, ready: bool) {
+        let blind = |(vip, protocol, port): &Frontend| {
+            let known = self.parts.rules.kube_proxy_serves(*vip, *protocol, *port);
+            known.is_none()
+        };
+        let with_endpoints = group
+            .services
+            .iter()
+            .filter(|service| !service.endpoint_nodes.is_empty());
+        let mut known: BTreeSet<Frontend> = with_endpoints
+            .flat_map(|service| frontends(group, service))
+            .filter(blind)
+            .collect();
+        if !ready {
+            let before = self.believed.get(&group.id);
+            known.retain(|frontend| before.is_some_and(|before| before.contains(frontend)));
+        }
+        if known.is_empty() {
+            self.believed.remove(&group.id);
+        } else {
+            self.believed.insert(group.id.clone(), known);
+        }
     }
 
     /// What a health-check port of this node said.
@@ -188,6 +223,7 @@ impl Speaker {
         if serves.len() == group.services.len() {
             self.checks.remove(id);
             self.note_ready(&group, true);
+            self.believe(&group, true);
         }
         self.election.set_serves(id, serves);
     }

@@ -79,6 +79,8 @@ struct Host {
 }
 
 struct World {
+    /// Objects come from files: nobody waits for kube-proxy.
+    manifests: bool,
     now: Duration,
     hub: Hub,
     hosts: BTreeMap<NodeName, Host>,
@@ -140,7 +142,12 @@ fn mk_objects(vips: u16) -> Vec<Object> {
 
 impl World {
     fn new(vips: u16) -> Self {
+        Self::of(vips, true)
+    }
+
+    fn of(vips: u16, manifests: bool) -> Self {
         let mut world = Self {
+            manifests,
             now: Duration::from_secs(10),
             hub: Hub::default(),
             hosts: BTreeMap::new(),
@@ -166,7 +173,7 @@ impl World {
         let identity = Identity {
             node: name.clone(),
             boot: BootId(boot),
-            manifests: true,
+            manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
             gossip: "10.88.0.1:7950".parse().unwrap(),
             peers: Vec::new(),
@@ -331,38 +338,83 @@ fn a_speaker_that_begins_anew_stays_in_the_data_path_of_others() {
     }
 }
 
-#[test]
-fn processes_of_nodes_are_delivered_to_and_lead() {
-    let mut world = World::new(1);
-    let key = ObjectKey::new("default", "s0");
-    world.tell(&Object::Service(Service {
+/// A Service with a port.
+fn mk_port(key: &ObjectKey) -> Object {
+    Object::Service(Service {
         ports: vec![ServicePort {
             name: String::new(),
             protocol: Protocol::Tcp,
             port: 6443,
             node_port: None,
         }],
-        ..mk_service(&key)
-    }));
-    world.tell(&Object::EndpointSlice(EndpointSlice {
-        key: ObjectKey::new("default", "s0-1"),
-        service: key,
+        ..mk_service(key)
+    })
+}
+
+/// Its ready endpoints, on the nodes whose addresses they have, or on `n1`.
+fn mk_slice(key: &ObjectKey, addresses: impl Iterator<Item = String>) -> Object {
+    let endpoint = |address: String| Endpoint {
+        node: (!address.starts_with("10.88.")).then(|| "n1".into()),
+        address: address.parse().unwrap(),
+        ready: true,
+        serving: true,
+        terminating: false,
+    };
+    Object::EndpointSlice(EndpointSlice {
+        key: ObjectKey::new("default", format!("{}-1", key.name)),
+        service: key.clone(),
         family: landfall_core::ip::Family::V4,
         ports: vec![EndpointPort {
             name: String::new(),
             protocol: Protocol::Tcp,
             port: 6443,
         }],
-        endpoints: (1..=3)
-            .map(|n| Endpoint {
-                address: format!("10.88.0.{}", 10 + n).parse().unwrap(),
-                node: None,
-                ready: true,
-                serving: true,
-                terminating: false,
-            })
-            .collect(),
-    }));
+        endpoints: addresses.map(endpoint).collect(),
+    })
+}
+
+/// kube-proxy cannot be asked: a Service counts as served after two seconds, and goes on so while its endpoints
+/// change, but not when they were all gone.
+#[test]
+fn what_was_waited_for_once_stays_served() {
+    let mut world = World::of(1, false);
+    let key = ObjectKey::new("default", "s0");
+    let pods = |number: u8| {
+        let pods = (0..number).map(|n| format!("10.244.1.{}", 10 + n));
+        mk_slice(&ObjectKey::new("default", "s0"), pods)
+    };
+    let ready = |world: &mut World| {
+        let host = world.host("n2");
+        host.speaker.election().is_ready("10.88.0.200")
+    };
+    world.tell(&mk_port(&key));
+    world.run(Duration::from_secs(1));
+    world.tell(&pods(1));
+    world.run(Duration::from_secs(1));
+    assert!(!ready(&mut world));
+    world.run(Duration::from_millis(1500));
+    assert!(ready(&mut world));
+    for number in [2, 3, 1] {
+        world.tell(&pods(number));
+        world.run(Duration::from_millis(100));
+        assert!(ready(&mut world), "{number}");
+    }
+    world.tell(&pods(0));
+    world.run(Duration::from_secs(1));
+    world.tell(&pods(1));
+    world.run(Duration::from_millis(100));
+    assert!(!ready(&mut world));
+}
+
+#[test]
+fn processes_of_nodes_are_delivered_to_and_lead() {
+    let mut world = World::new(1);
+    let key = ObjectKey::new("default", "s0");
+    world.tell(&mk_port(&key));
+    world.tell(&mk_slice(
+        &key,
+        (1..=3).map(|n| format!("10.88.0.{}", 10 + n)),
+    ));
     world.run(Duration::from_secs(1));
     let own: SocketAddr = "10.88.0.12:6443".parse().unwrap();
     let now = world.now;
