@@ -153,6 +153,16 @@ pub struct Args {
     )]
     pub uplink_gateway: Vec<(String, IpAddr)>,
 
+    /// An interface whose driver is to send on by itself what belongs to other nodes, where it can (native XDP);
+    /// may be repeated.
+    #[arg(
+        long,
+        env = "LANDFALL_XDP",
+        value_delimiter = ',',
+        value_name = "INTERFACE"
+    )]
+    pub xdp: Vec<String>,
+
     /// Where it pins.
     #[command(flatten)]
     pub pins: PinArgs,

@@ -100,6 +100,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let datapath = datapath::start(
         datapath::Config {
             delivery: args.delivery,
+            xdp: args.xdp.iter().cloned().collect(),
             ..datapath::Config::new(&args.pins.bpf_pin_dir)
         },
         &mut registry,

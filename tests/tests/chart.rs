@@ -88,6 +88,19 @@ fn the_speaker_has_what_it_needs_and_no_more() {
     }
 }
 
+#[test]
+fn drivers_are_named_one_by_one() {
+    assert!(!done(&template("speaker.yaml", &[])).contains("--xdp"));
+    let speaker = done(&template(
+        "speaker.yaml",
+        &[r#"speaker.xdp=["eth0","eth1"]"#],
+    ));
+    assert!(
+        speaker.contains("- --xdp=eth0\n") && speaker.contains("- --xdp=eth1\n"),
+        "{speaker}"
+    );
+}
+
 fn capabilities(speaker: &str) -> Vec<String> {
     let added = speaker.split("add:").nth(1).unwrap();
     added

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "bench")]
 mod cost;
+mod driver;
 mod golden;
 mod lifecycle;
 mod packets;

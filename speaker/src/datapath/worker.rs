@@ -27,7 +27,7 @@ const SOON: Duration = Duration::from_millis(20);
 /// The data path of this node. Dropping it ends the thread and leaves programs and counts in the kernel.
 #[derive(Debug)]
 pub struct Worker {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     flows: Arc<Flows>,
     thread: Option<JoinHandle<()>>,
 }
@@ -36,14 +36,14 @@ pub struct Worker {
 pub(super) type SharedTables = Arc<Mutex<Option<Tables>>>;
 
 #[derive(Debug, Default)]
-struct Shared {
+pub(super) struct Shared {
     orders: Mutex<Orders>,
     wake: Condvar,
     /// The maps, once they are there; shared between the thread, which writes, and whoever reads counts.
-    tables: SharedTables,
+    pub(super) tables: SharedTables,
     attachments: Mutex<BTreeMap<u32, Attachment>>,
     /// The same of the interfaces whose drivers are to run a program.
-    drivers: Mutex<BTreeMap<u32, Attachment>>,
+    pub(super) drivers: Mutex<BTreeMap<u32, Attachment>>,
 }
 
 #[derive(Debug, Default)]

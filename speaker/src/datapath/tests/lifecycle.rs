@@ -25,15 +25,15 @@ use super::super::{
 };
 use super::packets::{mk_frame, mk_v4, mk_v6};
 
-const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 88, 0, 200));
+pub(super) const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 88, 0, 200));
 
-const NODE_MAC: Mac = Mac([2, 0, 0, 0, 0, 11]);
+pub(super) const NODE_MAC: Mac = Mac([2, 0, 0, 0, 0, 11]);
 
 /// A bpf file system of the test's own.
-struct Bpffs(tempfile::TempDir);
+pub(super) struct Bpffs(tempfile::TempDir);
 
 impl Bpffs {
-    fn mount() -> Self {
+    pub(super) fn mount() -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         mount(
             Some("bpf"),
@@ -46,7 +46,7 @@ impl Bpffs {
         Self(directory)
     }
 
-    fn pin_dir(&self) -> PathBuf {
+    pub(super) fn pin_dir(&self) -> PathBuf {
         self.0.path().join("landfall")
     }
 }
@@ -58,14 +58,14 @@ impl Drop for Bpffs {
 }
 
 /// A node with an uplink, and a client at the other end of it.
-struct Segment {
-    node: Netns,
-    client: Netns,
-    uplink: u32,
+pub(super) struct Segment {
+    pub(super) node: Netns,
+    pub(super) client: Netns,
+    pub(super) uplink: u32,
 }
 
 impl Segment {
-    fn build() -> Self {
+    pub(super) fn build() -> Self {
         let node = Netns::create("node").expect("these tests make namespaces and need root");
         let client = Netns::create("client").expect("a second one");
         node.veth("up0", &client, "eth0").expect("a veth pair");
@@ -88,7 +88,7 @@ impl Segment {
     }
 
     /// Sends datagrams to the VIP; they have arrived when this returns.
-    fn send(&self, count: u32) {
+    pub(super) fn send(&self, count: u32) {
         self.client.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
             for _ in 0..count {
@@ -101,7 +101,7 @@ impl Segment {
     }
 
     /// Sends a frame to the node's MAC.
-    fn send_frame(&self, frame: &[u8]) {
+    pub(super) fn send_frame(&self, frame: &[u8]) {
         let mut frame = frame.to_vec();
         frame[..6].copy_from_slice(&NODE_MAC.0);
         let interface = self
@@ -119,13 +119,19 @@ impl Segment {
     }
 
     fn start(&self, pin_dir: &Path, hook: Hook) -> (Worker, Registry) {
+        self.start_with(Config {
+            hook,
+            ..Config::new(pin_dir)
+        })
+    }
+
+    pub(super) fn start_with(&self, config: Config) -> (Worker, Registry) {
+        let config = Config {
+            watch: Duration::from_millis(100),
+            ..config
+        };
         self.node.run(|| {
             let mut registry = Registry::default();
-            let config = Config {
-                hook,
-                watch: Duration::from_millis(100),
-                ..Config::new(pin_dir)
-            };
             let worker = Worker::start(config, &mut registry);
             worker.attach(BTreeSet::from([self.uplink]));
             worker.change(vec![
@@ -172,7 +178,7 @@ impl Foreign {
     }
 }
 
-fn packets(worker: &Worker) -> u64 {
+pub(super) fn packets(worker: &Worker) -> u64 {
     worker
         .counts()
         .get(&VIP)
@@ -181,7 +187,7 @@ fn packets(worker: &Worker) -> u64 {
         .packets
 }
 
-fn eventually(what: &str, mut come: impl FnMut() -> bool) {
+pub(super) fn eventually(what: &str, mut come: impl FnMut() -> bool) {
     let start = Instant::now();
     while !come() {
         assert!(start.elapsed() < Duration::from_secs(10), "not yet: {what}");
@@ -189,7 +195,7 @@ fn eventually(what: &str, mut come: impl FnMut() -> bool) {
     }
 }
 
-fn attached(worker: &Worker, interface: u32, attachment: &Attachment) -> bool {
+pub(super) fn attached(worker: &Worker, interface: u32, attachment: &Attachment) -> bool {
     worker.attachments().get(&interface) == Some(attachment)
 }
 
