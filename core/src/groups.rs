@@ -566,11 +566,14 @@ impl GroupIndex {
                         let family_port = (slice.family, port.protocol, port.port);
                         counts.add(family_port, node, endpoint.ready);
                         if self.options.pod_endpoints {
-                            endpoints.entry(family_port).or_default().insert(PodEndpoint {
-                                address: SocketAddr::new(endpoint.address, target.port),
-                                node: node.clone(),
-                                ready: endpoint.ready,
-                            });
+                            endpoints
+                                .entry(family_port)
+                                .or_default()
+                                .insert(PodEndpoint {
+                                    address: SocketAddr::new(endpoint.address, target.port),
+                                    node: node.clone(),
+                                    ready: endpoint.ready,
+                                });
                         }
                         host_endpoints
                             .entry((port.protocol, port.port))

@@ -1,17 +1,16 @@
 //! The probes measure what really happened: a responder that is cut off for a known time.
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use landfall_lab::manifests::{ECHO, LINES, Manifests, Policy};
 use landfall_lab::measure::census::Flows;
 use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::measure::stream::Fate;
 use landfall_lab::measure::{connects, datagrams, stream};
 use landfall_lab::server::{TCP_PORT, UDP_PORT};
-use landfall_lab::{Fault, Lab, Network, Topology, address, ping};
+use landfall_lab::{Fault, Lab, Network, Topology, ping};
 
 fn mk_lab() -> Lab {
     let lab = Lab::build(Topology {
@@ -102,17 +101,5 @@ fn answers_in_arp_and_nd_are_laid_to_their_node() {
     for address in Network::Lan.both(77) {
         let answers = who_answers(&lab, address, Duration::from_millis(300)).unwrap();
         assert!(answers.is_empty(), "{address}: {answers:?}");
-    }
-}
-
-/// Puts a VIP on a node as a route of the client's would: no speaker, only delivery.
-fn route_vips(lab: &Lab, node: u8) {
-    for (vip, via) in address::vips(0)
-        .into_iter()
-        .zip(Network::Lan.both(10 + node))
-    {
-        lab.client()
-            .ip(&format!("route replace {vip} via {via}"))
-            .unwrap();
     }
 }

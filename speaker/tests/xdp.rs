@@ -13,7 +13,6 @@ use landfall_ebpf_common::UPLINK_DRIVER;
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::manifests::{LINES, Manifests, Policy};
 use landfall_lab::measure::neighbours::who_answers;
-use landfall_lab::stand_in::StandIn;
 use landfall_lab::{Lab, Netns, Topology};
 
 /// What a busy machine can promise.
@@ -41,7 +40,7 @@ fn wake_ports(lab: &Lab) -> Ebpf {
 }
 
 /// Three nodes with a pod each, whose speakers are told to use XDP.
-fn build() -> (Lab, StandIn, Ebpf) {
+fn build() -> (Lab, Ebpf) {
     let lab = Lab::build(Topology::default()).unwrap();
     lab.serve_pods().unwrap();
     // A NIC shows its driver frames as they were on the wire; a veth shows what its other end has put off: checksums
@@ -62,16 +61,16 @@ fn build() -> (Lab, StandIn, Ebpf) {
         .write_service("web", landfall_lab::address::vips(0), Policy::Local)
         .unwrap();
     manifests.write_endpoints("web", lab.pods()).unwrap();
-    let stand_in = StandIn::start(&lab).unwrap();
     for node in lab.nodes() {
         let program = lab
             .speaker(&node.name)
             .unwrap()
             .option("--manifests", lab.manifests_dir().display())
+            .option("--delivery", "native")
             .option("--xdp", "eth0");
         lab.start(&node.name, SPEAKER, &program).unwrap();
     }
-    (lab, stand_in, ports)
+    (lab, ports)
 }
 
 fn eventually(what: &str, mut come: impl FnMut() -> bool) {
@@ -131,7 +130,7 @@ impl Flow {
 /// On the segment and routed, both families: every pod is used, no flow changes its pod, the leader's driver sends.
 #[test]
 fn flows_pass_a_leader_whose_driver_steers() {
-    let (lab, _stand_in, _ports) = build();
+    let (lab, _ports) = build();
     for node in lab.nodes() {
         eventually("XDP on every node", || {
             lab.speaker_metrics(&node.name).is_ok_and(|text| {

@@ -113,6 +113,7 @@ fn mk_service(number: usize) -> Service {
         health_check_node_port: 0,
         affinity: false,
         udp_ports: false,
+        source_ranges: None,
         families: vec![Family::V4],
         family_policy: FamilyPolicy::SingleStack,
         request: AddressRequest::default(),

@@ -24,7 +24,6 @@ pub(super) fn mk_service(name: &str) -> Service {
         health_check_node_port: 0,
         affinity: false,
         udp_ports: false,
-        endpoints: BTreeMap::new(),
         source_ranges: None,
         families: Vec::new(),
         family_policy: FamilyPolicy::SingleStack,

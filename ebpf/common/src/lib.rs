@@ -27,8 +27,8 @@ pub use flow::{
 };
 pub use port::{
     Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_RANGES, MAX_ROUTED,
-    MAX_SLOTS, MAX_WIDE, Member, NARROW, Node, Peer, PeerKey, Port, PortKey, Range, Routed, SlotKey,
-    Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag, routed_prefix,
+    MAX_SLOTS, MAX_WIDE, Member, NARROW, Node, Peer, PeerKey, Port, PortKey, Range, Routed,
+    SlotKey, Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag, routed_prefix,
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.

@@ -1,9 +1,9 @@
-//! SCTP's checksum after a change of ports (RFC 9260, appendix A): a CRC32c of the whole packet.
+//! SCTP's checksum after a change of ports (RFC 9260, appendix A): a `CRC32c` of the whole packet.
 //!
 //! A CRC is linear: what a change of the first four bytes does to it depends on the change and on how many bytes
 //! follow, not on what they are. So the packet need not be read.
 
-/// The polynomial of CRC32c, its bits reflected.
+/// The polynomial of `CRC32c`, its bits reflected.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// How many bits a packet's length has.
 const LENGTH_BITS: usize = 16;
@@ -76,7 +76,7 @@ mod tests {
         (!crc).to_le_bytes()
     }
 
-    /// The check value of CRC32c.
+    /// The check value of `CRC32c`.
     #[test]
     fn the_reference_is_right() {
         assert_eq!(checksum(b"123456789"), 0xe306_9283_u32.to_le_bytes());
@@ -85,12 +85,21 @@ mod tests {
     #[test]
     fn a_change_of_ports_changes_the_checksum_as_if_it_were_computed_anew() {
         for length in [12, 13, 64, 1_480, 9_000, 65_535_u32] {
-            let mut packet: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            let mut packet: Vec<u8> = (0..length)
+                .map(|at| u8::try_from(at % 251).unwrap())
+                .collect();
             packet[8..12].fill(0);
             let before = checksum(&packet);
-            let (from, to) = ([packet[0], packet[1], packet[2], packet[3]], [0x9c, 0x40, 0x1f, 0x90]);
+            let (from, to) = (
+                [packet[0], packet[1], packet[2], packet[3]],
+                [0x9c, 0x40, 0x1f, 0x90],
+            );
             packet[..4].copy_from_slice(&to);
-            assert_eq!(checksum_after(before, from, to, length), checksum(&packet), "{length}");
+            assert_eq!(
+                checksum_after(before, from, to, length),
+                checksum(&packet),
+                "{length}"
+            );
         }
     }
 }

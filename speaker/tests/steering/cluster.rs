@@ -43,10 +43,7 @@ impl Cluster {
         manifests
             .write_service(SERVICE, vips(), Policy::Local)
             .unwrap();
-        Self {
-            lab,
-            manifests,
-        }
+        Self { lab, manifests }
     }
 
     /// Starts the speakers, and waits until all of them steer.

@@ -44,7 +44,7 @@ impl Local {
             let of_port = known.entry(key.port).or_default();
             of_port.slots.insert(key.slot, endpoint);
         }
-        for entry in ranges.iter() {
+        for entry in &ranges {
             let (key, _) = entry?;
             let range = key.data();
             let of_port = known.entry(u32::from_be_bytes(range.port)).or_default();
