@@ -283,7 +283,8 @@ impl Elector {
         }
     }
 
-    /// Whether a node says that it serves a Service of a group; of a node that is not heard, what it said last.
+    /// Whether a node says that it serves a Service of a group, or its run before said so; of a node that is not heard,
+    /// what it said last.
     pub fn serves(&self, node: &NodeName, group: &GroupId, service: u64) -> bool {
         if *node == self.me {
             return self
@@ -291,9 +292,9 @@ impl Elector {
                 .get(group)
                 .is_some_and(|local| local.serves.contains(&service));
         }
-        self.registers(node)
-            .and_then(|registers| registers.group(group))
-            .is_some_and(|register| register.serves.contains(&service))
+        self.said(node)
+            .filter_map(|registers| registers.group(group))
+            .any(|register| register.serves.contains(&service))
     }
 
     /// Says of which buckets of a port this node holds flows though they are another's.
@@ -316,9 +317,9 @@ impl Elector {
         let mut holders = BTreeMap::<u32, BTreeSet<NodeName>>::new();
         for node in self.known() {
             let held = self
-                .registers(node)
-                .and_then(|words| words.held_page(port, page));
-            for place in held.into_iter().flat_map(HeldPage::places) {
+                .said(node)
+                .filter_map(|words| words.held_page(port, page));
+            for place in held.flat_map(HeldPage::places) {
                 let bucket = u32::from(page) * HELD_PAGE + place;
                 holders.entry(bucket).or_default().insert(node.clone());
             }
@@ -326,9 +327,15 @@ impl Elector {
         holders
     }
 
-    /// What a node says of itself; of one that is not heard, what it said last.
+    /// What a node says of itself; of one that is not heard, what it said last; of one that began anew and does not say
+    /// yet that it steers, what it said before.
     pub fn register(&self, node: &NodeName) -> Option<&NodeRegister> {
-        self.registers(node).and_then(Registers::register)
+        let mut said = self.said(node).filter_map(Registers::register);
+        let latest = said.next()?;
+        if latest.capabilities.steers {
+            return Some(latest);
+        }
+        Some(said.next().unwrap_or(latest))
     }
 
     /// Says whether this node's data path hands packets to the nodes that should serve them.
@@ -472,6 +479,14 @@ impl Elector {
         self.peers
             .get(node)
             .and_then(|peer| peer.registers.as_ref())
+    }
+
+    /// What a node says, and what the run before said while that stands.
+    fn said(&self, node: &NodeName) -> impl Iterator<Item = &Registers> {
+        let former = self.peers.get(node).and_then(|peer| peer.former.as_ref());
+        self.registers(node)
+            .into_iter()
+            .chain(former.map(|former| &former.registers))
     }
 
     fn subjects<'a>(&'a self, id: &GroupId, names: &'a [NodeName]) -> Vec<Subject<'a>> {

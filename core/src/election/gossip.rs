@@ -91,6 +91,14 @@ impl Registers {
             })
     }
 
+    /// All pages of buckets that it has spoken of.
+    pub(super) fn held_pages(&self) -> impl Iterator<Item = (HeldPort, u16)> {
+        self.words.keys().filter_map(|topic| match topic {
+            Topic::Held(port, page) => Some((*port, *page)),
+            Topic::Group(_) => None,
+        })
+    }
+
     /// Changes the node's register; says whether that changed anything.
     pub(super) fn set_node(&mut self, register: NodeRegister) -> bool {
         if self.register() == Some(&register) {

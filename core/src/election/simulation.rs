@@ -640,3 +640,42 @@ fn a_leader_that_is_no_longer_admitted_stops_also_without_a_successor() {
     sim.run(secs(2));
     sim.owner("g0");
 }
+
+/// Programs outlive speakers: what a run said of its data path stands until the next one has spoken, unless it is gone.
+#[test]
+fn what_was_said_of_a_data_path_outlives_the_run() {
+    let (group, node): (GroupId, NodeName) = ("g0".into(), "n1".into());
+    let port = HeldPort {
+        vip: "10.88.1.0".parse().unwrap(),
+        port: 80,
+    };
+    for gone in [false, true] {
+        let mut sim = Sim::new(2, 1);
+        let elector = &mut sim.host("n1").elector;
+        elector.set_steers(true);
+        elector.set_serves(&group, BTreeSet::from([7]));
+        elector.set_held(port, &BTreeSet::from([5]));
+        let known = |sim: &mut Sim| {
+            let elector = &sim.host("n0").elector;
+            let steers = elector
+                .register(&node)
+                .is_some_and(|register| register.capabilities.steers);
+            let held = !elector.holders(port, 0).is_empty();
+            (steers, elector.serves(&node, &group, 7), held)
+        };
+        sim.run(secs(3));
+        assert_eq!(known(&mut sim), (true, true, true));
+
+        if gone {
+            sim.host("n0").elector.gone(&node);
+        }
+        sim.boot("n1");
+        sim.run(secs(2));
+        assert_eq!(known(&mut sim), (!gone, !gone, !gone));
+        sim.host("n1").elector.set_steers(true);
+        sim.run(secs(2));
+        assert_eq!(known(&mut sim), (true, !gone, !gone));
+        sim.run(secs(2));
+        assert_eq!(known(&mut sim), (true, false, false), "its own word counts");
+    }
+}

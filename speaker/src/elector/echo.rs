@@ -82,6 +82,15 @@ impl Speaker {
             self.parts.announcer.hello(interface, Some(mac), &payload);
         }
         if changed {
+            for id in self.echoes.keys() {
+                let mut elsewhere = self
+                    .echoes
+                    .iter()
+                    .filter(|(other, _)| other.name == id.name);
+                if elsewhere.all(|(_, echo)| echo.is_over()) {
+                    self.election.gone(&id.name);
+                }
+            }
             self.nodes_stale = true;
             self.desired.forget();
             self.apply_at.get_or_insert(now);

@@ -153,6 +153,9 @@ impl Speaker {
         let mut changes = self.told_nodes();
         changes.extend(self.told.changes());
         if !std::mem::replace(&mut self.told.complete, true) {
+            // Whom to ask for a flow is known before the tables are in force.
+            let pages = std::mem::take(&mut self.held_pages);
+            changes.extend(self.holder_changes(pages));
             changes.push(Change::Complete);
         }
         self.parts.datapath.change(changes);
@@ -174,6 +177,10 @@ impl Speaker {
 
     /// Tells the data path who holds flows of buckets that are another's.
     pub(super) fn tell_holders(&mut self, pages: BTreeSet<(HeldPort, u16)>) {
+        self.parts.datapath.change(self.holder_changes(pages));
+    }
+
+    fn holder_changes(&self, pages: BTreeSet<(HeldPort, u16)>) -> Vec<Change> {
         let changes = pages.into_iter().map(|(port, page)| {
             let id = PortId {
                 vip: port.vip,
@@ -182,7 +189,7 @@ impl Speaker {
             };
             Change::Holders(id, page, self.election.holders(port, page))
         });
-        self.parts.datapath.change(changes.collect());
+        changes.collect()
     }
 
     fn told_nodes(&mut self) -> Vec<Change> {

@@ -15,6 +15,21 @@ const STOOD_STILL: Duration = Duration::from_millis(400);
 /// A dead peer's registers are forgotten after this long.
 const FORGET: Duration = Duration::from_mins(10);
 
+/// What an earlier run said of the node's data path stands until the next one has said that it steers, and so long
+/// after that: the rest of its word follows. One that never says so is believed in the end.
+const FORMER_LASTS: Duration = Duration::from_secs(3);
+const FORMER_AT_MOST: Duration = Duration::from_secs(30);
+
+/// What the run before said. Programs outlive speakers: what was steered to the node still arrives.
+#[derive(Debug)]
+pub(super) struct Former {
+    pub(super) registers: Registers,
+    /// The run after it says that it steers.
+    spoken: bool,
+    /// When that began, or when the run after it did.
+    since: Option<Duration>,
+}
+
 /// What is known of another node.
 #[derive(Debug, Default)]
 pub(super) struct Peer {
@@ -27,6 +42,9 @@ pub(super) struct Peer {
     /// The run that it is in, as told by the failure detector or a hello.
     pub(super) boot: Option<BootId>,
     pub(super) registers: Option<Registers>,
+    pub(super) former: Option<Former>,
+    /// What is steered to it does not arrive.
+    gone: bool,
     pub(super) wanted: Duration,
     alive: bool,
     died: Option<Duration>,
@@ -40,7 +58,12 @@ impl Peer {
             return false;
         }
         let fresh = if let Some(registers) = &mut self.registers {
-            registers.restart(boot)
+            let before = registers.clone();
+            let fresh = registers.restart(boot);
+            if fresh {
+                self.retire(before);
+            }
+            fresh
         } else {
             self.registers = Some(Registers::new(boot));
             true
@@ -51,6 +74,39 @@ impl Peer {
         }
         fresh
     }
+
+    fn retire(&mut self, before: Registers) {
+        if std::mem::take(&mut self.gone) {
+            self.former = None;
+        } else if steers(&before) {
+            self.former = Some(Former {
+                registers: before,
+                spoken: false,
+                since: None,
+            });
+        }
+    }
+
+    /// What an earlier run said, if its time is over.
+    fn outdated(&mut self, now: Duration) -> Option<Former> {
+        let former = self.former.as_mut()?;
+        if !former.spoken && self.registers.as_ref().is_some_and(steers) {
+            former.spoken = true;
+            former.since = None;
+        }
+        let waited = now.saturating_sub(*former.since.get_or_insert(now));
+        let patience = if former.spoken {
+            FORMER_LASTS
+        } else {
+            FORMER_AT_MOST
+        };
+        self.former.take_if(|_| waited >= patience)
+    }
+}
+
+fn steers(registers: &Registers) -> bool {
+    let register = registers.register();
+    register.is_some_and(|register| register.capabilities.steers)
 }
 
 /// A peer that is heard no more, on no interface.
@@ -146,10 +202,18 @@ impl Elector {
         self.peers.get(node)?.hellos.get(interface).copied()
     }
 
-    /// A dead peer is not to be forgotten yet.
+    /// A peer's data path is there: if the peer is dead, it is not to be forgotten yet.
     pub fn remember(&mut self, node: &NodeName, now: Duration) {
-        if let Some(died) = self.peers.get_mut(node).and_then(|peer| peer.died.as_mut()) {
-            *died = now;
+        if let Some(peer) = self.peers.get_mut(node) {
+            peer.gone = false;
+            peer.died = peer.died.map(|_| now);
+        }
+    }
+
+    /// A peer's data path is gone: what it said of it is nothing to its next run.
+    pub fn gone(&mut self, node: &NodeName) {
+        if let Some(peer) = self.peers.get_mut(node) {
+            peer.gone = true;
         }
     }
 
@@ -246,6 +310,12 @@ impl Elector {
                         peer.deaths.pop_front();
                     }
                 }
+            }
+        }
+        for peer in self.peers.values_mut() {
+            if let Some(former) = peer.outdated(now) {
+                self.held_dirty.extend(former.registers.held_pages());
+                changed = true;
             }
         }
         self.peers

@@ -15,17 +15,16 @@ pub(super) struct Holders {
     map: HashMap<MapData, HoldersKey, Entry>,
     /// What is in the map, by port and page of buckets.
     known: BTreeMap<(u32, u16), BTreeMap<u32, Entry>>,
+    /// Left by an earlier process, and not spoken of yet.
+    stale: BTreeSet<HoldersKey>,
 }
 
 impl Holders {
-    /// What an earlier process has left is forgotten: the holders say it again before they are needed.
+    /// What an earlier process has left stands until the holders have said it again.
     pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
-        let mut map: HashMap<_, HoldersKey, Entry> = taken(ebpf, map::HOLDERS)?;
-        let left: Vec<HoldersKey> = map.keys().flatten().collect();
-        for key in left {
-            let _ = map.remove(&key);
-        }
+        let map: HashMap<_, HoldersKey, Entry> = taken(ebpf, map::HOLDERS)?;
         Ok(Self {
+            stale: map.keys().collect::<Result<_, _>>()?,
             map,
             known: BTreeMap::new(),
         })
@@ -55,6 +54,7 @@ impl Holders {
             let _ = self.map.remove(&key(port, *bucket));
         }
         for (bucket, entry) in &wanted {
+            self.stale.remove(&key(port, *bucket));
             if known.get(bucket) != Some(entry) {
                 self.map.insert(key(port, *bucket), entry, 0)?;
             }
@@ -71,10 +71,29 @@ impl Holders {
             .range((port, 0)..=(port, u16::MAX))
             .next()
             .is_some()
+            || self.stale_of(port).next().is_some()
+    }
+
+    fn stale_of(&self, port: u32) -> impl Iterator<Item = &HoldersKey> {
+        self.stale.range(key(port, 0)..=key(port, u32::MAX))
+    }
+
+    /// Forgets what an earlier process has left and nobody has said again; the ports of which that was something.
+    pub(super) fn sweep(&mut self) -> BTreeSet<u32> {
+        let stale = std::mem::take(&mut self.stale);
+        for key in &stale {
+            let _ = self.map.remove(key);
+        }
+        stale.into_iter().map(|key| key.port).collect()
     }
 
     /// Forgets a port.
     pub(super) fn remove(&mut self, port: u32) {
+        let stale: Vec<HoldersKey> = self.stale_of(port).copied().collect();
+        for key in stale {
+            self.stale.remove(&key);
+            let _ = self.map.remove(&key);
+        }
         let pages: Vec<(u32, u16)> = self
             .known
             .range((port, 0)..=(port, u16::MAX))

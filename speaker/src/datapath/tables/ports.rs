@@ -277,6 +277,16 @@ impl Ports {
         for key in std::mem::take(&mut self.stale) {
             self.remove(&key)?;
         }
+        let held_no_more = self.holders.sweep();
+        let changed: Vec<(PortKey, Known)> = self
+            .known
+            .iter()
+            .filter(|(_, known)| held_no_more.contains(&known.port.number))
+            .map(|(key, known)| (*key, *known))
+            .collect();
+        for (key, known) in changed {
+            self.hold(key, known)?;
+        }
         self.wide.sweep();
         Ok(())
     }
