@@ -17,6 +17,9 @@ const FLOWS: usize = 500;
 /// Between two steps: tables change before kube-proxy has caught up with the change before.
 const STEP: Duration = Duration::from_millis(300);
 
+/// How long a new speaker's word may take to be everybody's, generously.
+const BACK: Duration = Duration::from_secs(2);
+
 struct Play<'a> {
     cluster: &'a Cluster,
     deployment: Deployment<'a>,
@@ -37,6 +40,7 @@ pub(crate) fn outlive_everything(cluster: &Cluster) {
     play.grow_to(10);
     let dead = play.leader_loses_power();
     play.grow_to(16);
+    play.speaker_restarts();
     play.speaker_starts_with_nothing(&dead);
     play.replace_others(&kept, 4);
     // Longer than earlier tables are remembered: from here on the holders' own word counts.
@@ -182,14 +186,36 @@ impl<'a> Play<'a> {
             .collect();
         assert_eq!(layouts.len(), 1, "{layouts:?}");
         fs::rename(&layouts[0], pins.join("layout-999")).unwrap();
-        lab.restart(&node, SPEAKER).unwrap();
+        self.speaker_comes_back(&node);
+    }
+
+    /// A speaker is killed, and the next one goes on with its tables.
+    fn speaker_restarts(&mut self) {
+        let node = self.flows[0].node().to_owned();
+        self.lab().inject(&node, Fault::Kill).unwrap();
+        self.all_alive("without a speaker");
+        self.speaker_comes_back(&node);
+    }
+
+    /// The flows are asked all the while, and until what it says has long been heard.
+    fn speaker_comes_back(&mut self, node: &str) {
+        self.lab().restart(node, SPEAKER).unwrap();
         let begun = Instant::now();
-        while !self.steers(&node) {
+        while !self.steers(node) {
             assert!(begun.elapsed() < PATIENCE, "{node} does not steer again");
-            thread::sleep(Duration::from_millis(100));
+            self.all_alive(&format!(
+                "{:?} after the new speaker's start",
+                begun.elapsed()
+            ));
         }
-        println!("      {node}'s speaker is back after {:?}", begun.elapsed());
-        self.all_alive("with a new speaker");
+        let took = begun.elapsed();
+        println!("      {node}'s speaker is back after {took:?}");
+        while begun.elapsed() < took + BACK {
+            self.all_alive(&format!(
+                "{:?} after the new speaker's start",
+                begun.elapsed()
+            ));
+        }
     }
 
     /// Whether a node's speaker says that it steers.
