@@ -17,8 +17,8 @@ use std::time::Duration;
 use super::eligibility::{Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge};
 use super::gossip::Registers;
 use super::peer::{
-    BootId, Capabilities, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPage, HeldPort,
-    InterfaceFact, NodeRegister, Topic, Word,
+    BootId, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPage, HeldPort, InterfaceFact,
+    NodeRegister, Topic, Word,
 };
 use crate::groups::{Group, GroupId, GroupIndex};
 use crate::model::NodeName;
@@ -178,8 +178,7 @@ pub struct Elector {
     interfaces: Vec<InterfaceFact>,
     source_synced: bool,
     leaving: bool,
-    /// Nothing, while that is not known yet.
-    steers: Option<bool>,
+    steers: bool,
     started: Option<Duration>,
     listening: bool,
     /// When this node stopped listening; it claims a little later, so that those who did too are known.
@@ -211,7 +210,7 @@ impl Elector {
             interfaces: Vec::new(),
             source_synced: false,
             leaving: false,
-            steers: None,
+            steers: false,
             started: None,
             listening: true,
             heard_out: None,
@@ -340,8 +339,8 @@ impl Elector {
 
     /// Says whether this node's data path hands packets to the nodes that should serve them.
     pub fn set_steers(&mut self, steers: bool) {
-        self.all_dirty |= self.steers != Some(steers);
-        self.steers = Some(steers);
+        self.all_dirty |= self.steers != steers;
+        self.steers = steers;
     }
 
     /// Whether a group's traffic would be served here, as last set.
@@ -638,12 +637,10 @@ impl Elector {
     fn own_register(&self) -> NodeRegister {
         NodeRegister {
             interfaces: self.interfaces.clone(),
-            capabilities: self
-                .steers
-                .map_or(Capabilities::UNKNOWN, |steers| Capabilities {
-                    steers,
-                    ..Capabilities::default()
-                }),
+            capabilities: super::peer::Capabilities {
+                steers: self.steers,
+                ..super::peer::Capabilities::default()
+            },
             synced: self.source_synced && !self.listening,
             leaving: self.leaving,
         }

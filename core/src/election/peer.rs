@@ -48,21 +48,8 @@ pub struct InterfaceFact {
 pub struct Capabilities {
     /// Its data path hands packets to the nodes that should serve them.
     pub steers: bool,
-    /// The highest steering-table algorithm it understands; 0 while it does not know yet what its data path can do.
+    /// The highest steering-table algorithm it understands.
     pub table_algorithm: u16,
-}
-
-impl Capabilities {
-    /// Of a speaker that has just begun: what an earlier one has left in its kernel may go on.
-    pub const UNKNOWN: Self = Self {
-        steers: false,
-        table_algorithm: 0,
-    };
-
-    /// Whether it knows what its data path can do.
-    pub fn is_known(&self) -> bool {
-        self.table_algorithm > 0
-    }
 }
 
 impl Default for Capabilities {

@@ -44,8 +44,11 @@ impl Speaker {
             let heard = self
                 .name_of(id.interface)
                 .and_then(|interface| self.election.last_hello(&id.name, &interface));
-            if !self.steers_at(id) || heard.is_some_and(|heard| now.saturating_sub(heard) < SILENT)
-            {
+            let steers = self
+                .election
+                .register(&id.name)
+                .is_some_and(|register| register.capabilities.steers);
+            if !steers || heard.is_some_and(|heard| now.saturating_sub(heard) < SILENT) {
                 changed |= self.echoes.remove(id).is_some_and(|echo| echo.is_over());
                 continue;
             }

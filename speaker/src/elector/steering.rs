@@ -211,8 +211,7 @@ impl Speaker {
     /// would come here, and it could not hand them on.
     pub(super) fn check_steers(&mut self, now: Duration) {
         let attachments = self.parts.datapath.attachments();
-        let known_before = self.data_path_known;
-        if !known_before
+        if !self.data_path_known
             && self.told.complete
             && self
                 .uplinks
@@ -220,6 +219,7 @@ impl Speaker {
                 .all(|uplink| attachments.contains_key(uplink))
         {
             self.data_path_known = true;
+            self.check_all(now);
         }
         let steers = self.told.complete
             && !self.uplinks.is_empty()
@@ -229,7 +229,7 @@ impl Speaker {
                     Some(Attachment::Tcx | Attachment::Clsact)
                 )
             });
-        if self.steers != steers || self.data_path_known != known_before {
+        if self.steers != steers {
             self.steers = steers;
             self.election.set_steers(steers);
             self.check_all(now);
@@ -252,20 +252,12 @@ impl Speaker {
         let mut states = BTreeMap::new();
         for uplink in &self.uplinks {
             for name in self.election.known() {
+                let Some(register) = self.election.register(name) else {
+                    continue;
+                };
                 let id = NodeId {
                     name: name.clone(),
                     interface: *uplink,
-                };
-                let Some(register) = self.spoken(name) else {
-                    if let Some(before) = self.told.nodes.get(&id) {
-                        let alive = self.is_there(name, *uplink);
-                        let state = NodeState {
-                            alive,
-                            ..before.clone()
-                        };
-                        states.insert(id, state);
-                    }
-                    continue;
                 };
                 // A hello is signed, the Ethernet header around it is not: it has to be an address of the node's.
                 let mac = self.macs.get(&id).map(|mac| mac.0).filter(|mac| {
@@ -287,21 +279,6 @@ impl Speaker {
             }
         }
         states
-    }
-
-    /// What a node says of itself, if its speaker knows by now: until one that has just begun does, what an earlier one
-    /// has left in its kernel goes on.
-    fn spoken(&self, name: &NodeName) -> Option<&NodeRegister> {
-        let register = self.election.register(name);
-        register.filter(|it| it.capabilities.is_known() || *name == self.identity.node)
-    }
-
-    /// Whether a node's data path was there when it last said so.
-    pub(super) fn steers_at(&self, id: &NodeId) -> bool {
-        match self.spoken(&id.name) {
-            Some(register) => register.capabilities.steers,
-            None => self.told.nodes.get(id).is_some_and(|state| state.steers),
-        }
     }
 
     /// What a node sends as itself or for those behind it.
