@@ -103,6 +103,11 @@ pub struct L2AdvertisementSpec {
     #[serde(default)]
     pub steering: Steering,
 
+    /// Whether nodes off the segment, which are reached through a tunnel (VXLAN), serve only when no node on it has an
+    /// endpoint (`Auto`), or always (`Always`). `Always` by any advertisement of an address wins.
+    #[serde(default)]
+    pub cross_segment: CrossSegment,
+
     /// What packets to a port that no Service has on the address meet: an answer that says so (`Reject`), or silence
     /// (`Drop`). `Drop` by any advertisement of an address wins.
     #[serde(default)]
@@ -128,6 +133,16 @@ pub enum Steering {
     Auto,
     /// Announce only.
     Off,
+}
+
+/// When nodes off the segment serve.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CrossSegment {
+    /// When no node on the segment has an endpoint.
+    #[default]
+    Auto,
+    /// Like those on the segment.
+    Always,
 }
 
 /// What packets to unknown ports meet.

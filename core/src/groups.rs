@@ -104,13 +104,23 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// The spread over those of the nodes that can be sent something.
-    pub fn over(&self, serves: impl Fn(&NodeName) -> bool) -> Distribution {
+    /// Whether a node has endpoints, ready or draining.
+    pub fn names(&self, node: &NodeName) -> bool {
+        self.ready.contains_key(node) || self.draining.contains_key(node)
+    }
+
+    /// The spread over those of the nodes that can be sent something: over those that are near, if any of them can.
+    pub fn over(
+        &self,
+        serves: impl Fn(&NodeName) -> bool,
+        near: impl Fn(&NodeName) -> bool,
+    ) -> Distribution {
         let of = |nodes: &Distribution| -> Distribution {
             let serving = nodes.iter().filter(|(node, _)| serves(node));
-            serving
+            let (here, there): (Distribution, Distribution) = serving
                 .map(|(node, weight)| (node.clone(), *weight))
-                .collect()
+                .partition(|(node, _)| near(node));
+            if here.is_empty() { there } else { here }
         };
         let ready = of(&self.ready);
         if ready.is_empty() {

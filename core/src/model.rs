@@ -313,6 +313,16 @@ pub enum Steering {
     Off,
 }
 
+/// `L2Advertisement.spec.crossSegment`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CrossSegment {
+    /// Nodes off the segment serve when no node on it has an endpoint.
+    #[default]
+    Auto,
+    /// They serve like those on it.
+    Always,
+}
+
 /// `L2Advertisement.spec.unknownPort`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnknownPort {
@@ -357,6 +367,8 @@ pub struct Advertisement {
     pub ignore_exclude_lb: bool,
     /// Whether to steer.
     pub steering: Steering,
+    /// When nodes off the segment serve.
+    pub cross_segment: CrossSegment,
     /// What packets to unknown ports meet.
     pub unknown_port: UnknownPort,
 }

@@ -395,6 +395,10 @@ impl Project for L2Advertisement {
                 landfall_api::advertisement::Steering::Auto => model::Steering::Auto,
                 landfall_api::advertisement::Steering::Off => model::Steering::Off,
             },
+            cross_segment: match spec.cross_segment {
+                landfall_api::advertisement::CrossSegment::Auto => model::CrossSegment::Auto,
+                landfall_api::advertisement::CrossSegment::Always => model::CrossSegment::Always,
+            },
             unknown_port: match spec.unknown_port {
                 landfall_api::advertisement::UnknownPort::Reject => model::UnknownPort::Reject,
                 landfall_api::advertisement::UnknownPort::Drop => model::UnknownPort::Drop,

@@ -94,6 +94,24 @@ pub fn start(config: Config, registry: &mut Registry) -> impl DataPath + use<> {
     Worker::start(config, registry)
 }
 
+/// The interfaces (by index) where packets to VIPs come in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interfaces {
+    /// Those to segments.
+    pub uplinks: BTreeSet<u32>,
+    /// The tunnel to nodes that are on none of them.
+    pub tunnel: Option<u32>,
+}
+
+impl From<BTreeSet<u32>> for Interfaces {
+    fn from(uplinks: BTreeSet<u32>) -> Self {
+        Self {
+            uplinks,
+            tunnel: None,
+        }
+    }
+}
+
 /// One thing that the programs should know. Nothing in place of a state: it is to be forgotten.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -150,8 +168,10 @@ pub struct PortId {
 pub struct PortState {
     /// The nodes that serve it.
     pub nodes: Distribution,
-    /// The index of the interface at which the VIP is announced, and frames go to other nodes.
-    pub interface: u32,
+    /// This node is one that serves it.
+    pub here: bool,
+    /// By which interfaces frames go to other nodes.
+    pub reach: Reach,
     /// All flows of a client go to one node.
     pub affinity: bool,
     /// UDP flows are told apart by their ports too.
@@ -160,6 +180,36 @@ pub struct PortState {
     pub host: bool,
     /// What this node translates to; nothing, if it leaves that to kube-proxy.
     pub native: Option<Native>,
+}
+
+/// By which interfaces, by index, nodes are reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Reach {
+    /// The one at which the VIP is announced.
+    pub uplink: u32,
+    /// The tunnel, 0 for none.
+    pub tunnel: u32,
+    /// The nodes that are not on the VIP's segment: they are reached by the tunnel.
+    pub far: Arc<BTreeSet<NodeName>>,
+}
+
+impl Reach {
+    /// All are reached by one interface.
+    pub fn by(uplink: u32) -> Self {
+        Self {
+            uplink,
+            ..Self::default()
+        }
+    }
+
+    /// The interface by which a node is reached.
+    pub fn of(&self, node: &NodeName) -> u32 {
+        if self.tunnel != 0 && self.far.contains(node) {
+            self.tunnel
+        } else {
+            self.uplink
+        }
+    }
 }
 
 /// This node's endpoints of a port.
@@ -185,7 +235,7 @@ pub struct NodeState {
     pub steers: bool,
     /// Its Ethernet address at the interface, where frames reach it and come from. Nothing if it is not heard there.
     pub mac: Option<[u8; 6]>,
-    /// Where it is reached otherwise.
+    /// Where it is reached by the tunnel, if the interface is that.
     pub address: Option<IpAddr>,
     /// Its own addresses, and networks that are routed through it: what it sends from there is a client's.
     pub routed: BTreeSet<IpNet>,
@@ -218,8 +268,8 @@ pub enum Attachment {
 
 /// Loads, attaches and feeds the programs. They outlive the process: links and maps are pinned.
 pub trait DataPath: Send + Sync {
-    /// The interfaces (by index) to be attached to. Returns at once.
-    fn attach(&self, uplinks: BTreeSet<u32>);
+    /// Where to be attached. Returns at once.
+    fn attach(&self, interfaces: Interfaces);
     /// What is to be known besides or instead. Returns at once.
     fn change(&self, changes: Vec<Change>);
     /// What was counted for each VIP, all uplinks together.

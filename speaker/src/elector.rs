@@ -17,6 +17,7 @@ mod shown;
 mod steering;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -137,6 +138,8 @@ pub struct Speaker {
     answer_at: Duration,
     expected: Expected,
     quiet: bool,
+    /// Some living node with endpoints is not on a VIP's segment.
+    needs_tunnel: bool,
 }
 
 impl Speaker {
@@ -185,6 +188,7 @@ impl Speaker {
             answer_at: Duration::ZERO,
             expected: Expected::new(),
             quiet: false,
+            needs_tunnel: false,
         };
         speaker.show_keys();
         speaker

@@ -10,6 +10,7 @@ mod pods;
 mod routes;
 mod ruleset;
 mod tool;
+mod tunnel;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -25,6 +26,8 @@ use tokio_util::task::AbortOnDropHandle;
 use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
+use crate::announcer::MacAddr;
+
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
@@ -39,6 +42,20 @@ pub struct Rules {
     /// Services whose endpoints are pods, for this node's own processes and pods, where no kube-proxy delivers. What
     /// comes in by an uplink is the eBPF programs'.
     pub pod_services: BTreeMap<VipPort, Arc<PodTargets>>,
+    /// The tunnel to nodes that are not on a VIP's segment, where it is needed.
+    pub tunnel: Option<Arc<Tunnel>>,
+}
+
+/// The name of the tunnel's interface.
+pub const TUNNEL: &str = "landfall0";
+
+/// The tunnel (VXLAN, RFC 7348).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// The Ethernet address of this node's end.
+    pub mac: MacAddr,
+    /// The addresses of the other nodes: nobody else's packets are let in.
+    pub peers: BTreeSet<IpAddr>,
 }
 
 /// A port of a VIP.
@@ -94,6 +111,8 @@ pub struct Config {
     pub table: u32,
     /// The priority of the first routing rule that is ours.
     pub priority: u32,
+    /// The UDP port of the tunnel, the same on every node.
+    pub tunnel_port: u16,
 }
 
 impl Default for Config {
@@ -105,6 +124,7 @@ impl Default for Config {
             mark_mask: 0x3000,
             table: 7950,
             priority: 7950,
+            tunnel_port: 7952,
         }
     }
 }
@@ -177,6 +197,7 @@ impl NodeRules for Handle {
 /// Takes the table and the policy routes away: for uninstalling.
 pub async fn remove(config: &Config) -> Result<(), ToolError> {
     routes::remove(config).await?;
+    tunnel::remove().await?;
     let text = format!(
         "add table inet {0}\ndelete table inet {0}\n",
         ruleset::TABLE

@@ -14,5 +14,6 @@ mod steering {
     mod policy;
     mod rollout;
     mod survival;
+    mod tunnel;
     mod weights;
 }

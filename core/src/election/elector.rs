@@ -391,6 +391,27 @@ impl Elector {
         super::eligibility::places(group, &self.subjects(&group.id, &names), &self.me)
     }
 
+    /// The nodes on the segment of each address of a group, whether they may lead it or not: those where it has an
+    /// interface.
+    pub fn on_segment(&self, group: &Group) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
+        let names: Vec<NodeName> = self.alive().cloned().collect();
+        super::eligibility::on_segment(group, &self.subjects(&group.id, &names))
+    }
+
+    /// Whether one of these nodes is known to be on no segment of some address of a group.
+    pub fn any_off_segment(&self, group: &Group, nodes: &BTreeSet<NodeName>) -> bool {
+        let synced = |node: &&NodeName| self.register(node).is_some_and(|it| it.synced);
+        let names: Vec<NodeName> = nodes.iter().filter(synced).cloned().collect();
+        if names.is_empty() {
+            return false;
+        }
+        let all: Vec<NodeName> = self.alive().cloned().collect();
+        let on_segment = super::eligibility::on_segment(group, &self.subjects(&group.id, &all));
+        on_segment
+            .values()
+            .any(|near| names.iter().any(|name| !near.contains(name)))
+    }
+
     /// Judges every node that is known, alive or not: why each could or could not lead.
     pub fn explain(&self, group: &Group, index: &GroupIndex) -> BTreeMap<NodeName, Verdict> {
         let mut verdicts: BTreeMap<NodeName, Verdict> = index

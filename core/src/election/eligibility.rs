@@ -191,6 +191,28 @@ pub(super) fn places(
         .collect()
 }
 
+/// The nodes that have an interface for each address.
+pub(super) fn on_segment(
+    group: &Group,
+    subjects: &[Subject<'_>],
+) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
+    let nodes_of = |vip: &GroupVip| {
+        let owned = is_owned(subjects, vip.address);
+        let has_place = |subject: &&Subject<'_>| {
+            subject
+                .register
+                .is_some_and(|register| choose(vip, subject.node, register, owned).is_ok())
+        };
+        let nodes = subjects.iter().filter(has_place);
+        nodes.map(|subject| subject.node.clone()).collect()
+    };
+    group
+        .vips
+        .iter()
+        .map(|vip| (vip.address, nodes_of(vip)))
+        .collect()
+}
+
 fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
     let register = subject.register?;
     if register.leaving {

@@ -47,6 +47,7 @@ pub(super) fn mk_advertisement() -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: crate::model::Steering::Auto,
+        cross_segment: crate::model::CrossSegment::Auto,
         unknown_port: crate::model::UnknownPort::Reject,
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use xxhash_rust::xxh64::Xxh64;
 
-use crate::model::{Advertisement, Node, NodeName, Pool, Steering, UnknownPort};
+use crate::model::{Advertisement, CrossSegment, Node, NodeName, Pool, Steering, UnknownPort};
 use crate::selector::Labels;
 
 /// The label that takes a node out of load balancing.
@@ -81,6 +81,8 @@ pub struct Placement {
     pub steering: bool,
     /// Packets to unknown ports are answered.
     pub rejects: bool,
+    /// Nodes off the segment serve like those on it.
+    pub cross_segment: bool,
     /// Digest of all of it.
     pub digest: u64,
     verdicts: BTreeMap<NodeName, Result<Admission, Refused>>,
@@ -116,8 +118,11 @@ impl Placement {
         let rejects = advertisements
             .iter()
             .all(|a| a.unknown_port == UnknownPort::Reject);
+        let cross_segment = advertisements
+            .iter()
+            .any(|a| a.cross_segment == CrossSegment::Always);
         let digest = digest(
-            [failback, rebalance, steering, rejects],
+            [failback, rebalance, steering, rejects, cross_segment],
             &verdicts,
             &unknown,
         );
@@ -126,6 +131,7 @@ impl Placement {
             rebalance,
             steering,
             rejects,
+            cross_segment,
             digest,
             verdicts,
             unknown,
@@ -170,6 +176,7 @@ fn unselected() -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: Steering::Auto,
+        cross_segment: CrossSegment::Auto,
         unknown_port: UnknownPort::Reject,
     }
 }
@@ -232,7 +239,7 @@ fn judge(
 }
 
 fn digest(
-    switches: [bool; 4],
+    switches: [bool; 5],
     verdicts: &BTreeMap<NodeName, Result<Admission, Refused>>,
     unknown: &Result<Admission, Refused>,
 ) -> u64 {

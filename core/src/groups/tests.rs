@@ -27,6 +27,7 @@ fn mk_advertisement(name: &str) -> Advertisement {
         rebalance: true,
         ignore_exclude_lb: false,
         steering: crate::model::Steering::Auto,
+        cross_segment: crate::model::CrossSegment::Auto,
         unknown_port: crate::model::UnknownPort::Reject,
     }
 }
@@ -130,9 +131,16 @@ fn who_drains_serves_until_a_ready_one_can() {
         ready: nodes(&["new", "other"]),
         draining: nodes(&["gone", "old"]),
     };
-    let over = |serving: &[&str]| spread.over(|node| serving.contains(&&*node.0));
+    let over = |serving: &[&str]| spread.over(|node| serving.contains(&&*node.0), |_| true);
     assert_eq!(over(&["old"]), nodes(&["old"]));
     assert_eq!(over(&["old", "new"]), nodes(&["new"]));
     assert_eq!(over(&["old", "new", "other"]), nodes(&["new", "other"]));
     assert_eq!(over(&[]), nodes(&[]));
+    let near = |near: &str| spread.over(|_| true, |node| *node.0 == *near);
+    assert_eq!(near("new"), nodes(&["new"]));
+    assert_eq!(
+        near("old"),
+        nodes(&["new", "other"]),
+        "who is ready goes before who is near"
+    );
 }

@@ -28,7 +28,7 @@ pub use flow::{
 pub use port::{
     Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_RANGES, MAX_ROUTED,
     MAX_SLOTS, MAX_WIDE, Member, NARROW, Node, Peer, PeerKey, Port, PortKey, Range, Routed,
-    SlotKey, Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag, routed_prefix,
+    SlotKey, Spread, WIDE_PAGE, WideKey, WidePage, node_flag, port_flag, routed_prefix, tunnel_mac,
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
@@ -38,6 +38,10 @@ pub const LAYOUT: u32 = 3;
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
 /// The name of the program for the uplinks' egress.
 pub const UPLINK_EGRESS: &str = "landfall_answers";
+/// The name of the program for the tunnel's ingress.
+pub const TUNNEL_INGRESS: &str = "landfall_tunnel";
+/// The network identifier of the tunnel (VXLAN, RFC 7348): "LF".
+pub const TUNNEL_ID: u32 = 0x4c46;
 /// The name of the program for the uplinks' drivers.
 pub const UPLINK_DRIVER: &str = "landfall_uplink_xdp";
 
@@ -69,7 +73,7 @@ pub enum Verdict {
     Unserved,
     /// Passed up: a fragment whose first was not seen.
     StrayFragment,
-    /// Passed up: it could not be sent to the node that serves it.
+    /// Dropped: it could not be sent to the node that serves it.
     Unreachable,
     /// Dropped: its flow is unknown here, and this node does not yet know that it is to look for it.
     Waiting,
@@ -77,7 +81,7 @@ pub enum Verdict {
     FlowsFull,
     /// An answer that was given the VIP's address for source.
     Answered,
-    /// Dropped: its client is in none of the Service's source ranges.
+    /// Dropped: its client is in none of the Service's source ranges, or it came by the tunnel from nobody known.
     Refused,
     /// Dropped: its endpoint could not tell it from another flow of the same client.
     Collided,

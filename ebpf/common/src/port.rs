@@ -69,7 +69,7 @@ impl Spread {
 pub struct Port {
     /// By what its flows are known in the maps of earlier holders, of slots and of source ranges.
     pub number: u32,
-    /// How many slots this node's endpoints have, where it translates itself.
+    /// How many slots this node's endpoints have; where it does not translate itself, one if there are any.
     pub slots: u32,
     /// How its flows are spread.
     pub spread: Spread,
@@ -169,6 +169,8 @@ pub mod node_flag {
     pub const ON_SEGMENT: u16 = 8;
     /// It takes what is handed on: it keeps flows itself.
     pub const STEERS: u16 = 16;
+    /// It is reached by the tunnel, which the interface is, at its address.
+    pub const TUNNEL: u16 = 32;
 }
 
 impl Node {
@@ -182,6 +184,14 @@ impl Node {
             seed: self.seed,
         }
     }
+}
+
+/// The Ethernet address, at the tunnel, of the node with this seed: a locally administered one.
+#[inline(always)]
+#[allow(clippy::inline_always)] // The verifier sees straight code.
+pub const fn tunnel_mac(seed: u64) -> [u8; 6] {
+    let [a, b, c, d, e, ..] = seed.to_be_bytes();
+    [2, a, b, c, d, e]
 }
 
 /// An Ethernet address at an interface.

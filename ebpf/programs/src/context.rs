@@ -6,7 +6,7 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use landfall_ebpf_common::{Node, Verdict, node_flag, port_flag};
 
 use crate::packet::{ETH_HEADER, Packet};
-use crate::{echo, flows, maps, native, packet, steer};
+use crate::{echo, flows, maps, native, packet, tunnel};
 
 /// What reading and choosing need of a hook. The code that is written for it is compiled once for each.
 pub(crate) trait Context {
@@ -32,14 +32,12 @@ pub(crate) trait Context {
     fn replace_checksum(&self, offset: usize, from: u16, to: u16) -> Option<()>;
     /// Whether the frame can be sent to a node from here.
     fn reaches(&self, node: &Node) -> bool;
-    /// Sends it out of the node's interface, as it is.
-    fn send(&self, node: &Node) -> i32;
+    /// Sends it out of the interface of the node with this number, as it is.
+    fn send(&self, number: u16, node: &Node) -> i32;
     /// Reads a packet. False, if it cannot be read or is of another kind.
     fn read(&self, packet: &mut Packet) -> bool;
     /// Answers an echo request.
     fn echo(&self, packet: &Packet) -> i32;
-    /// Looks for the node that knows the flow of a packet which this one does not. Nothing: it is to be delivered here.
-    fn hand_on(&self, packet: &mut Packet) -> Option<i32>;
     /// Whether this node delivers the TCP flow of a packet. The last one notes it as heard.
     fn knows(&self, packet: &mut Packet) -> bool;
     /// Delivers a packet here.
@@ -57,9 +55,6 @@ pub(crate) trait Context {
         Some(unsafe { *((start + offset) as *const T) })
     }
 }
-
-/// In place of an action: the packet is to be delivered here.
-pub(crate) const HERE: i32 = i32::MIN;
 
 /// Its larger parts are global functions to the verifier, which looks at each once, whoever calls it.
 impl Context for TcContext {
@@ -106,11 +101,16 @@ impl Context for TcContext {
 
     #[inline(always)]
     fn reaches(&self, node: &Node) -> bool {
-        node.flags & node_flag::ON_SEGMENT != 0
+        node.flags & (node_flag::ON_SEGMENT | node_flag::TUNNEL) != 0
     }
 
     #[inline(always)]
-    fn send(&self, node: &Node) -> i32 {
+    fn send(&self, number: u16, node: &Node) -> i32 {
+        if node.flags & node_flag::TUNNEL != 0
+            && tunnel::landfall_enter(self.skb.skb, u32::from(number)) != 0
+        {
+            return Self::NEXT;
+        }
         // SAFETY: it takes numbers only; the frame is sent when the program has returned.
         unsafe { bpf_redirect(node.interface, 0) as i32 }
     }
@@ -123,12 +123,6 @@ impl Context for TcContext {
     #[inline(always)]
     fn echo(&self, _packet: &Packet) -> i32 {
         echo::landfall_echo(self.skb.skb)
-    }
-
-    #[inline(always)]
-    fn hand_on(&self, _packet: &mut Packet) -> Option<i32> {
-        let action = steer::landfall_hand_on(self.skb.skb);
-        (action != HERE).then_some(action)
     }
 
     #[inline(always)]
@@ -216,7 +210,7 @@ impl Context for XdpContext {
     }
 
     #[inline(always)]
-    fn send(&self, _node: &Node) -> i32 {
+    fn send(&self, _number: u16, _node: &Node) -> i32 {
         xdp_action::XDP_TX as i32
     }
 
@@ -228,11 +222,6 @@ impl Context for XdpContext {
     #[inline(always)]
     fn echo(&self, _packet: &Packet) -> i32 {
         Self::NEXT
-    }
-
-    #[inline(always)]
-    fn hand_on(&self, packet: &mut Packet) -> Option<i32> {
-        steer::hand_on(self, packet)
     }
 
     #[inline(always)]

@@ -9,6 +9,7 @@
 //!              └─> echo     answers to echo requests
 //!        └─> witness  answers to other nodes that ask whether this one takes packets
 //!
+//! tunnel  ──> steer            what comes from nodes that are not on the segment
 //! answers ──> packet, flows    what leaves, and answers a flow that was translated
 //!      native, answers ──> translate   addresses, ports and checksums
 //! ```
@@ -32,6 +33,7 @@ mod packet;
 mod spread;
 mod steer;
 mod translate;
+mod tunnel;
 mod witness;
 
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
@@ -102,6 +104,11 @@ fn is_ours(context: &TcContext) -> bool {
 fn is_untagged(context: &TcContext) -> bool {
     // SAFETY: as above.
     unsafe { (*context.skb.skb).vlan_present == 0 }
+}
+
+#[classifier]
+pub fn landfall_tunnel(context: TcContext) -> i32 {
+    tunnel::leave(&context)
 }
 
 #[classifier]

@@ -149,6 +149,12 @@ pub(crate) fn sender(key: &PeerKey, source: &[u8; 16]) -> u32 {
     peer
 }
 
+/// Whether a node has this Ethernet address at the interface.
+#[inline(always)]
+pub(crate) fn is_peer(key: &PeerKey) -> bool {
+    PEERS.get_ptr(key).is_some()
+}
+
 #[inline(always)]
 pub(crate) fn holders(key: &HoldersKey) -> Option<&'static Holders> {
     // SAFETY: as above.

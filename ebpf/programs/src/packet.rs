@@ -129,6 +129,8 @@ pub(crate) struct Packet {
     pub(crate) here: bool,
     /// Its flow is one that this node delivers.
     pub(crate) known: bool,
+    /// It opens a connection that nobody here would take.
+    pub(crate) strays: bool,
     /// What is known of the port that it is for: its number, its slots, its flags.
     pub(crate) number: u32,
     pub(crate) slots: u32,

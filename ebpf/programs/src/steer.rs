@@ -1,15 +1,13 @@
 //! Whose a packet to a VIP is.
 
-use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::handing_on::Arrival;
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{
     HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
-    port_flag,
+    port_flag, tunnel_mac,
 };
 
-use crate::context::{Context, HERE};
+use crate::context::Context;
 use crate::packet::{ETH_HEADER, Frame, Kind, Packet, TCP, UDP};
 use crate::spread::choose;
 use crate::{DROP, echo, flows, maps};
@@ -87,34 +85,63 @@ fn connection<C: Context>(context: &C, packet: &mut Packet, port: &Port) -> i32 
     packet.here = is_here(packet.target);
     // What is another's by the tables is not looked for here, unless someone holds flows of earlier tables.
     let mine = packet.here || packet.sender != 0 || port.spread.flags & port_flag::HELD != 0;
-    packet.known = mine && context.knows(packet);
+    // Where this node serves no more, a SYN goes by the table, also if it came here before: nobody would answer it.
+    packet.strays = new && !packet.here && packet.slots == 0 && packet.target != 0;
+    packet.known = mine && !packet.strays && context.knows(packet);
     if packet.known {
         return context.deliver(packet);
     }
     if packet.sender == 0 && !packet.here {
         return send_away(context, packet.target);
     }
-    if new {
+    if new && !packet.strays {
         return context.deliver(packet);
     }
-    context
-        .hand_on(packet)
-        .unwrap_or_else(|| context.deliver(packet))
+    match Next::of(landfall_next()) {
+        Next::Here => context.deliver(packet),
+        Next::Nobody => waits::<C>(),
+        Next::Node { number, ttl } => hand_on(context, packet, number, ttl),
+    }
 }
 
-/// See [`hand_on`].
+/// Where a packet goes next whose flow this node does not know.
+enum Next {
+    /// Nowhere: it is delivered here.
+    Here,
+    /// There is nobody yet: the client has to try again.
+    Nobody,
+    /// To this node, with this TTL.
+    Node { number: u16, ttl: u8 },
+}
+
+impl Next {
+    const HERE: u32 = 0;
+    const NOBODY: u32 = 1;
+
+    #[inline(always)]
+    fn of(word: u32) -> Self {
+        match word {
+            Self::HERE => Self::Here,
+            Self::NOBODY => Self::Nobody,
+            _ => Self::Node {
+                number: (word >> 16) as u16,
+                ttl: (word >> 8) as u8,
+            },
+        }
+    }
+}
+
+/// Finds the node that knows the flow of the packet at hand, which this one does not: a [`Next`].
+///
+/// A global function: verified once, whoever calls it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn landfall_hand_on(skb: *mut __sk_buff) -> i32 {
-    let context = TcContext::new(skb);
-    maps::packet()
-        .and_then(|packet| hand_on(&context, packet))
-        .unwrap_or(HERE)
+pub extern "C" fn landfall_next() -> u32 {
+    maps::packet().map_or(Next::HERE, |packet| next(packet))
 }
 
-/// Looks for the node that knows the flow of a packet which this one does not. Nothing: it is to be delivered here.
 #[inline(always)]
-pub(crate) fn hand_on<C: Context>(context: &C, packet: &mut Packet) -> Option<i32> {
+fn next(packet: &Packet) -> u32 {
     let settings = maps::settings();
     let arrival = Arrival {
         ttl: packet.ttl,
@@ -122,15 +149,61 @@ pub(crate) fn hand_on<C: Context>(context: &C, packet: &mut Packet) -> Option<i3
         first_here: packet.here,
         seed: settings.seed,
     };
-    // An error's TTL is its own, and it is no more than a hint: it goes no further.
-    let after = if settings.seeded == 0 || packet.kind == Kind::Error {
-        None
+    let seeded = settings.seeded != 0;
+    let without = if packet.strays || (seeded && arrival.waits()) {
+        Next::NOBODY
     } else {
-        arrival.ttl_after()
+        Next::HERE
     };
-    let Some(ttl) = after else {
-        return stay::<C>(arrival.waits() && settings.seeded != 0);
+    // An error's TTL is its own, and it is no more than a hint: it goes no further.
+    if !seeded || packet.kind == Kind::Error {
+        return without;
+    }
+    let Some(ttl) = arrival.ttl_after() else {
+        return without;
     };
+    let number = if !packet.strays {
+        holder(packet, arrival)
+    } else if arrival.was_handed_on() || packet.target == packet.sender {
+        0
+    } else {
+        packet.target
+    };
+    if number == 0 {
+        return without;
+    }
+    u32::from(number) << 16 | u32::from(ttl) << 8
+}
+
+#[inline(always)]
+fn hand_on<C: Context>(context: &C, packet: &Packet, number: u16, ttl: u8) -> i32 {
+    let Some(node) = maps::node(number).filter(|node| context.reaches(node)) else {
+        return lost::<C>();
+    };
+    let lowered = if packet.v6 {
+        context.store(ETH_HEADER + HOP_LIMIT, ttl)
+    } else {
+        echo::set_ttl(context, packet.ttl, ttl)
+    };
+    if lowered.is_none() {
+        return lost::<C>();
+    }
+    send(context, number, node, Verdict::HandedOn)
+}
+
+#[inline(always)]
+fn waits<C: Context>() -> i32 {
+    if C::LAST {
+        maps::note(Verdict::Waiting);
+        DROP
+    } else {
+        C::NEXT
+    }
+}
+
+/// The node that may know the flow of a packet, 0 for none.
+#[inline(always)]
+fn holder(packet: &Packet, arrival: Arrival) -> u16 {
     let mut next = Candidate {
         number: 0,
         seed: u64::MAX,
@@ -161,34 +234,7 @@ pub(crate) fn hand_on<C: Context>(context: &C, packet: &mut Packet) -> Option<i3
     if next.number == 0 && arrival.waits() {
         next.consider(packet.target, packet, arrival);
     }
-    if next.number == 0 {
-        return stay::<C>(arrival.waits() && settings.seeded != 0);
-    }
-    let Some(node) = maps::node(next.number) else {
-        return Some(up::<C>(Verdict::Unreachable));
-    };
-    if !context.reaches(node) {
-        return Some(up::<C>(Verdict::Unreachable));
-    }
-    let lowered = if packet.v6 {
-        context.store(ETH_HEADER + HOP_LIMIT, ttl)
-    } else {
-        echo::set_ttl(context, packet.ttl, ttl)
-    };
-    if lowered.is_none() {
-        return Some(up::<C>(Verdict::Unreachable));
-    }
-    Some(send(context, node, Verdict::HandedOn))
-}
-
-/// Nobody is there to hand it on to.
-#[inline(always)]
-fn stay<C: Context>(waits: bool) -> Option<i32> {
-    if C::LAST && waits {
-        maps::note(Verdict::Waiting);
-        return Some(DROP);
-    }
-    None
+    next.number
 }
 
 /// To whom to hand on next: of those that may, the one with the lowest seed.
@@ -237,28 +283,44 @@ fn hash_of(packet: &Packet, port: &Port) -> u64 {
 #[inline(always)]
 fn send_away<C: Context>(context: &C, target: u16) -> i32 {
     match maps::node(target) {
-        Some(node) if target != 0 => send(context, node, Verdict::Steered),
+        Some(node) if target != 0 => send(context, target, node, Verdict::Steered),
         _ => up::<C>(Verdict::Unserved),
     }
 }
 
-/// Sends the frame to another node on the segment, as it is but for the Ethernet addresses.
+/// Sends the frame to another node, as it is but for the Ethernet addresses.
 #[inline(always)]
-fn send<C: Context>(context: &C, node: &Node, verdict: Verdict) -> i32 {
+fn send<C: Context>(context: &C, number: u16, node: &Node, verdict: Verdict) -> i32 {
     if !context.reaches(node) {
-        return up::<C>(Verdict::Unreachable);
+        return lost::<C>();
     }
-    let Some(mine) = context.at::<[u8; 6]>(0) else {
-        return up::<C>(Verdict::Unreachable);
+    let mine = if node.flags & node_flag::TUNNEL != 0 {
+        tunnel_mac(maps::settings().seed)
+    } else if let Some(mine) = context.at::<[u8; 6]>(0) {
+        mine
+    } else {
+        return lost::<C>();
     };
     let mut macs = [0_u8; 12];
     macs[..6].copy_from_slice(&node.mac);
     macs[6..].copy_from_slice(&mine);
     if context.store(0, macs).is_none() {
-        return up::<C>(Verdict::Unreachable);
+        return lost::<C>();
     }
     maps::note(verdict);
-    context.send(node)
+    context.send(number, node)
+}
+
+/// The node that serves it cannot be sent anything, or not yet. A pod of this node would answer a connection that it
+/// does not keep, or reset one that lives elsewhere; so the client has to try again.
+#[inline(always)]
+fn lost<C: Context>() -> i32 {
+    if C::LAST {
+        maps::note(Verdict::Unreachable);
+        DROP
+    } else {
+        C::NEXT
+    }
 }
 
 #[inline(always)]

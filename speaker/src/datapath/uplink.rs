@@ -14,7 +14,7 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use landfall_ebpf_common::{UPLINK_EGRESS, UPLINK_INGRESS, tcx};
+use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 
@@ -81,15 +81,17 @@ pub(super) enum Side {
     Ingress,
     /// What leaves: only where this node delivers without kube-proxy.
     Egress,
+    /// What comes in by the tunnel.
+    Tunnel,
 }
 
 impl Side {
-    pub(super) const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+    pub(super) const ALL: [Self; 3] = [Self::Ingress, Self::Egress, Self::Tunnel];
 
     /// Those that have something to do.
     const fn wanted(delivery: Delivery) -> &'static [Self] {
         match delivery {
-            Delivery::KubeProxy => &[Self::Ingress],
+            Delivery::KubeProxy => &[Self::Ingress, Self::Tunnel],
             Delivery::Native => &Self::ALL,
         }
     }
@@ -99,19 +101,20 @@ impl Side {
         match self {
             Self::Ingress => UPLINK_INGRESS,
             Self::Egress => UPLINK_EGRESS,
+            Self::Tunnel => TUNNEL_INGRESS,
         }
     }
 
     pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::Ingress => TcAttachType::Ingress,
+            Self::Ingress | Self::Tunnel => TcAttachType::Ingress,
             Self::Egress => TcAttachType::Egress,
         }
     }
 
     const fn hook(self) -> tcx::Hook {
         match self {
-            Self::Ingress => tcx::Hook::Ingress,
+            Self::Ingress | Self::Tunnel => tcx::Hook::Ingress,
             Self::Egress => tcx::Hook::Egress,
         }
     }
@@ -120,6 +123,7 @@ impl Side {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
+            Self::Tunnel => "tunnel",
         }
     }
 }
@@ -205,8 +209,14 @@ impl Uplink {
     pub(super) fn ensure(
         &mut self,
         interface: u32,
+        is_tunnel: bool,
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        let sides: Vec<Side> = self.ids.keys().copied().collect();
+        let sides: Vec<Side> = self
+            .ids
+            .keys()
+            .copied()
+            .filter(|side| (*side == Side::Tunnel) == is_tunnel)
+            .collect();
         let mut outcome = (Attachment::Tcx, None);
         for side in sides {
             let (attachment, restored) = self.ensure_at((interface, side))?;

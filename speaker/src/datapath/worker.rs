@@ -15,8 +15,8 @@ use super::pins::Pins;
 use super::tables::{Tables, TablesError};
 use super::uplink::{Restored, Uplink};
 use super::{
-    Attachment, BucketHolders, Change, Config, DataPath, Held, NodeId, NodeState, PortId,
-    PortState, VipCount, VipState,
+    Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, NodeId, NodeState,
+    PortId, PortState, VipCount, VipState,
 };
 
 /// How long to wait before a data path that could not be loaded is tried again.
@@ -49,7 +49,7 @@ pub(super) struct Shared {
 #[derive(Debug, Default)]
 struct Orders {
     /// Where to be attached; nothing before the first call.
-    uplinks: Option<BTreeSet<u32>>,
+    interfaces: Option<Interfaces>,
     changes: Vec<Change>,
     changed: bool,
     stop: bool,
@@ -84,10 +84,10 @@ impl Worker {
 }
 
 impl DataPath for Worker {
-    fn attach(&self, uplinks: BTreeSet<u32>) {
+    fn attach(&self, interfaces: Interfaces) {
         let mut orders = lock(&self.shared.orders);
-        if orders.uplinks.as_ref() != Some(&uplinks) {
-            orders.uplinks = Some(uplinks);
+        if orders.interfaces.as_ref() != Some(&interfaces) {
+            orders.interfaces = Some(interfaces);
             orders.changed = true;
             self.shared.wake.notify_all();
         }
@@ -209,7 +209,7 @@ struct Task {
 /// What the loop wants now.
 struct Order {
     /// Nothing before the first call.
-    uplinks: Option<BTreeSet<u32>>,
+    interfaces: Option<Interfaces>,
     changes: Vec<Change>,
 }
 
@@ -220,18 +220,18 @@ impl Task {
                 self.wanted.note(change);
                 self.tell_flows(change);
             }
-            let Some(uplinks) = order.uplinks else {
+            let Some(interfaces) = order.interfaces else {
                 continue;
             };
             if self.uplink.is_some() {
                 self.change(&order.changes);
             } else if let Err(reason) = self.load() {
-                self.absent(&uplinks, &reason);
+                self.absent(&interfaces.uplinks, &reason);
                 continue;
             }
             self.fresh &= !(self.wanted.complete && self.flows.has_compared());
             if !self.fresh {
-                self.attach(&uplinks);
+                self.attach(&interfaces);
                 self.retire_others();
                 self.attach_drivers();
             }
@@ -286,7 +286,7 @@ impl Task {
         }
         orders.changed = false;
         Some(Order {
-            uplinks: orders.uplinks.clone(),
+            interfaces: orders.interfaces.clone(),
             changes: std::mem::take(&mut orders.changes),
         })
     }
@@ -329,16 +329,19 @@ impl Task {
     }
 
     /// Attaches to the wanted uplinks, detaches from others, and reports.
-    fn attach(&mut self, uplinks: &BTreeSet<u32>) {
+    fn attach(&mut self, interfaces: &Interfaces) {
         let Some(uplink) = self.uplink.as_mut() else {
             return;
         };
-        for gone in uplink.attached().difference(uplinks) {
+        let mut wanted = interfaces.uplinks.clone();
+        wanted.extend(interfaces.tunnel);
+        for gone in uplink.attached().difference(&wanted) {
             uplink.detach(*gone);
         }
         let mut attachments = BTreeMap::new();
-        for &interface in uplinks {
-            let attachment = match uplink.ensure(interface) {
+        for interface in wanted {
+            let is_tunnel = interfaces.tunnel == Some(interface);
+            let attachment = match uplink.ensure(interface, is_tunnel) {
                 Ok((attachment, restored)) => {
                     if let Some(restored) = restored {
                         self.flows.missed();

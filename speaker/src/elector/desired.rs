@@ -10,7 +10,8 @@ use landfall_core::ip::{Family, IpRange};
 use super::Speaker;
 use super::steering::Steered;
 use crate::announcer::{Announcement, Interface};
-use crate::node_rules::{HostTargets, PodTargets, Rules, VipPort};
+use crate::datapath::Interfaces;
+use crate::node_rules::{HostTargets, PodTargets, Rules, TUNNEL, VipPort};
 
 /// What the rules should say, and what each group adds to it, so that a change costs what it changes.
 #[derive(Debug, Default)]
@@ -139,7 +140,9 @@ impl Speaker {
             }
         }
         for id in due {
-            if let Some(group) = self.index.groups().get(&id) {
+            if let Some(group) = self.index.groups().get(&id).cloned() {
+                let group = &group;
+                self.check_tunnel(group);
                 let part = Part {
                     rules: self.part(group),
                     steered: self.steered(group),
@@ -156,9 +159,15 @@ impl Speaker {
                 .names()
                 .filter_map(|name| Some(self.interface(name)?.index)),
         );
-        let rules = self.desired.rules.clone();
+        let rules = Rules {
+            tunnel: self.tunnel_rules(),
+            ..self.desired.rules.clone()
+        };
         self.parts.rules.apply(rules);
-        self.parts.datapath.attach(uplinks.clone());
+        self.parts.datapath.attach(Interfaces {
+            uplinks: uplinks.clone(),
+            tunnel: self.tunnel(),
+        });
         if uplinks != self.uplinks {
             let list: Vec<u32> = uplinks.iter().copied().collect();
             self.parts.announcer.listen(&list);
@@ -245,12 +254,16 @@ impl Speaker {
                 ranges.iter().any(|range| range.overlaps(&subnet))
             })
         };
-        let usable = || self.interfaces.iter().filter(|i| i.up && !i.enslaved);
+        let usable = || {
+            let own = self.interfaces.iter().filter(|i| &*i.name != TUNNEL);
+            own.filter(|i| i.up && !i.enslaved)
+        };
         let mut likely: BTreeSet<u32> = usable()
             .filter(|interface| owns(interface))
             .map(|interface| interface.index)
             .collect();
-        if likely.is_empty() && !ranges.is_empty() {
+        // Where this node delivers itself, answers leave by the default route too.
+        if (likely.is_empty() || self.is_native()) && !ranges.is_empty() {
             likely.extend(
                 usable()
                     .filter(|interface| interface.default_route.0 || interface.default_route.1)

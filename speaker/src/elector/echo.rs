@@ -144,6 +144,9 @@ impl Speaker {
         if self.says_down(&id) {
             return false;
         }
+        if self.tunnel() == Some(interface) {
+            return self.election.is_alive(node);
+        }
         match self.echoes.get(&id) {
             Some(echo) => !echo.is_over(),
             // Without a program it is as alive as its speaker.

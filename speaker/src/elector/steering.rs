@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use landfall_core::election::{HeldPort, NodeRegister, service_id};
-use landfall_core::groups::{FamilyPort, Group, GroupService};
+use landfall_core::groups::{FamilyPort, Group, GroupService, GroupVip};
 use landfall_core::ip::Family;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::Speaker;
 use crate::announcer::MacAddr;
 use crate::datapath::{
-    Attachment, Change, Delivery, Native, NodeId, NodeState, PortId, PortState, VipState,
+    Attachment, Change, Delivery, Native, NodeId, NodeState, PortId, PortState, Reach, VipState,
 };
 
 /// What one group adds to what the data path should know.
@@ -278,6 +278,7 @@ impl Speaker {
                 states.insert(id, state);
             }
         }
+        self.tunnel_states(&mut states);
         states
     }
 
@@ -300,11 +301,14 @@ impl Speaker {
     pub(super) fn steered(&self, group: &Group) -> Steered {
         let mut steered = Steered::default();
         let places = self.election.places(group);
+        let tunnel = self.tunnel();
+        let on_segment = tunnel.map(|_| self.election.on_segment(group));
         for vip in &group.vips {
             let uplink = places
                 .get(&vip.address)
                 .and_then(|place| self.interface(&place.name))
-                .map(|interface| interface.index);
+                .map(|interface| interface.index)
+                .or(tunnel);
             let state = VipState {
                 // Where the programs deliver they see all packets, and the leader's stay with it if it is not to steer.
                 steer: (group.steers() || self.is_native()) && uplink.is_some(),
@@ -314,8 +318,10 @@ impl Speaker {
             let Some(uplink) = uplink.filter(|_| state.steer) else {
                 continue;
             };
+            let near = on_segment.as_ref().and_then(|all| all.get(&vip.address));
+            let reach = self.reach(uplink, near);
             for service in &group.services {
-                self.steered_ports(group, service, vip.address, uplink, &mut steered.ports);
+                self.steered_ports(group, service, vip, &reach, &mut steered.ports);
             }
             if let Some(state) = steered.vips.get_mut(&vip.address) {
                 state.udp_port = lone_udp_port(vip.address, &steered.ports);
@@ -328,28 +334,34 @@ impl Speaker {
         &self,
         group: &Group,
         service: &GroupService,
-        vip: IpAddr,
-        interface: u32,
+        vip: &GroupVip,
+        reach: &Reach,
         into: &mut BTreeMap<PortId, PortState>,
     ) {
+        let me = &self.identity.node;
         let id = service_id(&service.key);
         let serves = |node: &NodeName| {
-            (group.steers() || *node == self.identity.node)
-                && self.is_there(node, interface)
+            (group.steers() || node == me)
+                && self.is_there(node, reach.of(node))
                 && self.election.serves(node, &group.id, id)
         };
         for port in &service.ports {
-            let family_port = (Family::of(vip), port.protocol, port.port);
+            let family_port = (Family::of(vip.address), port.protocol, port.port);
             let spread = service.spreads.get(&family_port);
-            let nodes = spread.map_or_else(Distribution::default, |spread| spread.over(serves));
+            let nodes = spread.map_or_else(Distribution::default, |spread| {
+                spread.over(serves, |node| {
+                    vip.placement.cross_segment || !reach.far.contains(node)
+                })
+            });
             let port_id = PortId {
-                vip,
+                vip: vip.address,
                 protocol: port.protocol,
                 port: port.port,
             };
             let state = PortState {
+                here: serves(me) && spread.is_some_and(|spread| spread.names(me)),
                 nodes,
-                interface,
+                reach: reach.clone(),
                 affinity: service.affinity,
                 udp_ports: service.udp_ports,
                 host: !service.host_endpoints.is_empty(),

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
-use crate::datapath::{Attachment, Change as Told, Held, VipCount};
+use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 
@@ -47,8 +47,8 @@ impl NodeRules for Lower {
 }
 
 impl DataPath for Lower {
-    fn attach(&self, uplinks: BTreeSet<u32>) {
-        *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = uplinks;
+    fn attach(&self, interfaces: Interfaces) {
+        *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = interfaces.uplinks;
     }
 
     fn change(&self, changes: Vec<Told>) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use landfall_core::ip::Family;
 use landfall_core::model::Protocol;
 
-use super::{HostTargets, Rules, VipPort, pods};
+use super::{Config, HostTargets, Rules, VipPort, pods};
 
 /// The table's name, in family `inet`.
 pub(super) const TABLE: &str = "landfall";
@@ -44,7 +44,7 @@ add chain inet {TABLE} hide-client {{ type nat hook postrouting priority srcnat 
 }
 
 /// The whole table anew, in one transaction.
-pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
+pub(super) fn whole(rules: &Rules, marks: &Marks, config: &Config) -> String {
     let mut text = skeleton();
     elements(&mut text, "add", "vips", &rules.vips);
     elements(&mut text, "add", "refusing", &rules.refusing());
@@ -56,15 +56,17 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, mask: u32) -> String {
             "add rule inet {TABLE} forward {protocol} daddr @{set} counter name {counter} drop"
         );
     }
-    answers(&mut text, rules, marks, mask);
+    answers(&mut text, rules, marks, config.mark_mask);
     deliveries(&mut text, rules);
     pods::whole(&mut text, rules);
+    tunnel(&mut text, rules, config.tunnel_port);
     text
 }
 
 /// From `old` to `new`, when only VIPs came or went; `None` when the chains change too.
 pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> {
     if old.host_services != new.host_services
+        || old.tunnel.is_some() != new.tunnel.is_some()
         || old.pod_services.is_empty() != new.pod_services.is_empty()
     {
         return None;
@@ -80,6 +82,7 @@ pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> 
         replace(&mut text, &answered(*mark), &old, &new);
     }
     pods::change(&mut text, old, new);
+    replace(&mut text, "peers", &old.peers(), &new.peers());
     Some(text)
 }
 
@@ -210,6 +213,22 @@ fn deliveries(text: &mut String, rules: &Rules) {
     }
 }
 
+/// Nobody but the other nodes sends into the tunnel.
+fn tunnel(text: &mut String, rules: &Rules, port: u16) {
+    if rules.tunnel.is_none() {
+        return;
+    }
+    for (suffix, kind, family) in [(4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6")] {
+        let _ = writeln!(
+            text,
+            "add set inet {TABLE} peers{suffix} {{ type {kind}; }}
+add chain inet {TABLE} tunnel {{ type filter hook input priority filter - 5; policy accept; }}
+add rule inet {TABLE} tunnel {family} saddr != @peers{suffix} udp dport {port} counter drop"
+        );
+    }
+    elements(text, "add", "peers", &rules.peers());
+}
+
 /// Where a connection goes: this node's own endpoint, else the others in turn.
 fn target(targets: &HostTargets) -> Option<String> {
     if let Some(local) = &targets.local {
@@ -248,6 +267,11 @@ pub(super) fn protocol(address: IpAddr) -> &'static str {
 }
 
 impl Rules {
+    fn peers(&self) -> BTreeSet<IpAddr> {
+        let tunnel = self.tunnel.iter();
+        tunnel.flat_map(|tunnel| &tunnel.peers).copied().collect()
+    }
+
     fn refusing(&self) -> BTreeSet<IpAddr> {
         self.refusing.keys().copied().collect()
     }

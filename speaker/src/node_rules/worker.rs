@@ -16,7 +16,7 @@ use super::netfilter::{Event, Query, TableFamily, Watch};
 use super::routes::{self, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
-use super::{Config, Rules, Shared};
+use super::{Config, Rules, Shared, tunnel};
 use crate::netlink::Listener;
 
 /// How long after a failure to try again.
@@ -158,6 +158,9 @@ impl Worker {
 
     /// The table is written even if routes cannot be: the guard must not wait for them.
     async fn write(&mut self, rules: Rules) -> Result<(), ToolError> {
+        if let Some(tunnel) = &rules.tunnel {
+            tunnel::ensure(tunnel, self.config.tunnel_port).await?;
+        }
         let routed = self.route(&rules).await;
         let marks = self.routes.as_ref().map(routes::marks).unwrap_or_default();
         let change = routed
@@ -166,7 +169,7 @@ impl Worker {
             .then_some(self.written.as_ref())
             .flatten()
             .and_then(|written| ruleset::change(written, &rules, &marks));
-        let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, self.config.mark_mask));
+        let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, &self.config));
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.own.push_front(process);

@@ -146,3 +146,34 @@ fn on_the_host_of_another_node() {
         assert_eq!(pods, BTreeSet::from([others[0].name.clone()]));
     }
 }
+
+/// A client whose way leads through a node: what comes from that node's Ethernet address is the client's all the same.
+#[test]
+fn routed_through_a_node() {
+    let (cluster, leader) = mk_three(false);
+    let lab = &cluster.lab;
+    let through = lab.nodes().iter().find(|node| node.name != leader).unwrap();
+    let client = mk_behind(lab, &through.netns, 3);
+    // The way back: by the default route of the pods' nodes, and the router knows the rest.
+    let [v4, v6] = through.addresses(Network::Lan);
+    lab.router()
+        .ip_batch(&format!(
+            "route add 10.66.3.0/24 via {v4}\nroute add fd00:66:3::/64 via {v6}\n"
+        ))
+        .unwrap();
+    for (vip, address) in vips().into_iter().zip(behind(3)) {
+        println!("{vip}: served by {:?}", served(&client, vip, address));
+    }
+    // Without a pod on the way, it is the pods of the other nodes that serve.
+    let elsewhere: Vec<_> = cluster
+        .pods()
+        .into_iter()
+        .filter(|pod| pod.node != through.name)
+        .collect();
+    cluster.serve(&elsewhere);
+    let names: BTreeSet<String> = elsewhere.iter().map(|pod| pod.name.clone()).collect();
+    for (vip, address) in vips().into_iter().zip(behind(3)) {
+        await_served(&cluster, vip, &elsewhere);
+        assert_eq!(served(&client, vip, address), names);
+    }
+}

@@ -8,6 +8,7 @@ use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
 use landfall_ebpf_common::{Holders as Entry, HoldersKey, MAX_HOLDERS, map};
 
+use super::super::Reach;
 use super::nodes::Nodes;
 use super::{TablesError, taken};
 
@@ -36,7 +37,7 @@ impl Holders {
         port: u32,
         page: u16,
         holders: &BTreeMap<u32, BTreeSet<NodeName>>,
-        interface: u32,
+        reach: &Reach,
         nodes: &mut Nodes,
     ) -> Result<(), TablesError> {
         let mut wanted = BTreeMap::new();
@@ -45,7 +46,7 @@ impl Holders {
             by_seed.sort_by_key(|name| seed(name));
             let mut entry = Entry::default();
             for (place, name) in entry.nodes.iter_mut().zip(by_seed.iter().take(MAX_HOLDERS)) {
-                *place = nodes.place(name, interface)?;
+                *place = nodes.place(name, reach.of(name))?;
             }
             wanted.insert(*bucket, entry);
         }

@@ -61,7 +61,8 @@ impl Local {
     /// [`Self::trim`].
     pub(super) fn put(&mut self, port: u32, state: &PortState) -> Result<u32, TablesError> {
         let Some(native) = &state.native else {
-            return Ok(0);
+            // What serves is kube-proxy, by one slot.
+            return Ok(u32::from(state.here));
         };
         let known = self.known.entry(port).or_default();
         let wanted: BTreeSet<(u32, Range)> = native

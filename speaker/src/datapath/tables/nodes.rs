@@ -196,7 +196,9 @@ fn node_of((seed, interface): (u64, u32), state: &NodeState) -> Node {
     flag(state.alive, node_flag::ALIVE);
     flag(state.suspected, node_flag::SUSPECTED);
     flag(state.here, node_flag::HERE);
-    flag(state.mac.is_some(), node_flag::ON_SEGMENT);
+    let tunnel = state.address.is_some();
+    flag(state.mac.is_some() && !tunnel, node_flag::ON_SEGMENT);
+    flag(state.mac.is_some() && tunnel, node_flag::TUNNEL);
     flag(state.steers, node_flag::STEERS);
     Node {
         seed,

@@ -13,7 +13,7 @@ use landfall_ebpf_common::{
     History, MAX_HISTORY, MAX_PORTS, Member, NARROW, Port, PortKey, Spread, VipKey, map, port_flag,
 };
 
-use super::super::{PortId, PortState};
+use super::super::{PortId, PortState, Reach};
 use super::holders::Holders;
 use super::local::Local;
 use super::nodes::Nodes;
@@ -25,13 +25,13 @@ use super::{TablesError, taken};
 pub(super) const HISTORY: Duration = Duration::from_secs(5);
 
 /// A port as it is in the maps.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
     port: Port,
     history: History,
     changed: Instant,
     /// Where the nodes are reached; not known of what an earlier process has left.
-    interface: u32,
+    reach: Reach,
 }
 
 pub(super) struct Ports {
@@ -67,7 +67,7 @@ impl Ports {
                     port,
                     history,
                     changed,
-                    interface: 0,
+                    reach: Reach::default(),
                 },
             );
         }
@@ -101,10 +101,10 @@ impl Ports {
             return self.remove(&key);
         };
         let spread = self.spread(state, nodes)?;
-        let Some(mut known) = self.known.get(&key).copied() else {
+        let Some(mut known) = self.known.get(&key).cloned() else {
             return self.insert(key, spread, state);
         };
-        known.interface = state.interface;
+        known.reach = state.reach.clone();
         let number = known.port.number;
         let Port {
             spread: before,
@@ -155,7 +155,7 @@ impl Ports {
             port,
             history: History::default(),
             changed: Instant::now(),
-            interface: state.interface,
+            reach: state.reach.clone(),
         };
         self.known.insert(key, known);
         Ok(())
@@ -238,12 +238,11 @@ impl Ports {
         nodes: &mut Nodes,
     ) -> Result<(), TablesError> {
         let key = key(id);
-        let Some(known) = self.known.get(&key).copied() else {
+        let Some(known) = self.known.get(&key).cloned() else {
             return Ok(());
         };
-        let interface = known.interface;
         self.holders
-            .set(known.port.number, page, holders, interface, nodes)?;
+            .set(known.port.number, page, holders, &known.reach, nodes)?;
         self.hold(key, known)
     }
 
@@ -261,7 +260,7 @@ impl Ports {
             .collect();
         for key in over {
             self.changed.remove(&key);
-            let Some(mut known) = self.known.get(&key).copied() else {
+            let Some(mut known) = self.known.get(&key).cloned() else {
                 continue;
             };
             self.forget_history(&known)?;
@@ -282,7 +281,7 @@ impl Ports {
             .known
             .iter()
             .filter(|(_, known)| held_no_more.contains(&known.port.number))
-            .map(|(key, known)| (*key, *known))
+            .map(|(key, known)| (*key, known.clone()))
             .collect();
         for (key, known) in changed {
             self.hold(key, known)?;
@@ -299,14 +298,14 @@ impl Ports {
         if state.nodes.len() <= NARROW {
             for (place, (name, weight)) in state.nodes.iter().enumerate() {
                 spread.members[place] = Member {
-                    node: nodes.place(name, state.interface)?,
+                    node: nodes.place(name, state.reach.of(name))?,
                     weight: *weight,
                 };
                 spread.count += 1;
             }
         } else {
             spread.count = Spread::WIDE;
-            spread.table = self.wide.take(&state.nodes, state.interface, nodes)?;
+            spread.table = self.wide.take(&state.nodes, &state.reach, nodes)?;
         }
         Ok(spread)
     }

@@ -11,6 +11,7 @@ use landfall_core::steering::{Distribution, Table};
 use landfall_ebpf_common::rendezvous::BUCKETS;
 use landfall_ebpf_common::{MAX_WIDE, Spread, WIDE_PAGE, WideKey, WidePage, map};
 
+use super::super::Reach;
 use super::nodes::Nodes;
 use super::numbers::Numbers;
 use super::{TablesError, taken};
@@ -20,8 +21,8 @@ const PAGE: u32 = WIDE_PAGE as u32;
 const PAGES: u32 = BUCKETS / PAGE;
 const MAX_TABLES: u32 = MAX_WIDE / PAGES;
 
-/// A distribution, and the interface at which the nodes are reached.
-type Wanted = (Distribution, u32);
+/// A distribution, and by which interfaces the nodes are reached.
+type Wanted = (Distribution, Reach);
 
 #[derive(Debug, Default)]
 struct Entry {
@@ -56,10 +57,10 @@ impl Wide {
     pub(super) fn take(
         &mut self,
         wanted: &Distribution,
-        interface: u32,
+        reach: &Reach,
         nodes: &mut Nodes,
     ) -> Result<u32, TablesError> {
-        let key = (wanted.clone(), interface);
+        let key = (wanted.clone(), reach.clone());
         if let Some(id) = self.by_wanted.get(&key) {
             if let Some(entry) = self.entries.get_mut(id) {
                 entry.users += 1;
@@ -73,7 +74,7 @@ impl Wide {
         ))?;
         // An entry without users: whatever fails below, the next sweep removes it.
         self.entries.insert(id, Entry::default());
-        self.write(id, &table, interface, nodes)?;
+        self.write(id, &table, reach, nodes)?;
         self.by_wanted.insert(key.clone(), id);
         let entry = Entry {
             users: 1,
@@ -111,12 +112,12 @@ impl Wide {
         &mut self,
         id: u32,
         table: &Table,
-        interface: u32,
+        reach: &Reach,
         nodes: &mut Nodes,
     ) -> Result<(), TablesError> {
         let numbers = table
             .weights()
-            .map(|(name, _)| Ok((name.clone(), nodes.place(name, interface)?)))
+            .map(|(name, _)| Ok((name.clone(), nodes.place(name, reach.of(name))?)))
             .collect::<Result<BTreeMap<_, _>, TablesError>>()?;
         let number = |name: Option<&_>| {
             name.and_then(|name| numbers.get(name))

@@ -14,8 +14,8 @@ use super::super::driver::driver;
 use super::super::uplink::object;
 use super::super::worker::lock;
 use super::super::{
-    Attachment, Change, Config, DataPath as _, NodeId, NodeState, PortId, PortState, VipState,
-    Worker, uninstall,
+    Attachment, Change, Config, DataPath as _, NodeId, NodeState, PortId, PortState, Reach,
+    VipState, Worker, uninstall,
 };
 use super::lifecycle::{Bpffs, NODE_MAC, Segment, VIP, attached, eventually, packets};
 
@@ -57,7 +57,7 @@ fn serve_elsewhere(worker: &Worker, interface: u32) {
     };
     let port = PortState {
         nodes: [("other".into(), 1)].into(),
-        interface,
+        reach: Reach::by(interface),
         ..PortState::default()
     };
     let id_of_port = PortId {
@@ -227,7 +227,7 @@ fn what_stands_against_it_is_said_and_the_uplink_steers_all_the_same() {
         .expect("a bridge");
     let bridge = segment.node.interface_index("br0").expect("it is there");
     let (worker, registry) = start(&segment, &bpffs, &["br0"]);
-    worker.attach(BTreeSet::from([segment.uplink, bridge]));
+    worker.attach(BTreeSet::from([segment.uplink, bridge]).into());
     eventually("refused", || {
         matches!(
             lock(&worker.shared.drivers).get(&bridge),
@@ -261,7 +261,7 @@ fn it_outlives_the_process_comes_back_and_goes_when_it_is_not_wanted() {
     // Somebody takes it off.
     let pin = bpffs
         .pin_dir()
-        .join(format!("layout-{LAYOUT}/links/xdp-{}", segment.uplink));
+        .join(format!("layout-{LAYOUT}/links/{}-xdp", segment.uplink));
     Link::open(&pin)
         .and_then(|link| link.detach())
         .expect("the pin is there");
@@ -271,9 +271,9 @@ fn it_outlives_the_process_comes_back_and_goes_when_it_is_not_wanted() {
     });
 
     // The uplink is left, then wanted again.
-    worker.attach(BTreeSet::new());
+    worker.attach(BTreeSet::new().into());
     eventually("left", || program(&segment).is_none());
-    worker.attach(BTreeSet::from([segment.uplink]));
+    worker.attach(BTreeSet::from([segment.uplink]).into());
     eventually("back", || program(&segment).is_some());
     drop(worker);
 

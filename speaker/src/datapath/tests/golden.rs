@@ -3,6 +3,7 @@
 mod flows;
 mod kinds;
 mod native;
+mod tunnel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,12 +11,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
-use landfall_ebpf_common::{UPLINK_EGRESS, UPLINK_INGRESS, Verdict, rendezvous};
+use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, Verdict, rendezvous};
 
 use super::super::driver::{Drivers, driver};
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
-use super::super::{Change, NodeId, NodeState, PortId, PortState, VipCount, VipState};
+use super::super::{Change, NodeId, NodeState, PortId, PortState, Reach, VipCount, VipState};
 use super::packets::*;
 
 const V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 200);
@@ -83,7 +84,8 @@ fn mk_spread(nodes: &[&str]) -> BTreeMap<NodeName, u16> {
 pub(super) fn mk_port(nodes: &[&str]) -> PortState {
     PortState {
         nodes: mk_spread(nodes),
-        interface: INTERFACE,
+        here: nodes.contains(&"here"),
+        reach: Reach::by(INTERFACE),
         ..PortState::default()
     }
 }
@@ -92,7 +94,7 @@ impl Program {
     /// The program, with three nodes and two VIPs that are spread over all of them.
     pub(super) fn load() -> Self {
         let mut ebpf = object(None).expect("these tests load eBPF programs and need root");
-        for name in [UPLINK_INGRESS, UPLINK_EGRESS] {
+        for name in [UPLINK_INGRESS, UPLINK_EGRESS, TUNNEL_INGRESS] {
             classifier(&mut ebpf, name)
                 .expect("the object holds it")
                 .load()

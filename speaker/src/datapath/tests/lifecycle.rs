@@ -133,7 +133,7 @@ impl Segment {
         self.node.run(|| {
             let mut registry = Registry::default();
             let worker = Worker::start(config, &mut registry);
-            worker.attach(BTreeSet::from([self.uplink]));
+            worker.attach(BTreeSet::from([self.uplink]).into());
             worker.change(vec![
                 Change::Vip(VIP, Some(VipState::default())),
                 Change::Complete,
@@ -301,7 +301,7 @@ fn it_outlives_the_process_and_the_next_one_adopts_it() {
 
     // A VIP that goes is forgotten; an uplink that goes is left.
     worker.change(vec![Change::Vip(VIP, None)]);
-    worker.attach(BTreeSet::new());
+    worker.attach(BTreeSet::new().into());
     eventually("detached", || segment.programs().is_empty());
     assert!(worker.counts().is_empty());
 }
@@ -448,7 +448,7 @@ fn an_uplink_that_goes_is_absent_and_its_successor_attached() {
         .node
         .interface_index("up0")
         .expect("the link is there");
-    worker.attach(BTreeSet::from([successor]));
+    worker.attach(BTreeSet::from([successor]).into());
     eventually("attached", || {
         attached(&worker, successor, &Attachment::Tcx)
     });

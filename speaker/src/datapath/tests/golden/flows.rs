@@ -1,5 +1,7 @@
 //! TCP flows: which node delivers them when tables change.
 
+use landfall_ebpf_common::handing_on::FIRST_TTL;
+
 use super::*;
 
 #[test]
@@ -42,12 +44,41 @@ fn a_syn_that_was_delivered_is_delivered_again() {
     let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
     let syn = mk(vip, 6, &mk_tcp(port, 80, SYN));
     assert_eq!(program.fate(&syn), Fate::Next);
-    program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+    // This node has endpoints that drain, say.
+    let draining = PortState {
+        here: true,
+        ..mk_port(&["other", "third"])
+    };
+    program.port(vip, Protocol::Tcp, 80, draining);
     assert_eq!(
         program.fate(&syn),
         Fate::Next,
         "a repeated SYN, before the answer came"
     );
+}
+
+/// Where nobody serves any more nobody would answer it, however often it is sent.
+#[test]
+fn a_syn_goes_by_the_table_where_nobody_serves_any_more() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
+        let syn = |ttl| mk_from("third", ttl, vip, 6, &mk_tcp(port, 80, SYN));
+        assert_eq!(
+            program.fate(&mk(vip, 6, &mk_tcp(port, 80, SYN))),
+            Fate::Next
+        );
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+        let client = mk(vip, 6, &mk_tcp(port, 80, SYN));
+        assert_eq!(program.fate(&client), Fate::Sent("other"), "a client's");
+        // What another node sent here goes on once: tables that disagree do not send it to and fro.
+        assert_eq!(program.fate(&syn(64)), Fate::HandedOn("other", FIRST_TTL));
+        assert_eq!(program.fate(&syn(FIRST_TTL)), Fate::Dropped);
+        // Not back to where it came from.
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["third"]));
+        assert_eq!(program.fate(&syn(64)), Fate::Dropped);
+        program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+    }
 }
 
 #[test]

@@ -506,7 +506,7 @@ fn the_driver_sends_by_the_interface_that_the_frame_came_in_by_and_what_is_for_i
     };
     program.change(&Change::Node(id, Some(mk_node("other"))));
     let state = PortState {
-        interface: INTERFACE + 1,
+        reach: Reach::by(INTERFACE + 1),
         ..mk_port(&["other"])
     };
     program.port(vip, Protocol::Tcp, 80, state);

@@ -1,0 +1,82 @@
+//! The tunnel to nodes that are not on the segment (VXLAN, RFC 7348).
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key};
+use aya_ebpf::helpers::bpf_skb_set_tunnel_key;
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::{PeerKey, TUNNEL_ID, Verdict, VipKey, vip_flag};
+
+use crate::context::Context;
+use crate::packet::Frame;
+use crate::{DROP, is_ours, maps, steer};
+
+/// The tunnel's TTL, or hop limit.
+const TTL: u8 = 64;
+
+/// Says to which node the frame at hand goes, which is about to be sent by the tunnel; 0 if that is said. What becomes
+/// larger than the path allows is fragmented outside: nobody has to know of the tunnel.
+///
+/// A global function: verified once, whoever calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_enter(skb: *mut __sk_buff, number: u32) -> u32 {
+    let Some(node) = maps::node(number as u16) else {
+        return 1;
+    };
+    // SAFETY: all of it may be zero.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    key.tunnel_id = TUNNEL_ID;
+    key.tunnel_ttl = TTL;
+    let [a, b, c, d] = [0, 4, 8, 12].map(|at| {
+        let address = &node.address;
+        [
+            address[at],
+            address[at + 1],
+            address[at + 2],
+            address[at + 3],
+        ]
+    });
+    let flags = if VipKey(node.address).is_mapped() {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(d);
+        BPF_F_ZERO_CSUM_TX
+    } else {
+        key.__bindgen_anon_1.remote_ipv6 = [a, b, c, d].map(u32::from_ne_bytes);
+        BPF_F_TUNINFO_IPV6
+    };
+    // SAFETY: the key is as long as is said.
+    let outcome = unsafe {
+        bpf_skb_set_tunnel_key(
+            skb,
+            &raw mut key,
+            size_of::<bpf_tunnel_key>() as u32,
+            u64::from(flags),
+        )
+    };
+    u32::from(outcome != 0)
+}
+
+/// What comes out of the tunnel: packets to VIPs, from nodes that are known, and nothing else.
+#[inline(always)]
+pub(crate) fn leave(context: &TcContext) -> i32 {
+    enters(context).unwrap_or_else(|| {
+        maps::note(Verdict::Refused);
+        DROP
+    })
+}
+
+#[inline(always)]
+fn enters(context: &TcContext) -> Option<i32> {
+    if !is_ours(context) {
+        return None;
+    }
+    let frame = Frame::of(context)?;
+    let vip = maps::vip(&frame.vip)?;
+    let from = PeerKey {
+        interface: context.interface(),
+        mac: context.at(6)?,
+        zero: [0; 2],
+    };
+    if vip.flags & vip_flag::STEER == 0 || !maps::is_peer(&from) {
+        return None;
+    }
+    Some(steer::steer(context, &frame, &vip))
+}
