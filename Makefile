@@ -56,8 +56,9 @@ bench-controller: setup ## What it takes to give 1 000 and 10 000 Services addre
 	cargo run --release -q -p landfall-tests --example bench-controller 10000
 
 .PHONY: bench-ingress
-bench-ingress: setup-lab ## What steering costs a packet (BPF_PROG_TEST_RUN)
-	cargo test -q -p landfall-speaker --features bench --lib datapath::tests::cost -- --nocapture
+bench-ingress: setup ## What steering costs a packet, alone and beside kube-proxy; tables and memory (target/bench/ingress.json)
+	cargo test -q --release -p landfall-speaker --features bench --lib datapath::tests::cost -- --nocapture
+	cargo run --release -q -p landfall-tests --example bench-ingress
 
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)

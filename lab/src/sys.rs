@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::mem;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -42,4 +43,23 @@ pub(crate) fn packet_socket(interface: u32, ethertype: u16) -> io::Result<Socket
     };
     socket.bind(&address)?;
     Ok(socket)
+}
+
+/// Lets a packet socket's frames go to the driver at once, past the queues and whoever listens there (packet(7)).
+pub(crate) fn bypass_queues(socket: &Socket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option takes an int, which lives through the call and whose size is told.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_QDISC_BYPASS,
+            (&raw const on).cast(),
+            libc::socklen_t::try_from(mem::size_of_val(&on)).expect("an int is small"),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

@@ -6,6 +6,8 @@
 #![no_std]
 
 mod address;
+#[cfg(feature = "user")]
+pub mod constant;
 pub mod echo;
 mod flow;
 pub mod handing_on;

@@ -1,0 +1,101 @@
+//! Programs that answer every frame alike, for benchmarks: what a frame costs that goes no further.
+
+extern crate std;
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `BPF_PROG_LOAD` of `enum bpf_cmd` (`linux/bpf.h`).
+const BPF_PROG_LOAD: libc::c_long = 5;
+/// `BPF_LINK_CREATE` of the same.
+const BPF_LINK_CREATE: libc::c_long = 28;
+/// `XDP_FLAGS_DRV_MODE` (`linux/if_link.h`).
+const DRIVER_MODE: u32 = 1 << 2;
+
+/// A hook, with what the kernel calls its programs and its attachments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// `BPF_PROG_TYPE_SCHED_CLS` at `BPF_TCX_INGRESS`.
+    Tcx,
+    /// `BPF_PROG_TYPE_XDP` at `BPF_XDP`, in the driver.
+    Xdp,
+}
+
+/// The first part of `union bpf_attr` for programs.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// The first part of `union bpf_attr` for links.
+#[repr(C)]
+#[derive(Default)]
+struct LinkAttr {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    rest: [u64; 4],
+}
+
+fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<OwnedFd> {
+    // SAFETY: the attribute lives through the call and its size is told; what it points to lives as long, since the
+    // caller below owns it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            core::ptr::from_mut(attr),
+            size_of::<A>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let descriptor = i32::try_from(result).expect("descriptors are small");
+    // SAFETY: the descriptor is fresh and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Attaches a program that drops every frame, until what this returns is dropped itself.
+///
+/// # Errors
+/// As attaching: `EBUSY` if there is a program already, `EOPNOTSUPP` if the driver has no native XDP.
+pub fn drop_all(hook: Hook, interface: u32) -> io::Result<OwnedFd> {
+    // TC_ACT_SHOT, XDP_DROP.
+    let (prog_type, attach_type, answer, flags) = match hook {
+        Hook::Tcx => (3, 46, 2, 0),
+        Hook::Xdp => (6, 37, 1_u64, DRIVER_MODE),
+    };
+    // r0 = answer; exit.
+    let program: [u64; 2] = [0xb7 | answer << 32, 0x95];
+    let mut attr = ProgramAttr {
+        prog_type,
+        insn_cnt: 2,
+        insns: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        expected_attach_type: attach_type,
+        ..ProgramAttr::default()
+    };
+    let program = bpf(BPF_PROG_LOAD, &mut attr)?;
+    let mut attr = LinkAttr {
+        prog_fd: u32::try_from(program.as_raw_fd()).expect("not negative"),
+        target_ifindex: interface,
+        attach_type,
+        flags,
+        ..LinkAttr::default()
+    };
+    bpf(BPF_LINK_CREATE, &mut attr)
+}
