@@ -1,7 +1,9 @@
 //! Virtual IPs and what is counted for them.
 
 /// A virtual IP as a map key: an IPv6 address in network order; IPv4 as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
-#[repr(C)]
+///
+/// Aligned, so that the programs copy and hash it by words: the BPF target goes through what is not byte by byte.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VipKey(pub [u8; 16]);
 

@@ -96,8 +96,20 @@ pub(crate) enum Kind {
     Echo,
 }
 
-/// A packet to a VIP. It lies in a map: the kernel's stack is too small for it.
+/// A packet to a VIP. It lies in a map: the kernel's stack is too small for it. Addresses come first, where words lie:
+/// they are copied and compared by words then.
+#[repr(C)]
 pub(crate) struct Packet {
+    /// Where the transport header lies.
+    pub(crate) transport: usize,
+    /// Where that of the packet inside an error lies.
+    pub(crate) inner: usize,
+    /// Who sent it; in an error that is not the client.
+    pub(crate) source: [u8; 16],
+    pub(crate) flow: FlowKey,
+    /// The datagram's identification, if it is in fragments.
+    pub(crate) id: u32,
+    pub(crate) mac: [u8; 6],
     pub(crate) kind: Kind,
     /// The transport's protocol; in an error that of the packet inside.
     pub(crate) protocol: u8,
@@ -106,23 +118,13 @@ pub(crate) struct Packet {
     pub(crate) ttl: u8,
     /// Whether more fragments follow.
     pub(crate) more: bool,
-    /// The datagram's identification, if it is in fragments.
-    pub(crate) id: u32,
-    /// Where the transport header lies.
-    pub(crate) transport: usize,
-    /// Where that of the packet inside an error lies.
-    pub(crate) inner: usize,
-    /// Who sent it; in an error that is not the client.
-    pub(crate) source: [u8; 16],
-    pub(crate) mac: [u8; 6],
-    pub(crate) flow: FlowKey,
     // What is found out about it.
     pub(crate) v6: bool,
-    /// The node that steered it or handed it on, 0 for none.
-    pub(crate) sender: u16,
     /// The hash of its flow, and the bucket that follows from it.
     pub(crate) hash: u64,
     pub(crate) bucket: u32,
+    /// The node that steered it or handed it on, 0 for none.
+    pub(crate) sender: u16,
     /// Whose it is by the table.
     pub(crate) target: u16,
     /// By the table it is this node's.

@@ -114,7 +114,8 @@ fn write(key: &str, value: &Value) {
 
 #[test]
 fn cost() {
-    const WAYS: [&str; 7] = [
+    const WAYS: [&str; 8] = [
+        "another host's",
         "not a VIP",
         "counted only",
         "UDP steered",
@@ -153,7 +154,10 @@ fn cost() {
                 port_of(6, false),
             ];
             let not_ours = Ipv4Addr::new(192, 0, 2, 99).into();
+            let mut others = mk(vip, 6, &mk_tcp(1, 80, ACK));
+            others[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
             let frames = [
+                others,
                 mk(not_ours, 6, &mk_tcp(1, 80, ACK)),
                 mk(counted, 6, &mk_tcp(1, 80, ACK)),
                 mk(vip, 17, &mk_udp(ports[0], 80, b"x")),
@@ -163,7 +167,7 @@ fn cost() {
                 mk(vip, 6, &mk_tcp(ports[3], 80, ACK)),
             ];
             // Looking for the ports has opened the flow that is delivered; one more, and it is established.
-            assert_eq!(program.raw(&frames[6]).0, u32::MAX);
+            assert_eq!(program.raw(&frames[7]).0, u32::MAX);
             let figures = frames.map(|frame| program.cost(&frame));
             print!("{services:>8} {nodes:>5}");
             for figure in figures {
@@ -173,9 +177,12 @@ fn cost() {
             let by_way: BTreeMap<&str, u32> = WAYS.into_iter().zip(figures).collect();
             rows.push(json!({"services": services, "nodes": nodes, "ns": by_way}));
             if services == 10_000 && nodes == 3 {
-                let most = figures[2..5].iter().max().expect("three");
+                let most = figures[3..6].iter().max().expect("three");
                 let met = if *most <= 100 { "met" } else { "not met" };
-                println!("goal: at most 100 ns a steered packet: {most} ns, {met}");
+                println!(
+                    "goal: at most 100 ns a steered packet: {most} ns, {met}; what is looked at and left: {} ns",
+                    figures[0]
+                );
             }
         }
     }
