@@ -54,6 +54,27 @@ pub(crate) trait Context {
         // run nodes read words at any address.
         Some(unsafe { *((start + offset) as *const T) })
     }
+
+    /// Writes the frame's Ethernet addresses: to `to`, from the address that it was sent to. In place, by words: that is
+    /// quicker than to have them copied.
+    #[inline(always)]
+    fn readdress(&self, to: [u8; 6]) -> Option<()> {
+        let start = self.data();
+        if start + ETH_HEADER > self.data_end() {
+            return None;
+        }
+        let [a, b, c, d, e, f] = to;
+        // SAFETY: as in `at`; both addresses are in front of the header's end.
+        unsafe {
+            let (first, last) = (start as *mut u32, (start + 4) as *mut u16);
+            let (mine_first, mine_last) = (*first, *last);
+            *first = u32::from_ne_bytes([a, b, c, d]);
+            *last = u16::from_ne_bytes([e, f]);
+            *((start + 6) as *mut u32) = mine_first;
+            *((start + 10) as *mut u16) = mine_last;
+        }
+        Some(())
+    }
 }
 
 /// Its larger parts are global functions to the verifier, which looks at each once, whoever calls it.

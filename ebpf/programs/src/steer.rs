@@ -4,7 +4,7 @@ use landfall_ebpf_common::handing_on::Arrival;
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{
     HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
-    port_flag, tunnel_mac,
+    port_flag,
 };
 
 use crate::context::Context;
@@ -294,17 +294,7 @@ fn send<C: Context>(context: &C, number: u16, node: &Node, verdict: Verdict) -> 
     if !context.reaches(node) {
         return lost::<C>();
     }
-    let mine = if node.flags & node_flag::TUNNEL != 0 {
-        tunnel_mac(maps::settings().seed)
-    } else if let Some(mine) = context.at::<[u8; 6]>(0) {
-        mine
-    } else {
-        return lost::<C>();
-    };
-    let mut macs = [0_u8; 12];
-    macs[..6].copy_from_slice(&node.mac);
-    macs[6..].copy_from_slice(&mine);
-    if context.store(0, macs).is_none() {
+    if context.readdress(node.mac).is_none() {
         return lost::<C>();
     }
     maps::note(verdict);

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key};
 use aya_ebpf::helpers::bpf_skb_set_tunnel_key;
 use aya_ebpf::programs::TcContext;
-use landfall_ebpf_common::{PeerKey, TUNNEL_ID, Verdict, VipKey, vip_flag};
+use landfall_ebpf_common::{PeerKey, TUNNEL_ID, Verdict, VipKey, tunnel_mac, vip_flag};
 
 use crate::context::Context;
 use crate::packet::Frame;
@@ -42,6 +42,11 @@ pub extern "C" fn landfall_enter(skb: *mut __sk_buff, number: u32) -> u32 {
         key.__bindgen_anon_1.remote_ipv6 = [a, b, c, d].map(u32::from_ne_bytes);
         BPF_F_TUNINFO_IPV6
     };
+    // Nobody on the way looks at the addresses inside.
+    let source = tunnel_mac(maps::settings().seed);
+    if Context::store(&TcContext::new(skb), 6, source).is_none() {
+        return 1;
+    }
     // SAFETY: the key is as long as is said.
     let outcome = unsafe {
         bpf_skb_set_tunnel_key(
