@@ -46,6 +46,32 @@ const fn logarithms() -> [u32; (1 << CUTS) + 1] {
     table
 }
 
+/// Leading zeros of a byte: the BPF target has no instruction for it.
+static ZEROS: [u8; 256] = zeros();
+
+#[allow(clippy::cast_possible_truncation)] // The index is below 256, and has at most 8 zeros.
+const fn zeros() -> [u8; 256] {
+    let mut table = [0; 256];
+    let mut index = 0;
+    while index < 256 {
+        table[index] = (index as u8).leading_zeros() as u8;
+        index += 1;
+    }
+    table
+}
+
+/// Leading zeros of a number; most have few, and then one look does.
+#[inline(always)]
+#[allow(clippy::inline_always)] // As below.
+const fn leading_zeros(x: u64) -> u32 {
+    let first = ZEROS[(x >> 56) as usize];
+    if first < 8 {
+        first as u32
+    } else {
+        x.leading_zeros()
+    }
+}
+
 /// Spreads a number's bits over all of it (Steele, Lea and Flood, OOPSLA 2014: the finaliser of `SplitMix64`).
 #[inline(always)]
 #[allow(clippy::inline_always)] // The verifier sees straight code.
@@ -109,7 +135,7 @@ const fn word(bytes: &[u8; 16], at: usize) -> u64 {
 pub const fn cost(seed: u64, bucket: u32) -> u32 {
     // The bit that is set bounds the cost, and with it the integer part.
     let drawn = absorb(seed, bucket as u64) | 1 << 32;
-    let zeros = drawn.leading_zeros();
+    let zeros = leading_zeros(drawn);
     // Without the leading one: first the place in the table, then what lies between two places.
     let fraction = drawn << zeros << 1;
     let place = (fraction >> (64 - CUTS)) as usize;
