@@ -83,6 +83,24 @@ impl Frame {
     }
 }
 
+/// An IPv4 header without options and the ports behind it, as in the frame.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Plain {
+    head: u8,
+    service: u8,
+    length: u16,
+    id: u16,
+    fragment: u16,
+    ttl: u8,
+    protocol: u8,
+    checksum: u16,
+    source: u32,
+    destination: u32,
+    client_port: u16,
+    port: u16,
+}
+
 /// What a packet is, as far as steering goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -212,25 +230,22 @@ impl Packet {
     fn plain(&mut self, context: &impl Context) -> Option<()> {
         const NO_OPTIONS: u8 = 0x45;
         const PORTS: usize = ETH_HEADER + IPV4_HEADER;
+        let header: Plain = context.at(ETH_HEADER)?;
         // Flags and offset of fragments; "don't fragment" means nothing here.
-        let fragment: u16 = context.at(ETH_HEADER + 6)?;
-        let protocol: u8 = context.at(ETH_HEADER + 9)?;
-        let head: u8 = context.at(ETH_HEADER)?;
-        if head != NO_OPTIONS || u16::from_be(fragment) & 0x3fff != 0 {
+        if header.head != NO_OPTIONS || u16::from_be(header.fragment) & 0x3fff != 0 {
             return None;
         }
-        if protocol == TCP {
+        if header.protocol == TCP {
             self.tcp = context.at(PORTS + 13)?;
-        } else if protocol != UDP {
+        } else if header.protocol != UDP {
             return None;
         }
-        let ports: [u16; 2] = context.at(PORTS)?;
-        self.flow.client_port = u16::from_be(ports[0]);
-        self.flow.port = u16::from_be(ports[1]);
-        self.ttl = context.at(ETH_HEADER + 8)?;
-        self.protocol = protocol;
+        self.flow.client_port = u16::from_be(header.client_port);
+        self.flow.port = u16::from_be(header.port);
+        self.ttl = header.ttl;
+        self.protocol = header.protocol;
         self.transport = PORTS;
-        self.source = mapped(context.at(ETH_HEADER + 12)?).0;
+        self.source = mapped(header.source).0;
         self.flow.client = self.source;
         Some(())
     }
