@@ -513,3 +513,22 @@ fn the_driver_sends_by_the_interface_that_the_frame_came_in_by_and_what_is_for_i
     assert_eq!(program.raw(&frame).0, 7);
     assert_eq!(program.driven(&frame), (XDP_PASS, frame));
 }
+
+/// It stops at a million instructions, looked through on all ways; what it makes of a way differs between kernels.
+#[test]
+fn the_verifier_has_room() {
+    let mut program = Program::load();
+    let uplink = classifier(&mut program.ebpf).unwrap().info().unwrap();
+    let looked = [
+        uplink.verified_instruction_count(),
+        driver(&mut program.ebpf)
+            .unwrap()
+            .info()
+            .unwrap()
+            .verified_instruction_count(),
+    ];
+    println!("instructions looked through, at the uplink and at its driver: {looked:?}");
+    for count in looked.into_iter().flatten() {
+        assert!(count < 600_000, "{looked:?}");
+    }
+}
