@@ -164,6 +164,7 @@ pub struct PortId {
 }
 
 /// How a port's flows are spread.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortState {
     /// The nodes that serve it.

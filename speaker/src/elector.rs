@@ -121,6 +121,9 @@ pub struct Speaker {
     data_path_known: bool,
     /// The programs are at every uplink and know what they need.
     steers: bool,
+    /// In its own tables this node serves what it has endpoints of; until when.
+    assumes_to_serve: bool,
+    assumes_until: Option<Duration>,
     /// Where other nodes were heard, by their hellos.
     macs: BTreeMap<NodeId, MacAddr>,
     nodes_stale: bool,
@@ -189,6 +192,8 @@ impl Speaker {
             expected: Expected::new(),
             quiet: false,
             needs_tunnel: false,
+            assumes_to_serve: true,
+            assumes_until: None,
         };
         speaker.show_keys();
         speaker

@@ -13,7 +13,7 @@
 //! same round. Frames are UDP over IPv4, 64 bytes with their checksum, of 256 flows that each way has seen before.
 //! Prints a table, and writes it with what `cost` found (`target/bench/test-run.json`) to `target/bench/ingress.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::thread;
@@ -28,7 +28,7 @@ use landfall_ebpf_common::constant::{self, Hook};
 use landfall_lab::raw::flood;
 use landfall_lab::{Netns, Topology};
 use landfall_speaker::datapath::{
-    self, Attachment, Change, DataPath, NodeId, NodeState, PortId, PortState, VipState,
+    self, Attachment, Change, DataPath, NodeId, NodeState, PortId, PortState, Reach, VipState,
 };
 use landfall_tests::{Cluster, objects};
 use prometheus_client::registry::Registry;
@@ -217,7 +217,7 @@ impl Links {
         };
         let mut registry = Registry::default();
         let datapath = self.node.run(|| datapath::start(config, &mut registry));
-        datapath.attach([self.at_node[1], self.at_node[4]].into());
+        datapath.attach(BTreeSet::from([self.at_node[1], self.at_node[4]]).into());
         datapath.change(vec![Change::Complete]);
         for link in [1, 4] {
             for (place, name) in (1..).zip(OTHERS) {
@@ -262,7 +262,7 @@ impl Links {
     fn serve(&self, datapath: &impl DataPath, vip: IpAddr, link: usize) {
         let port = PortState {
             nodes: OTHERS.map(|name| (name.into(), 1)).into(),
-            interface: self.at_node[link],
+            reach: Reach::by(self.at_node[link]),
             ..PortState::default()
         };
         let id = PortId {

@@ -190,8 +190,8 @@ impl Node {
 #[inline(always)]
 #[allow(clippy::inline_always)] // The verifier sees straight code.
 pub const fn tunnel_mac(seed: u64) -> [u8; 6] {
-    let [a, b, c, d, e, ..] = seed.to_be_bytes();
-    [2, a, b, c, d, e]
+    let bytes = seed.to_be_bytes();
+    [2, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]]
 }
 
 /// An Ethernet address at an interface.

@@ -22,6 +22,10 @@ use crate::datapath::{
     Attachment, Change, Delivery, Native, NodeId, NodeState, PortId, PortState, Reach, VipState,
 };
 
+/// A speaker that begins, perhaps in the place of another, takes it in its own tables that its node serves what it has
+/// endpoints of, until it has had the time to ask: the others' tables still say so.
+const ASSUMES: Duration = Duration::from_secs(1);
+
 /// What one group adds to what the data path should know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Steered {
@@ -210,6 +214,14 @@ impl Speaker {
     /// Until it is known whether they can be, this node does not say that it serves anything: flows that others hold
     /// would come here, and it could not hand them on.
     pub(super) fn check_steers(&mut self, now: Duration) {
+        if self.assumes_to_serve && self.told.complete {
+            let until = *self.assumes_until.get_or_insert(now + ASSUMES);
+            if now >= until {
+                self.assumes_to_serve = false;
+                self.desired.forget();
+                self.apply_at.get_or_insert(now);
+            }
+        }
         let attachments = self.parts.datapath.attachments();
         if !self.data_path_known
             && self.told.complete
@@ -343,7 +355,8 @@ impl Speaker {
         let serves = |node: &NodeName| {
             (group.steers() || node == me)
                 && self.is_there(node, reach.of(node))
-                && self.election.serves(node, &group.id, id)
+                && (self.election.serves(node, &group.id, id)
+                    || (node == me && self.assumes_to_serve))
         };
         for port in &service.ports {
             let family_port = (Family::of(vip.address), port.protocol, port.port);

@@ -518,7 +518,10 @@ fn the_driver_sends_by_the_interface_that_the_frame_came_in_by_and_what_is_for_i
 #[test]
 fn the_verifier_has_room() {
     let mut program = Program::load();
-    let uplink = classifier(&mut program.ebpf, UPLINK_INGRESS).unwrap().info().unwrap();
+    let uplink = classifier(&mut program.ebpf, UPLINK_INGRESS)
+        .unwrap()
+        .info()
+        .unwrap();
     let looked = [
         uplink.verified_instruction_count(),
         driver(&mut program.ebpf)
