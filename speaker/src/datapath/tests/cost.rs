@@ -9,11 +9,12 @@ use std::time::Instant;
 
 use aya::{TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
+use landfall_ebpf_common::UPLINK_INGRESS;
 use serde_json::{Value, json};
 
 use super::super::layout::SHAPES;
 use super::super::uplink::classifier;
-use super::super::{Change, NodeId, NodeState, PortState, VipState};
+use super::super::{Change, NodeId, NodeState, PortState, Reach, VipState};
 use super::golden::{NODES, Program, mk, mk_port};
 use super::packets::{ACK, SYN, mk_tcp, mk_udp};
 
@@ -78,7 +79,7 @@ impl Program {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let state = PortState {
                 nodes: nodes.clone(),
-                interface: INTERFACE,
+                reach: Reach::by(INTERFACE),
                 udp_ports: true,
                 ..mk_port(&[])
             };
@@ -203,7 +204,7 @@ fn cost_of_a_rebuild() {
     let full = timed(&mut |program| {
         let state = PortState {
             nodes: names.clone(),
-            interface: INTERFACE,
+            reach: Reach::by(INTERFACE),
             ..mk_port(&[])
         };
         program.port(vip(1), Protocol::Tcp, 80, state);
@@ -214,7 +215,7 @@ fn cost_of_a_rebuild() {
     let without = timed(&mut |program| {
         let state = PortState {
             nodes: fewer.clone(),
-            interface: INTERFACE,
+            reach: Reach::by(INTERFACE),
             ..mk_port(&[])
         };
         program.port(vip(1), Protocol::Tcp, 80, state);
