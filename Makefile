@@ -42,6 +42,7 @@ lint: ## Format check, clippy with warnings denied, docs with warnings denied
 	cargo fmt --all --check
 	cargo fmt --manifest-path ebpf/programs/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p landfall-speaker --features bench --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
 .PHONY: bench-speaker

@@ -131,6 +131,10 @@ pub struct Args {
     )]
     pub delivery: Delivery,
 
+    /// The UDP port of the tunnel to nodes that are not on a VIP's segment (VXLAN); the same on every node.
+    #[arg(long, env = "LANDFALL_TUNNEL_PORT", default_value_t = 7952)]
+    pub tunnel_port: u16,
+
     /// Whether answers from a VIP leave by the interface it is announced on, even if the route to the client is
     /// another one.
     #[arg(
@@ -176,7 +180,7 @@ pub struct Args {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Remove what a speaker leaves on this node when it stops: eBPF programs, maps and pins, the nftables table
-    /// `inet landfall`, policy routes. Stop the speaker first: one that runs puts it all back.
+    /// `inet landfall`, policy routes, the tunnel. Stop the speaker first: one that runs puts it all back.
     #[command(after_help = UNINSTALL_EXAMPLES)]
     Uninstall(PinArgs),
 }

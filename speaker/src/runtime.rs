@@ -93,6 +93,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         node_rules::Config {
             policy_routes: args.policy_routes,
             gateways: args.uplink_gateway.clone(),
+            tunnel_port: args.tunnel_port,
             ..node_rules::Config::default()
         },
         &mut registry,

@@ -6,12 +6,12 @@ use anyhow::Context as _;
 
 use crate::{datapath, node_rules};
 
-/// Removes programs, maps, pins, the nftables table and the policy routes of this node, and says what was there.
+/// Removes programs, maps, pins, the nftables table, the policy routes and the tunnel of this node, and says what was there.
 /// Each part is tried, also if another fails. It is no error if nothing is there.
 pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
     let rules = node_rules::remove(&node_rules::Config::default())
         .await
-        .context("the nftables table or the policy routes are still there");
+        .context("the nftables table, the policy routes or the tunnel are still there");
     let removed = datapath::uninstall(pin_dir).with_context(|| {
         format!(
             "{} is still there: run this as root where the speaker ran, with its --bpf-pin-dir",
@@ -26,6 +26,6 @@ pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
     } = removed?;
     Ok(format!(
         "eBPF links: {links} removed\neBPF maps: {maps} removed\nclsact filters: {filters} removed\n\
-         nftables table and policy routes: gone"
+         nftables table, policy routes and tunnel: gone"
     ))
 }

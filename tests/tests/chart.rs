@@ -89,6 +89,13 @@ fn the_speaker_has_what_it_needs_and_no_more() {
 }
 
 #[test]
+fn delivery_is_kube_proxys_or_native() {
+    assert!(done(&template("speaker.yaml", &[])).contains("- --delivery=kube-proxy\n"));
+    let native = done(&template("speaker.yaml", &["speaker.delivery=\"native\""]));
+    assert!(native.contains("- --delivery=native\n"), "{native}");
+}
+
+#[test]
 fn drivers_are_named_one_by_one() {
     assert!(!done(&template("speaker.yaml", &[])).contains("--xdp"));
     let speaker = done(&template(
