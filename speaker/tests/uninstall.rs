@@ -51,11 +51,12 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// How many programs are at the uplink by TCX.
+/// How many programs are at the uplink by TCX: one for what comes in, one for what leaves.
 fn attached(netns: &Netns) -> usize {
     netns.run(|| {
         let uplink = nix::net::if_::if_nametoindex("eth0").unwrap();
-        tcx::programs(uplink, tcx::Hook::Ingress).unwrap().len()
+        let at = |hook| tcx::programs(uplink, hook).unwrap().len();
+        at(tcx::Hook::Ingress) + at(tcx::Hook::Egress)
     })
 }
 
@@ -68,27 +69,32 @@ fn nothing_is_left_on_the_node() {
     let lab = mk_lab();
     let netns = &lab.node("node1").unwrap().netns;
     let pins = lab.mount_pins().unwrap().join("node1");
-    until("the data path is attached", || attached(netns) == 1);
+    until("the data path is attached", || attached(netns) == 2);
     until("the table is written", || has_table(netns));
     lab.stop("node1", SPEAKER);
     thread::sleep(Duration::from_millis(300));
-    assert_eq!(attached(netns), 1, "a killed speaker's program goes on");
+    assert_eq!(attached(netns), 2, "a killed speaker's program goes on");
     assert!(has_table(netns), "a killed speaker's table stays");
+    // As a speaker makes it where a node is off the segment.
+    netns
+        .ip("link add landfall0 type vxlan external dstport 7952")
+        .unwrap();
 
     let output = uninstall(netns, &pins);
     assert!(output.status.success(), "{}", text(&output));
     assert!(
-        text(&output).contains("eBPF links: 1 removed"),
+        text(&output).contains("eBPF links: 2 removed"),
         "{}",
         text(&output)
     );
     assert!(
-        text(&output).contains("eBPF maps: 14 removed"),
+        text(&output).contains("eBPF maps: 20 removed"),
         "{}",
         text(&output)
     );
     assert_eq!(attached(netns), 0);
     assert!(!has_table(netns));
+    assert!(!netns.ip("link").unwrap().contains("landfall0"));
     assert!(!pins.exists(), "{} is gone", pins.display());
     for family in ["-4", "-6"] {
         let rules = netns.ip(&format!("{family} rule")).unwrap();

@@ -217,6 +217,10 @@ impl Uplink {
             .copied()
             .filter(|side| (*side == Side::Tunnel) == is_tunnel)
             .collect();
+        // An earlier process may have wanted more; a filter is known only where it is looked for.
+        if !self.attached().contains(&interface) && !sides.contains(&Side::Egress) {
+            self.detach_from((interface, Side::Egress));
+        }
         let mut outcome = (Attachment::Tcx, None);
         for side in sides {
             let (attachment, restored) = self.ensure_at((interface, side))?;

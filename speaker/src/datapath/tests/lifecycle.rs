@@ -21,7 +21,8 @@ use super::super::layout::SHAPES;
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
 use super::super::{
-    Attachment, Change, Config, DataPath, Hook, Removed, VipCount, VipState, Worker, uninstall,
+    Attachment, Change, Config, DataPath, Delivery, Hook, Removed, VipCount, VipState, Worker,
+    uninstall,
 };
 use super::packets::{mk_frame, mk_v4, mk_v6};
 
@@ -498,4 +499,47 @@ fn clsact_does_the_same_below_6_6() {
         .expect("everything can be removed");
     assert_eq!(removed.filters, 1);
     assert_eq!(filters(), 0);
+}
+
+/// Where the programs deliver, one sees what leaves; it goes when kube-proxy is to deliver again.
+#[test]
+fn what_leaves_is_seen_where_the_programs_deliver() {
+    for hook in [Hook::Auto, Hook::Clsact] {
+        let bpffs = Bpffs::mount();
+        let segment = Segment::build();
+        let at_egress = || {
+            let programs = segment.node.run(|| {
+                tcx::programs(segment.uplink, tcx::Hook::Egress).expect("the kernel has TCX")
+            });
+            let filters = segment
+                .node
+                .exec("tc filter show dev up0 egress")
+                .unwrap_or_default();
+            programs.len() + filters.matches("handle 0x4c460001").count()
+        };
+        for (delivery, expected) in [
+            (Delivery::Native, 1),
+            (Delivery::Native, 1),
+            (Delivery::KubeProxy, 0),
+            (Delivery::Native, 1),
+        ] {
+            let (worker, _registry) = segment.start_with(Config {
+                hook,
+                delivery,
+                ..Config::new(bpffs.pin_dir())
+            });
+            eventually("as it should be", || {
+                worker
+                    .attachments()
+                    .get(&segment.uplink)
+                    .is_some_and(|it| !matches!(it, Attachment::Absent { .. }))
+                    && at_egress() == expected
+            });
+        }
+        segment
+            .node
+            .run(|| uninstall(&bpffs.pin_dir()))
+            .expect("everything can be removed");
+        assert_eq!(at_egress(), 0);
+    }
 }
