@@ -7,7 +7,8 @@
 //!              "reason": null, "nodes": {"n3": "no sign of life from its speaker"}}],
 //!  "peers": [{"name": "n2", "alive": true, "gossip": true, "heard": ["eth0"], "synced": true, "leaving": false}],
 //!  "interfaces": [{"name": "eth0", "index": 2, "mac": "…", "up": true, "hello": true}],
-//!  "steering": {"nodes": [{"name": "n2", "interface": 2, "alive": true, "steers": true, "mac": "…"}],
+//!  "steering": {"nodes": [{"name": "n2", "interface": 2, "alive": true, "suspected": false, "steers": true,
+//!                           "mac": "…"}],
 //!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}}}}
 //! ```
 //! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that

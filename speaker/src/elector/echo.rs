@@ -1,8 +1,8 @@
 //! The witness of another node's data path: an echo that its kernel answers, with or without a living speaker.
 //!
 //! Who says hello needs no witness. Once a node that steers has not been heard for a while on an interface, it is asked
-//! there, ten times a second. While it answers, its speaker is absent and no more: it
-//! stays in the tables. When it does not, it is gone.
+//! there, ten times a second. While it answers, its speaker is absent and no more: it stays in the tables. Once a
+//! question is left unanswered it is suspected: what it has it keeps, new flows go elsewhere. After three it is gone.
 //!
 //! ```text
 //!  2 (a request) or 3 (an answer) 1 B | token 8 B
@@ -32,6 +32,9 @@ const PATIENCE: u32 = 3;
 pub(super) struct Echo {
     token: u64,
     asked: Duration,
+    /// The last question has no answer yet, which it may still get.
+    open: bool,
+    /// Questions in a row that got none before the next was due.
     unanswered: u32,
 }
 
@@ -49,12 +52,15 @@ impl Speaker {
                 .register(&id.name)
                 .is_some_and(|register| register.capabilities.steers);
             if !steers || heard.is_some_and(|heard| now.saturating_sub(heard) < SILENT) {
-                changed |= self.echoes.remove(id).is_some_and(|echo| echo.is_over());
+                let echo = self.echoes.remove(id);
+                changed |= echo.is_some_and(|echo| echo.is_over());
+                self.nodes_stale |= echo.is_some_and(|echo| echo.is_suspected());
                 continue;
             }
             let echo = self.echoes.entry(id.clone()).or_insert(Echo {
                 token: 0,
                 asked: Duration::ZERO,
+                open: false,
                 unanswered: 0,
             });
             let before = echo.is_over();
@@ -62,9 +68,12 @@ impl Speaker {
             if now.saturating_sub(echo.asked) < every {
                 continue;
             }
-            if echo.asked > Duration::ZERO {
+            let suspected = echo.is_suspected();
+            if echo.open {
                 echo.unanswered = echo.unanswered.saturating_add(1);
             }
+            // The data path is told who is suspected and no more: no table changes.
+            self.nodes_stale |= echo.is_suspected() != suspected;
             if echo.is_over() && !before {
                 tracing::warn!(
                     node = %id.name,
@@ -78,6 +87,7 @@ impl Speaker {
                 echo.token = rand::random();
             }
             echo.asked = now;
+            echo.open = true;
             questions.push((id.interface, *mac, echo.token));
         }
         for (interface, mac, token) in questions {
@@ -118,7 +128,8 @@ impl Speaker {
             && let Some((id, echo)) = asked
         {
             let was_over = echo.is_over();
-            // Its next question counts from one again.
+            self.nodes_stale |= echo.is_suspected();
+            echo.open = false;
             echo.unanswered = 0;
             let name = id.name.clone();
             self.election.remember(&name, now);
@@ -130,6 +141,11 @@ impl Speaker {
             }
         }
         true
+    }
+
+    /// Whether a node may be gone: it has left a question unanswered, and has the time of two more.
+    pub(super) fn is_suspected(&self, id: &NodeId) -> bool {
+        self.echoes.get(id).is_some_and(Echo::is_suspected)
     }
 
     /// Whether packets that are sent to a node by an interface arrive, as far as is known.
@@ -175,5 +191,9 @@ impl Speaker {
 impl Echo {
     fn is_over(&self) -> bool {
         self.unanswered >= PATIENCE
+    }
+
+    fn is_suspected(&self) -> bool {
+        self.unanswered > 0 && !self.is_over()
     }
 }

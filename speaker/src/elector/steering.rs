@@ -110,7 +110,7 @@ impl Told {
             .iter()
             .map(|(id, state)| {
                 json!({
-                    "name": id.name, "interface": id.interface, "alive": state.alive,
+                    "name": id.name, "interface": id.interface, "alive": state.alive, "suspected": state.suspected,
                     "steers": state.steers, "mac": state.mac.map(|mac| MacAddr(mac).to_string()),
                 })
             })
@@ -281,7 +281,7 @@ impl Speaker {
                 let state = NodeState {
                     here: name == me,
                     alive: self.is_there(name, *uplink),
-                    suspected: false,
+                    suspected: self.is_suspected(&id),
                     steers: register.capabilities.steers,
                     mac,
                     address: None,

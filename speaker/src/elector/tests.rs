@@ -1,5 +1,7 @@
 //! The loop's owner with all four seams in memory, under virtual time.
 
+mod suspected;
+
 use std::sync::{Mutex, PoisonError};
 
 use landfall_core::groups::KINDS;
