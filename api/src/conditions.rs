@@ -6,6 +6,8 @@ pub const ADDRESS_ASSIGNED: &str = "landfall.dev/AddressAssigned";
 pub const ANNOUNCED: &str = "landfall.dev/Announced";
 /// `VirtualIP`: whether a node announces the address. Written by speakers.
 pub const VIRTUAL_IP_ANNOUNCED: &str = "Announced";
+/// `VirtualIP`: whether every node passes its packets on to the nodes that serve it. Written by speakers.
+pub const VIRTUAL_IP_STEERED: &str = "Steered";
 /// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
 pub const POOL_READY: &str = "Ready";
 
@@ -19,4 +21,14 @@ pub mod announced {
     pub const NO_ELIGIBLE_NODE: &str = "NoEligibleNode";
     /// Another station answers for the address.
     pub const ADDRESS_CONFLICT: &str = "AddressConflict";
+}
+
+/// Reasons of [`VIRTUAL_IP_STEERED`].
+pub mod steered {
+    /// No living node says that it cannot.
+    pub const ALL_NODES_STEER: &str = "AllNodesSteer";
+    /// An `L2Advertisement` says that the leader takes all packets.
+    pub const STEERING_OFF: &str = "SteeringOff";
+    /// Some node cannot; the message names each, and why.
+    pub const NODES_CANNOT_STEER: &str = "NodesCannotSteer";
 }

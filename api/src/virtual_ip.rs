@@ -91,7 +91,7 @@ pub struct VirtualIPStatus {
     /// Nodes with a servable endpoint of the Services that hold it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub endpoint_nodes: Vec<String>,
-    /// `Announced`, and why not.
+    /// `Announced` and `Steered`, and why not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -12,6 +12,7 @@
 mod debug;
 mod desired;
 mod echo;
+mod hindered;
 pub mod ready;
 mod shown;
 mod steering;
@@ -39,6 +40,7 @@ use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
 use desired::Desired;
 use echo::Echo;
+use hindered::Hindered;
 use ready::{Check, Frontend};
 use steering::Told;
 
@@ -124,6 +126,8 @@ pub struct Speaker {
     /// In its own tables this node serves what it has endpoints of; until when.
     assumes_to_serve: bool,
     assumes_until: Option<Duration>,
+    /// The nodes that cannot steer.
+    hindered: Hindered,
     /// Where other nodes were heard, by their hellos.
     macs: BTreeMap<NodeId, MacAddr>,
     nodes_stale: bool,
@@ -178,6 +182,7 @@ impl Speaker {
             told: Told::default(),
             data_path_known: false,
             steers: false,
+            hindered: Hindered::default(),
             macs: BTreeMap::new(),
             nodes_stale: false,
             echoes: BTreeMap::new(),
@@ -404,6 +409,7 @@ impl Speaker {
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();
         }
+        self.look_who_is_hindered(tick.all, now);
         self.held_pages.extend(tick.held);
         if self.told.is_complete() && !self.held_pages.is_empty() {
             let pages = std::mem::take(&mut self.held_pages);

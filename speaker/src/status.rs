@@ -3,13 +3,14 @@
 //! The leader reports its addresses; for a group that no node could lead, the living speaker with the smallest
 //! name does. A change of leader, place or condition is written at once, of anything else now and then.
 
+mod steered;
 pub mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use landfall_api::conditions::{VIRTUAL_IP_ANNOUNCED, announced};
+use landfall_api::conditions::{VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_STEERED, announced};
 use landfall_core::election::Verdict;
 use landfall_core::groups::{Group, GroupId, GroupVip};
 use landfall_core::ip::virtual_ip_name;
@@ -50,12 +51,24 @@ pub enum Write {
     },
 }
 
-/// The condition `Announced`.
+/// A condition.
 #[derive(Clone, Debug, PartialEq)]
-struct Announced {
+struct Condition {
     holds: bool,
     reason: &'static str,
     message: String,
+}
+
+impl Condition {
+    fn json(&self, kind: &str, transition: u64) -> Value {
+        json!({
+            "type": kind,
+            "status": if self.holds { "True" } else { "False" },
+            "reason": self.reason,
+            "message": self.message,
+            "lastTransitionTime": time(transition),
+        })
+    }
 }
 
 /// What one status should say.
@@ -66,7 +79,9 @@ struct Status {
     epoch: u64,
     interface: Option<String>,
     mac: Option<String>,
-    announced: Announced,
+    announced: Condition,
+    /// Nothing while nobody leads.
+    steered: Option<Condition>,
     // Less urgent.
     standby: Option<NodeName>,
     endpoint_nodes: Vec<String>,
@@ -83,7 +98,13 @@ impl Status {
         major(self) == major(other)
     }
 
-    fn patch(&self, transition: u64) -> Value {
+    fn patch(&self, since: Transitions) -> Value {
+        let mut conditions = vec![self.announced.json(VIRTUAL_IP_ANNOUNCED, since.announced)];
+        conditions.extend(
+            self.steered
+                .as_ref()
+                .map(|steered| steered.json(VIRTUAL_IP_STEERED, since.steered)),
+        );
         json!({"status": {
             "leader": self.leader,
             "standby": self.standby,
@@ -92,13 +113,7 @@ impl Status {
             "interface": self.interface,
             "mac": self.mac,
             "endpointNodes": self.endpoint_nodes,
-            "conditions": [{
-                "type": VIRTUAL_IP_ANNOUNCED,
-                "status": if self.announced.holds { "True" } else { "False" },
-                "reason": self.announced.reason,
-                "message": self.announced.message,
-                "lastTransitionTime": time(transition),
-            }],
+            "conditions": conditions,
         }})
     }
 }
@@ -112,10 +127,36 @@ fn time(millis: u64) -> String {
         .to_string()
 }
 
+/// Since when each condition holds, or does not, in milliseconds since the Unix epoch.
+#[derive(Clone, Copy)]
+struct Transitions {
+    announced: u64,
+    steered: u64,
+}
+
+impl Transitions {
+    fn new(status: &Status, before: Option<&Said>, wall: u64) -> Self {
+        let mut since = Self {
+            announced: wall,
+            steered: wall,
+        };
+        if let Some(before) = before {
+            if before.status.announced.holds == status.announced.holds {
+                since.announced = before.since.announced;
+            }
+            let holds = |status: &Status| status.steered.as_ref().map(|it| it.holds);
+            if holds(&before.status) == holds(status) {
+                since.steered = before.since.steered;
+            }
+        }
+        since
+    }
+}
+
 struct Said {
     status: Status,
     at: Duration,
-    transition: u64,
+    since: Transitions,
 }
 
 /// Decides what to write. It is fed with the groups that may have changed, and keeps what was said.
@@ -269,8 +310,7 @@ impl Reporter {
                 .or_insert(before.at + MINOR_EVERY);
             return;
         }
-        let same = before.filter(|before| before.status.announced.holds == status.announced.holds);
-        let transition = same.map_or(wall, |before| before.transition);
+        let since = Transitions::new(&status, before, wall);
         if status.announced.reason == announced::ADDRESS_CONFLICT
             && before.is_none_or(|before| before.status.announced.reason != status.announced.reason)
         {
@@ -283,7 +323,7 @@ impl Reporter {
         if !is_observed(speaker, vip.address, &status) {
             writes.push(Write::Status {
                 name: virtual_ip_name(vip.address),
-                patch: status.patch(transition),
+                patch: status.patch(since),
             });
         }
         self.said.insert(
@@ -291,7 +331,7 @@ impl Reporter {
             Said {
                 status,
                 at: now,
-                transition,
+                since,
             },
         );
     }
@@ -331,7 +371,7 @@ fn status(
         .flat_map(|service| service.endpoint_nodes.iter().map(ToString::to_string))
         .collect();
     let announced = if view.leader.is_none() {
-        Announced {
+        Condition {
             holds: false,
             reason: announced::NO_ELIGIBLE_NODE,
             message: node_by_node(verdicts),
@@ -342,7 +382,7 @@ fn status(
         } else {
             "clients reach one or the other"
         };
-        Announced {
+        Condition {
             holds: false,
             reason: announced::ADDRESS_CONFLICT,
             message: format!(
@@ -351,7 +391,7 @@ fn status(
             ),
         }
     } else if let Some(place) = place.filter(|place| place.default_route) {
-        Announced {
+        Condition {
             holds: true,
             reason: announced::DEFAULT_ROUTE,
             message: format!(
@@ -360,13 +400,17 @@ fn status(
             ),
         }
     } else {
-        Announced {
+        Condition {
             holds: true,
             reason: announced::LEADER_ELECTED,
             message: String::new(),
         }
     };
     Status {
+        steered: view
+            .leader
+            .is_some()
+            .then(|| steered::steered(speaker, group)),
         leader: view.leader,
         since: view.since,
         epoch: view.epoch,
@@ -382,17 +426,19 @@ fn status(
 
 /// Why each node could not lead.
 fn node_by_node(verdicts: &BTreeMap<NodeName, Verdict>) -> String {
-    let mut parts: Vec<String> = verdicts
+    let parts = verdicts
         .iter()
         .filter_map(|(node, verdict)| Some(format!("{node}: {}", verdict.as_ref().err()?)))
         .collect();
+    bounded(parts).unwrap_or_else(|| "no node is known".to_owned())
+}
+
+/// What is said of each node, of so many of them; nothing if there is none.
+fn bounded(mut parts: Vec<String>) -> Option<String> {
     let more = parts.len().saturating_sub(MAX_NODES);
     parts.truncate(MAX_NODES);
     if more > 0 {
         parts.push(format!("and {more} more"));
     }
-    if parts.is_empty() {
-        return "no node is known".to_owned();
-    }
-    parts.join("; ")
+    (!parts.is_empty()).then(|| parts.join("; "))
 }

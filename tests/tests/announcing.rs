@@ -48,6 +48,8 @@ fn announcing() {
         nodes::nobody_eligible,
         nodes::local_endpoints,
         steering::local_endpoints,
+        steering::hindered_node,
+        steering::unwanted,
         steering::unknown_ports,
         endpoints::removed_and_added,
         endpoints::added_under_load,

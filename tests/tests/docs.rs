@@ -115,6 +115,28 @@ fn every_flag_is_in_the_table_and_no_other() {
 }
 
 #[test]
+fn every_condition_and_its_reasons_are_in_the_table() {
+    let readme = readme();
+    let (_, table) = readme.split_once("### Conditions").unwrap();
+    let (table, _) = table.split_once("###").unwrap();
+    let text = fs::read_to_string(root().join("api/src/conditions.rs")).unwrap();
+    let words: Vec<&str> = text
+        .lines()
+        .filter_map(|line| literal(line.split_once("&str =")?.1))
+        .collect();
+    assert!(
+        words.len() > 10,
+        "the sources are not read right: {words:?}"
+    );
+    for word in words {
+        assert!(
+            table.contains(&format!("`{word}`")),
+            "{word} is not in README"
+        );
+    }
+}
+
+#[test]
 fn every_reason_of_a_refusal_is_in_the_table() {
     let readme = readme();
     let text = fs::read_to_string(root().join("core/src/ipam/refusal.rs")).unwrap();

@@ -179,6 +179,7 @@ pub struct Elector {
     source_synced: bool,
     leaving: bool,
     steers: bool,
+    hindrance: Option<Arc<str>>,
     started: Option<Duration>,
     listening: bool,
     /// When this node stopped listening; it claims a little later, so that those who did too are known.
@@ -211,6 +212,7 @@ impl Elector {
             source_synced: false,
             leaving: false,
             steers: false,
+            hindrance: None,
             started: None,
             listening: true,
             heard_out: None,
@@ -341,6 +343,20 @@ impl Elector {
     pub fn set_steers(&mut self, steers: bool) {
         self.all_dirty |= self.steers != steers;
         self.steers = steers;
+    }
+
+    /// Says why this node's data path cannot steer; at most [`super::MAX_HINDRANCE`] bytes.
+    pub fn set_hindrance(&mut self, hindrance: Option<Arc<str>>) {
+        self.hindrance = hindrance;
+    }
+
+    /// The living nodes that say they cannot steer, and why.
+    pub fn hindered(&self) -> BTreeMap<NodeName, Arc<str>> {
+        let said = self.alive().filter_map(|node| {
+            let register = self.registers(node)?.register()?;
+            Some((node.clone(), register.hindrance.clone()?))
+        });
+        said.collect()
     }
 
     /// Whether a group's traffic would be served here, as last set.
@@ -662,6 +678,7 @@ impl Elector {
                 steers: self.steers,
                 ..super::peer::Capabilities::default()
             },
+            hindrance: self.hindrance.clone(),
             synced: self.source_synced && !self.listening,
             leaving: self.leaving,
         }

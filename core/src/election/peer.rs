@@ -61,6 +61,9 @@ impl Default for Capabilities {
     }
 }
 
+/// How long a node's reason for not steering may be, in bytes.
+pub const MAX_HINDRANCE: usize = 160;
+
 /// What a node says of itself as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRegister {
@@ -68,6 +71,8 @@ pub struct NodeRegister {
     pub interfaces: Vec<InterfaceFact>,
     /// What it can do.
     pub capabilities: Capabilities,
+    /// Why its data path cannot steer, in short; nothing if it can, or if that is not known yet.
+    pub hindrance: Option<Arc<str>>,
     /// It has listed its sources and may lead.
     pub synced: bool,
     /// It is about to stop and leads nothing new.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use landfall_ebpf_common::rendezvous::BUCKETS;
 
-use super::peer::{BootId, HELD_PAGE, NodeRegister, Topic, Word};
+use super::peer::{BootId, HELD_PAGE, MAX_HINDRANCE, NodeRegister, Topic, Word};
 use crate::model::NodeName;
 
 /// The version of the encoding; another is refused and counted.
@@ -111,9 +111,10 @@ impl Frame {
                         };
                         named && sound && word.as_ref().is_none_or(|word| word.suits(topic))
                     })
-                    && node
-                        .as_ref()
-                        .is_none_or(|(_, node)| node.interfaces.len() <= MAX_INTERFACES)
+                    && node.as_ref().is_none_or(|(_, node)| {
+                        let hindrance = node.hindrance.as_ref().map_or(0, |text| text.len());
+                        node.interfaces.len() <= MAX_INTERFACES && hindrance <= MAX_HINDRANCE
+                    })
             }
             Self::Want { from, marks } | Self::Known { from, marks } => {
                 from.0.len() <= MAX_NAME && marks.len() <= MAX_WORDS && marks.iter().all(name)

@@ -241,6 +241,7 @@ impl Speaker {
                     Some(Attachment::Tcx | Attachment::Clsact)
                 )
             });
+        self.say_hindrance(&attachments);
         if self.steers != steers {
             self.steers = steers;
             self.election.set_steers(steers);

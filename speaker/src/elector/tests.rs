@@ -1,5 +1,6 @@
 //! The loop's owner with all four seams in memory, under virtual time.
 
+mod steered;
 mod suspected;
 
 use std::sync::{Mutex, PoisonError};
@@ -27,6 +28,8 @@ struct Lower {
     rules: Mutex<Rules>,
     uplinks: Mutex<BTreeSet<u32>>,
     told: Mutex<Vec<Told>>,
+    /// Why the programs are not attached.
+    hindrance: Mutex<Option<String>>,
 }
 
 impl Lower {
@@ -67,8 +70,11 @@ impl DataPath for Lower {
     }
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
+        let hindrance = self.hindrance.lock().unwrap().clone();
+        let attachment = hindrance.map_or(Attachment::Tcx, |reason| Attachment::Absent { reason });
         let uplinks = self.uplinks.lock().unwrap();
-        uplinks.iter().map(|it| (*it, Attachment::Tcx)).collect()
+        let attached = uplinks.iter().map(|it| (*it, attachment.clone()));
+        attached.collect()
     }
 }
 
@@ -78,6 +84,8 @@ struct Host {
     lower: Arc<Lower>,
     news: UnboundedReceiver<MembershipEvent>,
     told: usize,
+    /// The groups whose status may have changed.
+    touched: BTreeSet<GroupId>,
 }
 
 struct World {
@@ -196,6 +204,7 @@ impl World {
             lower,
             news,
             told: 0,
+            touched: BTreeSet::new(),
         };
         self.hosts.insert(name, host);
     }
@@ -207,7 +216,8 @@ impl World {
             while let Ok(event) = host.news.try_recv() {
                 host.speaker.membership(event, self.now);
             }
-            host.speaker.settle(self.now, 0);
+            let touched = host.speaker.settle(self.now, 0);
+            host.touched.extend(touched);
             let hellos = host.announcing.asked().hellos;
             said.extend(
                 hellos[host.told..]

@@ -248,16 +248,27 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// A `VirtualIP`'s condition, `True Reason: message`.
+    /// A `VirtualIP`'s condition `Announced`, `True Reason: message`.
     pub(crate) fn condition(&self, vip: IpAddr) -> String {
+        self.condition_of(vip, "Announced")
+    }
+
+    fn condition_of(&self, vip: IpAddr, kind: &str) -> String {
         let status = self.status(vip);
+        let conditions = status["conditions"].as_array();
+        let of_kind = conditions.and_then(|all| all.iter().find(|it| it["type"] == kind));
         let text = |key: &str| {
-            status["conditions"][0][key]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned()
+            let text = of_kind.and_then(|condition| condition[key].as_str());
+            text.unwrap_or_default().to_owned()
         };
         format!("{} {}: {}", text("status"), text("reason"), text("message"))
+    }
+
+    /// Waits until the condition `Steered` begins so; whole.
+    pub(crate) fn expect_steered(&self, vip: IpAddr, start: &str) -> String {
+        let what = format!("Steered {start} of {vip}");
+        let look = || self.condition_of(vip, "Steered");
+        eventually(&what, look, |it| it.starts_with(start))
     }
 
     /// Waits until it begins so; whole.

@@ -1,13 +1,18 @@
 //! What steering adds to `externalTrafficPolicy: Local`, with the real kube-proxy delivering.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::Netns;
+use landfall_lab::fault::SPEAKER;
 use landfall_tests::{PATIENCE, client};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::scene::{Scene, eventually};
@@ -64,6 +69,84 @@ pub(crate) fn local_endpoints(scene: &Scene<'_>) {
         || pods(clients[0], vips[0]),
         |pods| pods.keys().any(|pod| pod.starts_with(&*leader)),
     );
+}
+
+/// The leader's node loses what its programs need: another leads, all is served, and the objects name the node and the
+/// reason until it steers again.
+pub(crate) fn hindered_node(scene: &Scene<'_>) {
+    let lab = scene.lab();
+    let vips = scene.create(
+        "hindered",
+        json!({"externalTrafficPolicy": "Local"}),
+        json!({}),
+    );
+    scene.served(&vips);
+    let node = scene.leader(vips[0]);
+    scene.expect_steered(vips[0], "True AllNodesSteer");
+
+    lab.signal(&node, SPEAKER, Signal::SIGKILL).unwrap();
+    lab.wait(&node, SPEAKER, PATIENCE).unwrap();
+    let pins = lab.mount_pins().unwrap().join(&node);
+    fs::remove_dir_all(&pins).unwrap();
+    fs::create_dir(&pins).unwrap();
+    let cover = Cover::mount(&pins);
+    lab.restart(&node, SPEAKER).unwrap();
+    scene.all_take_part();
+    for vip in &vips {
+        let said = scene.expect_steered(*vip, "False NodesCannotSteer");
+        let named = format!("{node}: {} is not on a bpf file system", pins.display());
+        assert!(said.contains(&named), "{said}");
+        for other in lab.nodes().iter().filter(|it| it.name != node) {
+            assert!(!said.contains(&format!("{}: ", other.name)), "{said}");
+        }
+        assert_ne!(scene.leader(*vip), node, "who cannot steer does not lead");
+    }
+    scene.served(&vips);
+
+    drop(cover);
+    for vip in &vips {
+        scene.expect_steered(*vip, "True AllNodesSteer");
+    }
+    scene.served(&vips);
+}
+
+/// A file system of another kind on a directory.
+struct Cover<'a>(&'a Path);
+
+impl<'a> Cover<'a> {
+    fn mount(over: &'a Path) -> Self {
+        mount(
+            Some("tmpfs"),
+            over,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        Self(over)
+    }
+}
+
+impl Drop for Cover<'_> {
+    fn drop(&mut self) {
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// The objects say that there is no steering where an advertisement wants none.
+pub(crate) fn unwanted(scene: &Scene<'_>) {
+    let vips = scene.create("unwanted", json!({}), json!({}));
+    scene.served(&vips);
+    scene.expect_steered(vips[0], "True AllNodesSteer");
+    scene.advertise(&json!({"steering": "Off"}));
+    for vip in &vips {
+        scene.expect_steered(*vip, "False SteeringOff");
+    }
+    scene.served(&vips);
+    scene.advertise(&json!({"steering": "Auto"}));
+    for vip in &vips {
+        scene.expect_steered(*vip, "True AllNodesSteer");
+    }
 }
 
 /// A port that no Service has is refused at once, or met with silence where the advertisement says so; an echo is

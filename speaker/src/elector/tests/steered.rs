@@ -1,0 +1,168 @@
+//! What the objects say of steering: what the leaders' speakers write.
+
+use landfall_core::model::{Advertisement, Steering, UnknownPort};
+use serde_json::Value;
+
+use super::*;
+use crate::status::{Reporter, Write};
+
+/// Two VIPs, and what is written of them.
+struct Reported {
+    world: World,
+    reporters: BTreeMap<NodeName, Reporter>,
+    writes: Vec<(String, Value)>,
+}
+
+impl Reported {
+    fn new() -> Self {
+        let mut reported = Self {
+            world: World::new(2),
+            reporters: BTreeMap::new(),
+            writes: Vec::new(),
+        };
+        reported.run(3);
+        reported
+    }
+
+    fn run(&mut self, seconds: u64) {
+        let end = self.world.now + Duration::from_secs(seconds);
+        while self.world.now < end {
+            self.world.step();
+            let now = self.world.now;
+            let wall = u64::try_from(now.as_millis()).unwrap();
+            let mut written = Vec::new();
+            for (name, host) in &mut self.world.hosts {
+                let reporter = self.reporters.entry(name.clone()).or_default();
+                let touched = std::mem::take(&mut host.touched);
+                for write in reporter.look(&host.speaker, touched, now, wall) {
+                    if let Write::Status { name, patch } = write {
+                        written.push((name, patch));
+                    }
+                }
+            }
+            for (name, patch) in &written {
+                self.observe(name, patch);
+            }
+            self.writes.append(&mut written);
+        }
+    }
+
+    /// The API server hands what was written to all.
+    fn observe(&mut self, name: &str, patch: &Value) {
+        let mut vips = self.world.objects.iter().filter_map(|object| match object {
+            Object::VirtualIp(vip) if vip.address.to_string() == name => Some(vip),
+            _ => None,
+        });
+        let vip = VirtualIp {
+            leader: patch["status"]["leader"].as_str().map(NodeName::from),
+            ..vips.next().unwrap().clone()
+        };
+        self.world.tell(&Object::VirtualIp(vip));
+    }
+
+    fn hinder(&mut self, node: &str, why: Option<&str>) {
+        *self.world.host(node).lower.hindrance.lock().unwrap() = why.map(str::to_owned);
+    }
+
+    /// The condition that was written last of each VIP, all of which are alike but for the time.
+    fn condition(&self) -> Value {
+        let of = |name: &str| {
+            let mut writes = self.writes.iter().rev();
+            let (_, patch) = writes.find(|(of, _)| of == name).unwrap();
+            let conditions = patch["status"]["conditions"].as_array().unwrap();
+            let mut steered = conditions.iter().filter(|it| it["type"] == "Steered");
+            steered.next().unwrap().clone()
+        };
+        let (one, other) = (of("10.88.0.200"), of("10.88.0.201"));
+        for key in ["status", "reason", "message"] {
+            assert_eq!(one[key], other[key]);
+        }
+        one
+    }
+}
+
+fn mk_advertisement(steering: Steering) -> Object {
+    Object::Advertisement(Advertisement {
+        name: "it".into(),
+        pools: Vec::new(),
+        pool_selectors: Vec::new(),
+        service_selectors: Vec::new(),
+        node_selectors: Vec::new(),
+        interfaces: Vec::new(),
+        preferred_nodes: Vec::new(),
+        failback: false,
+        rebalance: true,
+        ignore_exclude_lb: false,
+        steering,
+        unknown_port: UnknownPort::Reject,
+    })
+}
+
+#[test]
+fn nodes_that_cannot_steer_are_named_until_they_can() {
+    let mut reported = Reported::new();
+    let before = reported.condition();
+    assert_eq!(before["status"], "True");
+    assert_eq!(before["reason"], "AllNodesSteer");
+    assert_eq!(reported.writes.len(), 2, "one for each VIP");
+
+    reported.hinder("n2", Some("no bpf file system"));
+    reported.run(10);
+    let hindered = reported.condition();
+    assert_eq!(hindered["status"], "False");
+    assert_eq!(hindered["reason"], "NodesCannotSteer");
+    let message = hindered["message"].as_str().unwrap();
+    assert!(message.ends_with("; n2: no bpf file system"), "{message}");
+    assert_ne!(hindered["lastTransitionTime"], before["lastTransitionTime"]);
+
+    reported.hinder("n3", Some("not permitted"));
+    reported.run(20);
+    let both = reported.condition();
+    let message = both["message"].as_str().unwrap();
+    assert!(
+        message.ends_with("; n2: no bpf file system; n3: not permitted"),
+        "{message}"
+    );
+    assert_eq!(both["lastTransitionTime"], hindered["lastTransitionTime"]);
+
+    reported.writes.clear();
+    reported.run(30);
+    assert_eq!(reported.writes, [], "said once");
+
+    reported.hinder("n2", None);
+    reported.hinder("n3", None);
+    reported.run(20);
+    assert_eq!(reported.condition()["reason"], "AllNodesSteer");
+}
+
+/// Its speaker says nothing for a moment, and then what it said before.
+#[test]
+fn a_speaker_that_begins_anew_is_no_news() {
+    let mut reported = Reported::new();
+    reported.hinder("n2", Some("no bpf file system"));
+    reported.run(20);
+    let before = reported.condition();
+    assert_eq!(before["reason"], "NodesCannotSteer");
+    reported.world.boot(2, 77);
+    reported.hinder("n2", Some("no bpf file system"));
+    reported.reporters.remove(&NodeName::from("n2"));
+    let said = reported.writes.len();
+    reported.run(20);
+    for (_, patch) in &reported.writes[said..] {
+        assert_eq!(patch["status"]["conditions"][1], before, "{patch}");
+    }
+    assert_eq!(reported.condition(), before);
+}
+
+#[test]
+fn who_does_not_want_steering_is_told_that_there_is_none() {
+    let mut reported = Reported::new();
+    reported.world.tell(&mk_advertisement(Steering::Off));
+    reported.run(15);
+    let condition = reported.condition();
+    assert_eq!(condition["status"], "False");
+    assert_eq!(condition["reason"], "SteeringOff");
+    reported.world.tell(&mk_advertisement(Steering::Auto));
+    reported.run(15);
+    assert_eq!(reported.condition()["reason"], "AllNodesSteer");
+}
