@@ -147,7 +147,13 @@ fn one_fail_over_from_nothing_to_the_report() {
     let _turn = turn();
     let report = said(&["--nodes", "3"]);
     println!("{report}");
-    for line in ["leader", "outage", "datagrams lost", "answered ARP after"] {
+    for line in [
+        "leader",
+        "outage",
+        "datagrams lost",
+        "on living nodes alive",
+        "answered ARP after",
+    ] {
         assert!(report.contains(line), "no {line:?} in {report}");
     }
 }
@@ -173,7 +179,7 @@ fn the_json_of_failover_is_as_documented() {
             keys(run),
             "arp_answers connect_ms flows leader_after leader_before longest_gap_ms lost sent tcp_stall_ms"
         );
-        assert_eq!(keys(&run["flows"]), "alive reset stalled");
+        assert_eq!(keys(&run["flows"]), "alive on_dead_node reset stalled");
         assert_ne!(run["leader_before"], run["leader_after"]);
         assert!(run["longest_gap_ms"].is_f64(), "{run}");
         assert!(run["sent"].as_u64() > run["lost"].as_u64(), "{run}");
@@ -182,8 +188,18 @@ fn the_json_of_failover_is_as_documented() {
     }
     assert_eq!(
         keys(&report["summary"]),
-        "max_gap_ms median_gap_ms p99_gap_ms"
+        "flows_survived max_gap_ms median_gap_ms p99_gap_ms"
     );
+    let survived = &report["summary"]["flows_survived"];
+    assert_eq!(keys(survived), "alive of");
+    let counted = |kind: &str| -> u64 {
+        let of_run = runs.iter().map(|run| run["flows"][kind].as_u64().unwrap());
+        of_run.sum()
+    };
+    assert_eq!(counted("on_dead_node"), 0, "no pod dies with a speaker");
+    let all = counted("alive") + counted("reset") + counted("stalled");
+    assert_eq!(survived["of"].as_u64(), Some(all));
+    assert_eq!(survived["alive"].as_u64(), Some(counted("alive")));
     assert_eq!(report["summary"]["p99_gap_ms"], Value::Null, "of two runs");
 }
 

@@ -1,6 +1,6 @@
 //! A lab with speakers and one Service, and fail-overs of it, measured.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -11,7 +11,7 @@ use crate::error::{LabError, Result};
 use crate::fault::{Fault, SPEAKER};
 use crate::lab::Lab;
 use crate::manifests::{ECHO, LINES, Manifests, Policy};
-use crate::measure::census::{Census, Flows};
+use crate::measure::census::Flows;
 use crate::measure::neighbours::{self, Watch};
 use crate::measure::{connects, datagrams, stream};
 use crate::process::Program;
@@ -191,7 +191,18 @@ impl Scene {
         let struck = Instant::now();
         self.lab.inject(&leader_before, fault)?;
         let leader_after = self.await_takeover(&probes, &leader_before, fault, struck, notify)?;
-        Ok(probes.stop(&self.lab, struck, leader_before, leader_after))
+        let mut dead = BTreeSet::new();
+        if fault.kills_pods() {
+            let pods = &self.lab.node(&leader_before)?.pods;
+            dead.extend(pods.iter().map(|pod| pod.name.as_str()));
+        }
+        Ok(probes.stop(
+            &self.lab,
+            struck,
+            leader_before.clone(),
+            leader_after,
+            &dead,
+        ))
     }
 
     /// Gives the client source ports that no recent run has used. A flow that was reset by a new leader is still
@@ -292,13 +303,21 @@ impl Probes {
         })
     }
 
-    fn stop(self, lab: &Lab, struck: Instant, leader_before: String, leader_after: String) -> Run {
+    /// `dead` are the pods that died with the leader.
+    fn stop(
+        self,
+        lab: &Lab,
+        struck: Instant,
+        leader_before: String,
+        leader_after: String,
+        dead: &BTreeSet<&str>,
+    ) -> Run {
         let datagrams: Vec<_> = self
             .datagrams
             .into_iter()
             .map(datagrams::Probe::stop)
             .collect();
-        let flows: Census = self.flows.count();
+        let flows = self.flows.count_apart(|pod| dead.contains(pod));
         let stream = self.stream.stop();
         let connects = self.connects.stop();
         let heard = self.watch.stop();

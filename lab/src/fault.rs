@@ -50,6 +50,11 @@ impl Fault {
         Self::Drain,
     ];
 
+    /// Whether it ends what runs in the node's pods.
+    pub fn kills_pods(self) -> bool {
+        self == Self::PowerOff
+    }
+
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -56,6 +56,15 @@ pub struct Report {
     pub summary: Summary,
 }
 
+/// Of the flows whose pods were on living nodes, over all runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Survivors {
+    /// Those that went on.
+    pub alive: usize,
+    /// All of them.
+    pub of: usize,
+}
+
 /// Outages over all runs, in milliseconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
@@ -65,12 +74,15 @@ pub struct Summary {
     pub max_gap_ms: f64,
     /// The 99th percentile (nearest rank); `null` below 100 runs.
     pub p99_gap_ms: Option<f64>,
+    /// The established TCP flows that could survive, and how many did.
+    pub flows_survived: Survivors,
 }
 
 impl Report {
     /// Sums runs up; `None` without any.
     pub fn new(fault: Fault, nodes: u8, runs: Vec<Run>) -> Option<Self> {
-        let summary = Summary::of(runs.iter().map(|run| run.longest_gap).collect())?;
+        let gaps = runs.iter().map(|run| run.longest_gap).collect();
+        let summary = Summary::of(gaps, Survivors::of(&runs))?;
         Some(Self {
             fault,
             nodes,
@@ -80,8 +92,18 @@ impl Report {
     }
 }
 
+impl Survivors {
+    fn of(runs: &[Run]) -> Self {
+        // None of those on a dead node is alive.
+        Self {
+            alive: runs.iter().map(|run| run.flows.alive).sum(),
+            of: runs.iter().map(|run| run.flows.on_living_nodes()).sum(),
+        }
+    }
+}
+
 impl Summary {
-    fn of(mut gaps: Vec<Duration>) -> Option<Self> {
+    fn of(mut gaps: Vec<Duration>, flows_survived: Survivors) -> Option<Self> {
         gaps.sort_unstable();
         let middle = gaps.len() / 2;
         let median = if gaps.len() % 2 == 1 {
@@ -96,6 +118,7 @@ impl Summary {
             median_gap_ms: to_millis(median),
             max_gap_ms: to_millis(*gaps.last()?),
             p99_gap_ms: p99,
+            flows_survived,
         })
     }
 }
@@ -127,18 +150,18 @@ mod tests {
 
     #[test]
     fn p99_needs_a_hundred_runs() {
-        let summary = Summary::of(mk_gaps(1..=99)).unwrap();
+        let summary = Summary::of(mk_gaps(1..=99), Survivors::default()).unwrap();
         assert_eq!(summary.p99_gap_ms, None);
-        let summary = Summary::of(mk_gaps(1..=100)).unwrap();
+        let summary = Summary::of(mk_gaps(1..=100), Survivors::default()).unwrap();
         assert_eq!(summary.p99_gap_ms, Some(99.0));
         assert_eq!((summary.median_gap_ms, summary.max_gap_ms), (50.5, 100.0));
     }
 
     #[test]
     fn one_run_is_its_own_median_and_none_has_no_summary() {
-        let summary = Summary::of(mk_gaps([7])).unwrap();
+        let summary = Summary::of(mk_gaps([7]), Survivors::default()).unwrap();
         assert_eq!((summary.median_gap_ms, summary.max_gap_ms), (7.0, 7.0));
-        assert_eq!(Summary::of(Vec::new()), None);
+        assert_eq!(Summary::of(Vec::new(), Survivors::default()), None);
     }
 
     #[test]
@@ -150,16 +173,17 @@ mod tests {
             lost: 505,
             sent: 4000,
             flows: Census {
-                alive: 0,
-                reset: 20,
-                stalled: 0,
+                alive: 13,
+                reset: 6,
+                stalled: 1,
+                on_dead_node: 6,
             },
             leader_before: "node1".to_owned(),
             leader_after: "node2".to_owned(),
             answers_before: BTreeMap::from([("node1".to_owned(), 20)]),
             answers_after: BTreeMap::from([("node2".to_owned(), 40)]),
         };
-        let report = Report::new(Fault::PowerOff, 3, vec![run]).unwrap();
+        let report = Report::new(Fault::PowerOff, 3, vec![run.clone()]).unwrap();
         assert_eq!(
             serde_json::to_value(report).unwrap(),
             serde_json::json!({
@@ -171,13 +195,19 @@ mod tests {
                     "connect_ms": 1031.0,
                     "lost": 505,
                     "sent": 4000,
-                    "flows": {"alive": 0, "reset": 20, "stalled": 0},
+                    "flows": {"alive": 13, "reset": 6, "stalled": 1, "on_dead_node": 6},
                     "leader_before": "node1",
                     "leader_after": "node2",
                     "arp_answers": {"node2": 40},
                 }],
-                "summary": {"median_gap_ms": 1012.3, "max_gap_ms": 1012.3, "p99_gap_ms": null},
+                "summary": {
+                    "median_gap_ms": 1012.3, "max_gap_ms": 1012.3, "p99_gap_ms": null,
+                    "flows_survived": {"alive": 13, "of": 14},
+                },
             })
         );
+        let report = Report::new(Fault::PowerOff, 3, vec![run.clone(), run]).unwrap();
+        let survived = report.summary.flows_survived;
+        assert_eq!((survived.alive, survived.of), (26, 28), "over all runs");
     }
 }

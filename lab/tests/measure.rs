@@ -66,6 +66,7 @@ fn a_known_outage_is_measured() {
         assert!(connecting.stop().worst().unwrap() >= Duration::from_millis(200));
         let census = flows.count();
         assert_eq!((census.alive, census.reset, census.stalled), (5, 0, 0));
+        assert_eq!(census.on_living_nodes(), 5);
     }
 }
 
@@ -79,7 +80,9 @@ fn a_dead_server_resets_and_a_dead_node_stalls() {
     thread::sleep(Duration::from_millis(500));
     lab.inject("node1", Fault::PowerOff).unwrap();
     thread::sleep(Duration::from_millis(200));
-    assert_eq!(flows.count().stalled, 3);
+    let census = flows.count_apart(|dead| dead == pod.name);
+    assert_eq!((census.stalled, census.on_dead_node), (3, 3));
+    assert_eq!(census.on_living_nodes(), 0);
     assert_eq!(flow.stop().unwrap().fate, Fate::Stalled);
 
     lab.heal().unwrap();

@@ -8,6 +8,7 @@ use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
 use landfall_lab::failover::Progress;
+use landfall_lab::measure::census::Census;
 use landfall_lab::report::{Report, Run, to_millis};
 
 /// Shows progress on standard error: a spinner at a terminal, lines elsewhere.
@@ -109,16 +110,29 @@ pub(super) fn run_table(run: &Run) -> Table {
             millis(run.tcp_stall),
         ),
         ("worst connect()", millis(run.connect)),
-        (
-            "established TCP flows",
-            format!(
-                "{} alive, {} reset, {} stalled",
-                run.flows.alive, run.flows.reset, run.flows.stalled
-            ),
-        ),
+        ("established TCP flows", flows(&run.flows)),
         ("answered ARP before", counts(&run.answers_before)),
         ("answered ARP after", counts(&run.answers_after)),
     ])
+}
+
+/// What became of established flows; those that died with their node stand apart.
+fn flows(census: &Census) -> String {
+    let Census {
+        alive,
+        reset,
+        stalled,
+        on_dead_node,
+    } = census;
+    let of = census.on_living_nodes();
+    let text = match on_dead_node {
+        0 => format!("{alive} of {of} alive"),
+        dead => format!("{alive} of {of} on living nodes alive; {dead} were on the dead node"),
+    };
+    if *alive == of {
+        return text;
+    }
+    format!("{text} (of all, {reset} reset, {stalled} stalled)")
 }
 
 /// Several fail-overs and their summary.
@@ -135,6 +149,7 @@ pub(super) fn report_table(report: &Report) -> String {
                 "{}/{}/{}",
                 run.flows.alive, run.flows.reset, run.flows.stalled
             ),
+            run.flows.on_dead_node.to_string(),
             counts(&run.answers_after),
         ]
     });
@@ -147,18 +162,20 @@ pub(super) fn report_table(report: &Report) -> String {
             "TCP stall",
             "connect()",
             "alive/reset/stalled",
+            "on dead node",
             "answered after",
         ],
         rows,
     );
-    for column in [0, 2, 3, 4, 5, 6] {
+    for column in [0, 2, 3, 4, 5, 6, 7] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     let summary = &report.summary;
     format!(
-        "{table}\n{} of the leader, {} nodes, {} runs: outage median {} ms, worst {} ms, p99 {}",
+        "{table}\n{} of the leader, {} nodes, {} runs: outage median {} ms, worst {} ms, p99 {}; {} of {} TCP flows alive \
+         whose pods were not on a dead node",
         report.fault,
         report.nodes,
         report.runs.len(),
@@ -167,6 +184,8 @@ pub(super) fn report_table(report: &Report) -> String {
         summary
             .p99_gap_ms
             .map_or_else(|| "from 100 runs on".to_owned(), |p99| format!("{p99} ms")),
+        summary.flows_survived.alive,
+        summary.flows_survived.of,
     )
 }
 
@@ -187,4 +206,34 @@ pub(super) fn counts(answers: &BTreeMap<String, usize>) -> String {
         .map(|(node, count)| format!("{node} ×{count}"))
         .collect();
     counts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_that_died_with_their_node_stand_apart() {
+        let census = |alive, reset, stalled, on_dead_node| {
+            flows(&Census {
+                alive,
+                reset,
+                stalled,
+                on_dead_node,
+            })
+        };
+        assert_eq!(census(20, 0, 0, 0), "20 of 20 alive");
+        assert_eq!(
+            census(14, 6, 0, 6),
+            "14 of 14 on living nodes alive; 6 were on the dead node"
+        );
+        assert_eq!(
+            census(13, 6, 1, 6),
+            "13 of 14 on living nodes alive; 6 were on the dead node (of all, 6 reset, 1 stalled)"
+        );
+        assert_eq!(
+            census(19, 1, 0, 0),
+            "19 of 20 alive (of all, 1 reset, 0 stalled)"
+        );
+    }
 }

@@ -23,9 +23,16 @@ pub struct Census {
     pub reset: usize,
     /// Did not answer within 5 s.
     pub stalled: usize,
+    /// Had their pods on the node that died, and were bound to die; counted above too.
+    pub on_dead_node: usize,
 }
 
 impl Census {
+    /// Those that had their pods on nodes that live.
+    pub fn on_living_nodes(&self) -> usize {
+        (self.alive + self.reset + self.stalled).saturating_sub(self.on_dead_node)
+    }
+
     fn count(&mut self, fate: Fate) {
         match fate {
             Fate::Alive => self.alive += 1,
@@ -39,7 +46,7 @@ impl Census {
 #[derive(Debug)]
 pub struct Flows {
     count: Option<oneshot::Sender<()>>,
-    thread: std::thread::JoinHandle<Census>,
+    thread: std::thread::JoinHandle<Vec<(String, Fate)>>,
 }
 
 impl Flows {
@@ -60,38 +67,53 @@ impl Flows {
     }
 
     /// Asks every flow once more and counts; at most 5 s. Flows that never came about are in no count.
-    pub fn count(mut self) -> Census {
+    pub fn count(self) -> Census {
+        self.count_apart(|_| false)
+    }
+
+    /// The same, when these pods' node has died.
+    pub fn count_apart(mut self, is_dead: impl Fn(&str) -> bool) -> Census {
         drop(self.count.take());
-        self.thread
+        let fates = self
+            .thread
             .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let mut census = Census::default();
+        for (pod, fate) in fates {
+            census.count(fate);
+            census.on_dead_node += usize::from(is_dead(&pod));
+        }
+        census
     }
 }
 
-async fn census(to: SocketAddr, number: usize, counted: oneshot::Receiver<()>) -> Census {
+/// What became of each flow, by the pod that it leads to.
+async fn census(
+    to: SocketAddr,
+    number: usize,
+    counted: oneshot::Receiver<()>,
+) -> Vec<(String, Fate)> {
     let mut opening = JoinSet::new();
     for _ in 0..number {
         opening.spawn(async move {
             let mut flow = Flow::open(to).await.ok()?;
-            timeout(PATIENCE, flow.ask()).await.ok()?.ok()?;
-            Some(flow)
+            let answer = timeout(PATIENCE, flow.ask()).await.ok()?.ok()?;
+            let pod = answer.split_whitespace().next()?.to_owned();
+            Some((pod, flow))
         });
     }
-    let flows: Vec<Flow> = opening.join_all().await.into_iter().flatten().collect();
+    let flows: Vec<(String, Flow)> = opening.join_all().await.into_iter().flatten().collect();
     let _ = counted.await;
     let mut asking = JoinSet::new();
-    for mut flow in flows {
+    for (pod, mut flow) in flows {
         asking.spawn(async move {
-            match timeout(PATIENCE, flow.ask()).await {
+            let fate = match timeout(PATIENCE, flow.ask()).await {
                 Ok(Ok(_)) => Fate::Alive,
                 Ok(Err(_)) => Fate::Reset,
                 Err(_) => Fate::Stalled,
-            }
+            };
+            (pod, fate)
         });
     }
-    let mut census = Census::default();
-    for fate in asking.join_all().await {
-        census.count(fate);
-    }
-    census
+    asking.join_all().await
 }
