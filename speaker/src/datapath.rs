@@ -124,6 +124,8 @@ pub enum Change {
     /// Who holds flows of the buckets of a page of a port's, though they are another's: all of the page's buckets of
     /// which somebody does.
     Holders(PortId, u16, BucketHolders),
+    /// The bits of the packet mark by which the packet filter knows what was given to an endpoint; 0 for none.
+    Mark(u32),
     /// All has been said at least once: what an earlier process has left besides is to be forgotten.
     Complete,
 }

@@ -439,6 +439,7 @@ impl Speaker {
             self.applied_at = now;
             self.apply();
         }
+        self.tell_mark();
         if now >= self.hello_at {
             self.hello_at = now + HELLO_EVERY;
             let uplinks: Vec<u32> = self.uplinks.iter().copied().collect();

@@ -96,6 +96,9 @@ pub trait NodeRules: Send + Sync {
     /// Whether kube-proxy on this node has rules for this Service port already (the element of its nftables map);
     /// `None` when no kube-proxy table in nftables mode can be read here.
     fn kube_proxy_serves(&self, vip: IpAddr, protocol: Protocol, port: u16) -> Option<bool>;
+    /// The bits of the packet mark by which the rules know what the eBPF programs have given to an endpoint; 0 if they
+    /// need not know. `None` while that is not known.
+    fn arrival_mark(&self) -> Option<u32>;
 }
 
 /// How the rules are made.
@@ -105,8 +108,11 @@ pub struct Config {
     pub policy_routes: bool,
     /// The routers of uplinks that carry no default route, by interface name.
     pub gateways: Vec<(String, IpAddr)>,
-    /// The bits of the packet mark that are ours, one run of them.
+    /// The bits of the packet mark that are ours, one run of them; where the eBPF programs translate, those of the
+    /// connection mark too.
     pub mark_mask: u32,
+    /// The eBPF programs translate what comes in: connection tracking does not know which connections are a VIP's.
+    pub translated: bool,
     /// The number of the first routing table that is ours.
     pub table: u32,
     /// The priority of the first routing rule that is ours.
@@ -122,6 +128,7 @@ impl Default for Config {
             gateways: Vec::new(),
             // Free of kube-proxy (0xc000), Cilium (0x0f00) and Calico (0xffff0000).
             mark_mask: 0x3000,
+            translated: false,
             table: 7950,
             priority: 7950,
             tunnel_port: 7952,
@@ -136,6 +143,15 @@ impl Config {
             .checked_add(1)?
             .checked_mul(1 << self.mark_mask.trailing_zeros())?;
         (mark & !self.mark_mask == 0).then_some(mark)
+    }
+
+    /// The mark of what was translated as it came in.
+    fn arrival(&self) -> u32 {
+        if self.translated {
+            1 << self.mark_mask.trailing_zeros()
+        } else {
+            0
+        }
     }
 
     /// Whether a routing table is ours.
@@ -154,6 +170,7 @@ type Shared = Arc<Mutex<KubeProxy>>;
 pub struct Handle {
     wanted: watch::Sender<Option<Rules>>,
     kube_proxy: Shared,
+    arrival_mark: watch::Receiver<Option<u32>>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -162,12 +179,14 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
     let metrics = metrics::Metrics::default();
     metrics.register(registry);
     let (sender, receiver) = watch::channel(None);
+    let (marks, arrival_mark) = watch::channel(None);
     let kube_proxy = Shared::default();
     let worker = worker::Worker {
         config,
         wanted: receiver,
         metrics,
         kube_proxy: kube_proxy.clone(),
+        arrival_mark: marks,
         written: None,
         routes: None,
         routed: BTreeSet::new(),
@@ -177,6 +196,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
     Handle {
         wanted: sender,
         kube_proxy,
+        arrival_mark,
         _task: AbortOnDropHandle::new(tokio::spawn(worker.run())),
     }
 }
@@ -191,6 +211,10 @@ impl NodeRules for Handle {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .serves(vip, protocol, port)
+    }
+
+    fn arrival_mark(&self) -> Option<u32> {
+        *self.arrival_mark.borrow()
     }
 }
 

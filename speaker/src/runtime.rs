@@ -94,6 +94,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             policy_routes: args.policy_routes,
             gateways: args.uplink_gateway.clone(),
             tunnel_port: args.tunnel_port,
+            translated: args.delivery == datapath::Delivery::Native,
             ..node_rules::Config::default()
         },
         &mut registry,

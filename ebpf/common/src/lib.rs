@@ -55,8 +55,9 @@ pub struct Settings {
     pub seed: u64,
     /// Not 0 once the flows that were there before have been entered: until then nothing is handed on.
     pub seeded: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Bits of the packet mark that are set on what is given to an endpoint, so that the packet filter knows it; 0 for
+    /// none.
+    pub mark: u32,
 }
 
 /// What was done with packets to VIPs.

@@ -42,12 +42,24 @@ pub extern "C" fn landfall_deliver(skb: *mut __sk_buff) -> i32 {
     }
     packet.from = packet.vip();
     let verdict = if landfall_translate(context.skb.skb, DESTINATION) == 0 {
+        mark(&context);
         Verdict::Delivered
     } else {
         Verdict::Unserved
     };
     maps::note(verdict);
     NEXT
+}
+
+/// Connection tracking never sees the VIP: by the mark the packet filter knows that the answers are a VIP's.
+#[inline(always)]
+fn mark(context: &TcContext) {
+    let bits = maps::settings().mark;
+    if bits != 0 {
+        // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+        let before = unsafe { (*context.skb.skb).mark };
+        context.set_mark(before | bits);
+    }
 }
 
 /// Finds an endpoint for a new flow, or says what else becomes of it.

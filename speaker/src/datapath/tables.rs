@@ -93,6 +93,7 @@ impl Tables {
             Change::Holders(id, page, holders) => {
                 self.ports.holders(*id, *page, holders, &mut self.nodes)
             }
+            Change::Mark(mark) => self.settle(|settings| settings.mark = *mark),
             Change::Complete => {
                 self.ports.sweep()?;
                 self.vips.sweep()?;

@@ -141,6 +141,7 @@ struct Wanted {
     nodes: BTreeMap<NodeId, NodeState>,
     ports: BTreeMap<PortId, PortState>,
     holders: BTreeMap<(PortId, u16), BucketHolders>,
+    mark: Option<u32>,
     complete: bool,
 }
 
@@ -154,6 +155,7 @@ impl Wanted {
                 let some = (!holders.is_empty()).then(|| holders.clone());
                 keep(&mut self.holders, &(*id, *page), some);
             }
+            Change::Mark(mark) => self.mark = Some(*mark),
             Change::Complete => self.complete = true,
         }
     }
@@ -175,6 +177,7 @@ impl Wanted {
                     .iter()
                     .map(|(vip, state)| Change::Vip(*vip, Some(*state))),
             )
+            .chain(self.mark.map(Change::Mark))
             .chain(self.complete.then_some(Change::Complete))
             .collect()
     }
@@ -261,7 +264,7 @@ impl Task {
             Change::Vip(vip, state) => self.flows.vip(*vip, state.is_some()),
             Change::Port(id, state) => self.flows.port(*id, state.as_ref()),
             Change::Node(id, Some(state)) if state.here => self.flows.here(&id.name),
-            Change::Node(..) | Change::Holders(..) => {}
+            Change::Node(..) | Change::Holders(..) | Change::Mark(_) => {}
             Change::Complete => self.flows.complete(),
         }
     }

@@ -39,6 +39,7 @@ pub(super) struct Told {
     vips: Ledger<IpAddr, VipState>,
     ports: Ledger<PortId, PortState>,
     nodes: BTreeMap<NodeId, NodeState>,
+    mark: Option<u32>,
     complete: bool,
 }
 
@@ -163,6 +164,16 @@ impl Speaker {
             changes.push(Change::Complete);
         }
         self.parts.datapath.change(changes);
+    }
+
+    /// Tells the data path how the node's rules want to know what it has translated.
+    pub(super) fn tell_mark(&mut self) {
+        let mark = self.parts.rules.arrival_mark();
+        if self.told.complete && mark.is_some() && self.told.mark != mark {
+            self.told.mark = mark;
+            let change = mark.map(Change::Mark);
+            self.parts.datapath.change(change.into_iter().collect());
+        }
     }
 
     /// Tells the others of which buckets this node holds flows that are another's.

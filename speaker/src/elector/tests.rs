@@ -19,6 +19,8 @@ use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 
+/// By which mark the node's rules know what was translated.
+const ARRIVAL: u32 = 0x1000;
 const STEP: Duration = Duration::from_millis(20);
 const KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 
@@ -48,6 +50,10 @@ impl NodeRules for Lower {
 
     fn kube_proxy_serves(&self, _: IpAddr, _: Protocol, _: u16) -> Option<bool> {
         None
+    }
+
+    fn arrival_mark(&self) -> Option<u32> {
+        Some(ARRIVAL)
     }
 }
 
@@ -329,6 +335,9 @@ fn rules_and_data_path_follow() {
     let uplinks = host.lower.uplinks.lock().unwrap().clone();
     assert_eq!(uplinks, BTreeSet::from([2]));
     assert_eq!(host.announcing.asked().listening, [2]);
+    let told = host.lower.told.lock().unwrap();
+    let marks = told.iter().filter(|it| matches!(it, Told::Mark(_)));
+    assert_eq!(marks.collect::<Vec<_>>(), [&Told::Mark(ARRIVAL)]);
 }
 
 /// What an earlier speaker has left in its kernel goes on: to its peers it steers all the time.

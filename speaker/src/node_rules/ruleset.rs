@@ -56,6 +56,9 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, config: &Config) -> String {
             "add rule inet {TABLE} forward {protocol} daddr @{set} counter name {counter} drop"
         );
     }
+    if config.translated {
+        translated(&mut text, marks, config);
+    }
     answers(&mut text, rules, marks, config.mark_mask);
     deliveries(&mut text, rules);
     pods::whole(&mut text, rules);
@@ -185,6 +188,40 @@ fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
             }
         }
         elements(text, "add", &set, &rules.vips_of(uplink));
+    }
+}
+
+/// The same for what the eBPF programs translate: connection tracking sees the pod's address only. What comes in by the
+/// uplink bears a mark of theirs, and by it the connection gets the uplink's.
+fn translated(text: &mut String, marks: &Marks, config: &Config) {
+    let (mask, arrival) = (config.mark_mask, config.arrival());
+    let rest = !mask;
+    for (uplink, mark) in marks {
+        let _ = writeln!(
+            text,
+            "add rule inet {TABLE} mark-answers iifname \"{uplink}\" meta mark and {mask:#x} == {arrival:#x} \
+             ct mark set ct mark and {rest:#x} or {mark:#x}"
+        );
+    }
+    if !marks.is_empty() {
+        // It is no route's mark.
+        let _ = writeln!(
+            text,
+            "add rule inet {TABLE} mark-answers meta mark and {mask:#x} == {arrival:#x} \
+             meta mark set meta mark and {rest:#x}"
+        );
+    }
+    for (uplink, mark) in marks {
+        for (chain, answer) in [
+            ("mark-answers", format!("iifname != \"{uplink}\" ")),
+            ("mark-own-answers", String::new()),
+        ] {
+            let _ = writeln!(
+                text,
+                "add rule inet {TABLE} {chain} {answer}ct mark and {mask:#x} == {mark:#x} \
+                 meta mark set meta mark and {rest:#x} or {mark:#x}"
+            );
+        }
     }
 }
 

@@ -37,6 +37,8 @@ pub(super) struct Worker {
     pub(super) wanted: watch::Receiver<Option<Rules>>,
     pub(super) metrics: Metrics,
     pub(super) kube_proxy: Shared,
+    /// By which mark the programs are to tell what they have translated.
+    pub(super) arrival_mark: watch::Sender<Option<u32>>,
     /// What the table says now, as far as we wrote it.
     pub(super) written: Option<Rules>,
     /// The policy routes there are; unknown at first, as an earlier speaker may have left some.
@@ -176,6 +178,12 @@ impl Worker {
             self.own.truncate(OWN);
         }
         self.written = Some(rules);
+        let arrival = if marks.is_empty() {
+            0
+        } else {
+            self.config.arrival()
+        };
+        self.arrival_mark.send_replace(Some(arrival));
         routed.map(drop)
     }
 

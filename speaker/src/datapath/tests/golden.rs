@@ -2,6 +2,7 @@
 
 mod flows;
 mod kinds;
+mod marks;
 mod native;
 mod tunnel;
 

@@ -30,7 +30,7 @@ fn mk_native(endpoints: impl IntoIterator<Item = SocketAddr>) -> PortState {
 }
 
 /// The program, with one endpoint here for port 80 of both VIPs and all protocols.
-fn mk_program() -> Program {
+pub(super) fn mk_program() -> Program {
     let mut program = Program::load();
     for vip in VIPS {
         for (protocol, _) in PROTOCOLS {
@@ -62,11 +62,11 @@ fn mk_between(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8>
 }
 
 /// A client's frame with all checksums right.
-fn mk_sound(vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn mk_sound(vip: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     mk_between(client(vip), vip, protocol, payload)
 }
 
-fn mk_transport(protocol: u8, from: u16, to: u16) -> Vec<u8> {
+pub(super) fn mk_transport(protocol: u8, from: u16, to: u16) -> Vec<u8> {
     match protocol {
         6 => mk_tcp(from, to, SYN),
         17 => mk_udp(from, to, b"some payload of odd length."),
