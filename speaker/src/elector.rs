@@ -29,7 +29,7 @@ use landfall_core::election::{
     BootId, Change, Config as ElectionConfig, Elector, HeldPort, InterfaceFact, Outgoing,
 };
 use landfall_core::groups::{Group, GroupId, GroupIndex, Options};
-use landfall_core::model::{Event, NodeName};
+use landfall_core::model::{Event, NodeName, Object, ObjectId};
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
 use crate::datapath::{DataPath, Delivery, Held, NodeId};
@@ -117,6 +117,8 @@ pub struct Speaker {
     hosts_alive: BTreeSet<SocketAddr>,
     stale: BTreeSet<GroupId>,
     uplinks: BTreeSet<u32>,
+    /// Where addresses could be announced may be elsewhere now.
+    places_stale: bool,
     desired: Desired,
     told: Told,
     /// Whether there is a data path or not is known.
@@ -178,6 +180,7 @@ impl Speaker {
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),
             uplinks: BTreeSet::new(),
+            places_stale: false,
             desired: Desired::default(),
             told: Told::default(),
             data_path_known: false,
@@ -211,6 +214,13 @@ impl Speaker {
 
     /// Takes in what the source says.
     pub fn source(&mut self, event: Event) {
+        self.places_stale |= match &event {
+            Event::Apply(object) => {
+                matches!(object, Object::Pool(_) | Object::Advertisement(_))
+            }
+            Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
+            Event::Synced(_) => false,
+        };
         self.index.apply(event);
         if self.index.is_synced() {
             self.election.set_synced();
@@ -380,6 +390,9 @@ impl Speaker {
         if !changed.is_empty() {
             self.apply_soon(now);
             self.update_expected();
+        }
+        if std::mem::take(&mut self.places_stale) {
+            self.apply_soon(now);
         }
         let over = |conflict: &Conflict| {
             !conflict.held_back && now.saturating_sub(conflict.seen) >= CONFLICT_LASTS

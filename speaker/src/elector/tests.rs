@@ -340,6 +340,39 @@ fn rules_and_data_path_follow() {
     assert_eq!(marks.collect::<Vec<_>>(), [&Told::Mark(ARRIVAL)]);
 }
 
+/// Nodes hear each other on a segment before there is any address to announce there.
+#[test]
+fn a_pool_that_comes_later_is_listened_for() {
+    let mut world = World::new(2);
+    let second = Interface {
+        index: 3,
+        name: "eth1".into(),
+        mac: MacAddr([2, 0, 0, 0, 1, 1]),
+        addresses: vec!["10.89.0.11/24".parse().unwrap()],
+        default_route: (false, false),
+        ..mk_interface(1)
+    };
+    let now = world.now;
+    let both: Arc<[Interface]> = Arc::new([mk_interface(1), second]);
+    let host = world.host("n1");
+    host.speaker
+        .announcer(AnnouncerEvent::Interfaces(both), now);
+    world.run(Duration::from_secs(5));
+    assert_eq!(world.host("n1").announcing.asked().listening, [2]);
+    let mut pools = mk_objects(0).into_iter().filter_map(|object| match object {
+        Object::Pool(pool) => Some(pool),
+        _ => None,
+    });
+    let pool = Pool {
+        name: "second-lan".into(),
+        ranges: vec!["10.89.0.200-10.89.0.250".parse().unwrap()],
+        ..pools.next().unwrap()
+    };
+    world.tell(&Object::Pool(pool));
+    world.run(Duration::from_secs(1));
+    assert_eq!(world.host("n1").announcing.asked().listening, [2, 3]);
+}
+
 /// What an earlier speaker has left in its kernel goes on: to its peers it steers all the time.
 #[test]
 fn a_speaker_that_begins_anew_stays_in_the_data_path_of_others() {
