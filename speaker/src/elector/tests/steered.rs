@@ -1,6 +1,6 @@
 //! What the objects say of steering: what the leaders' speakers write.
 
-use landfall_core::model::{Advertisement, Steering, UnknownPort};
+use landfall_core::model::{Advertisement, CrossSegment, Steering, UnknownPort};
 use serde_json::Value;
 
 use super::*;
@@ -94,6 +94,7 @@ fn mk_advertisement(steering: Steering) -> Object {
         rebalance: true,
         ignore_exclude_lb: false,
         steering,
+        cross_segment: CrossSegment::Auto,
         unknown_port: UnknownPort::Reject,
     })
 }
