@@ -44,7 +44,7 @@ impl Node {
     }
 }
 
-/// A pod of a node: a namespace behind the node's bridge `cni0`.
+/// A pod of a node: a namespace behind it ([`PodLinks`](crate::PodLinks)).
 #[derive(Debug)]
 pub struct Pod {
     /// `node1-pod0` and up.

@@ -17,6 +17,8 @@
 //!                    node1-pod0  10.244.1.10  fd00:244:1::10
 //! ```
 //!
+//! Pods may have a link of their own to the node instead ([`PodLinks`]).
+//!
 //! The bridges live in a namespace of their own, `switch`, and snoop IGMP and MLD with a querier. A port in the
 //! wrong VLAN is on the bridge `br-iso`. VIPs are from 10.88.0.200 and `fd00:88::200` on ([`address::vips`]).
 //!
@@ -70,4 +72,4 @@ pub use lab::{Lab, Node, Pod};
 pub use netns::{LabId, Netns};
 pub use ping::ping;
 pub use process::Program;
-pub use topology::{Nic, Topology};
+pub use topology::{Nic, PodLinks, Topology};

@@ -146,6 +146,17 @@ impl Manifests {
 
     /// A dual-stack Service of the pods' servers: TCP [`LINES`] and [`NEWS`], UDP [`ECHO`], at these VIPs.
     pub fn write_service(&self, name: &str, vips: [IpAddr; 2], policy: Policy) -> Result<()> {
+        self.write_service_with(name, vips, policy, &json!({}))
+    }
+
+    /// The same, with further fields of its `spec`.
+    pub fn write_service_with(
+        &self,
+        name: &str,
+        vips: [IpAddr; 2],
+        policy: Policy,
+        fields: &Value,
+    ) -> Result<()> {
         let addresses = vips.map(|vip| vip.to_string());
         let ingress = addresses
             .clone()
@@ -153,7 +164,7 @@ impl Manifests {
         let ports = PORTS.map(|(name, protocol, port, target)| {
             json!({"name": name, "protocol": protocol, "port": port, "targetPort": target})
         });
-        let object = json!({
+        let mut object = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {
@@ -171,6 +182,9 @@ impl Manifests {
             },
             "status": {"loadBalancer": {"ingress": ingress}},
         });
+        for (field, value) in fields.as_object().into_iter().flatten() {
+            object["spec"][field] = value.clone();
+        }
         self.write(&format!("service-{name}"), &object)
     }
 

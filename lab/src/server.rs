@@ -1,6 +1,6 @@
 //! What runs in a pod: small servers that answer with the pod's name.
 //!
-//! - UDP [`UDP_PORT`]: every datagram comes back with `<pod> ` before it.
+//! - UDP [`UDP_PORT`]: every datagram comes back with `<pod> ` before it. The datagram `whoami` is answered as below.
 //! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes. The line `whoami` is
 //!   answered with the client's address, as the pod sees it. After the line `bulk <bytes>` both sides speak as in
 //!   [`crate::bulk`].
@@ -127,6 +127,11 @@ async fn echo(socket: std::net::UdpSocket, name: Arc<str>) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
             Err(error) => return Err(error),
         };
+        if &buffer[name.len()..name.len() + length] == WHO_AM_I.as_bytes() {
+            let answer = format!("{name}{}", from.ip().to_canonical());
+            let _ = socket.send_to(answer.as_bytes(), from).await;
+            continue;
+        }
         // What cannot be sent is lost, as datagrams are.
         let _ = socket.send_to(&buffer[..name.len() + length], from).await;
     }

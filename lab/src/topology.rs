@@ -26,6 +26,16 @@ impl Nic {
     }
 }
 
+/// How a node reaches its pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PodLinks {
+    /// All are on one bridge, `cni0`, which is their gateway.
+    #[default]
+    Bridge,
+    /// Each has a link of its own and a route to its one address, and 169.254.1.1 and `fe80::1` for gateways.
+    PointToPoint,
+}
+
 /// What a lab consists of. [`Topology::default`] is three nodes with one pod each on one LAN, and a management
 /// network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +44,8 @@ pub struct Topology {
     pub nodes: u8,
     /// How many pods on each node, `node1-pod0` and up; at most 80.
     pub pods_per_node: u8,
+    /// How a node reaches its pods.
+    pub pod_links: PodLinks,
     /// Each node has `mgmt0` on a management network; gossip and pod traffic between nodes go there, and
     /// a Node's `InternalIP` is its address.
     pub management: bool,
@@ -53,6 +65,7 @@ impl Default for Topology {
         Self {
             nodes: 3,
             pods_per_node: 1,
+            pod_links: PodLinks::Bridge,
             management: true,
             second_nic: false,
             default_route: Nic::Eth0,

@@ -6,7 +6,7 @@ use crate::address::{self, CLIENT, Network, OBSERVER, ROUTER};
 use crate::error::Result;
 use crate::lab::{Lab, Node};
 use crate::netns::Netns;
-use crate::topology::Nic;
+use crate::topology::{Nic, PodLinks};
 
 /// The bridge of the LAN.
 pub(crate) const LAN: &str = "br-lan";
@@ -151,7 +151,10 @@ pub(crate) fn wire(lab: &Lab) -> Result<()> {
             };
             plug(lab, &node.netns, &cable)?;
         }
-        pods(lab, node)?;
+        match lab.topology.pod_links {
+            PodLinks::Bridge => pods_on_bridge(lab, node)?,
+            PodLinks::PointToPoint => pods_on_links(lab, node)?,
+        }
         if lab.topology.offloads {
             offloads(lab, node)?;
         }
@@ -170,8 +173,9 @@ fn default_route(network: Network, nic: &str) -> String {
     )
 }
 
-/// A node's bridge `cni0` and its pods behind it.
-fn pods(lab: &Lab, node: &Node) -> Result<()> {
+/// A node's bridge `cni0` and its pods behind it. Each may reach itself by way of the bridge (kubelet's
+/// `hairpin-veth`), as one does that is a client of its own Service.
+fn pods_on_bridge(lab: &Lab, node: &Node) -> Result<()> {
     let mtu = lab.topology.mtu;
     let [v4, v6] = address::pod_gateway(node.index);
     node.netns.bridge("cni0", "mcast_snooping 0")?;
@@ -181,7 +185,8 @@ fn pods(lab: &Lab, node: &Node) -> Result<()> {
         let _ = write!(
             inside,
             "link add name veth{number} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}\n\
-             link set veth{number} master cni0 up\n",
+             link set veth{number} master cni0 up\n\
+             link set veth{number} type bridge_slave hairpin on\n",
             pod.netns.name()
         );
     }
@@ -191,6 +196,33 @@ fn pods(lab: &Lab, node: &Node) -> Result<()> {
         pod.netns.ip_batch(&format!(
             "link set eth0 up\naddress add {pod_v4}/24 brd + dev eth0\naddress add {pod_v6}/64 dev eth0 nodad\n\
              route add default via {v4} dev eth0\nroute add default via {v6} dev eth0\n"
+        ))?;
+    }
+    Ok(())
+}
+
+/// A node's pods, each on a link of its own: the gateways are nobody's address in IPv4, whose owner every node says it
+/// is, and the link's own in IPv6.
+fn pods_on_links(lab: &Lab, node: &Node) -> Result<()> {
+    let mtu = lab.topology.mtu;
+    for (number, pod) in node.pods.iter().enumerate() {
+        let [pod_v4, pod_v6] = pod.addresses;
+        let link = format!("veth{number}");
+        node.netns.ip_batch(&format!(
+            "link add name {link} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}\n\
+             link set {link} up\n\
+             address add fe80::1/64 dev {link} nodad\n\
+             route add {pod_v4}/32 dev {link} scope link\n\
+             route add {pod_v6}/128 dev {link}\n",
+            pod.netns.name()
+        ))?;
+        let of_link = |kind: &str, key: &str| format!("net.ipv4.{kind}.{link}.{key}");
+        node.netns.sysctl(&of_link("conf", "proxy_arp"), "1")?;
+        node.netns.sysctl(&of_link("neigh", "proxy_delay"), "0")?;
+        pod.netns.ip_batch(&format!(
+            "link set eth0 up\naddress add {pod_v4}/32 dev eth0\naddress add {pod_v6}/128 dev eth0 nodad\n\
+             route add 169.254.1.1 dev eth0 scope link\nroute add default via 169.254.1.1 dev eth0\n\
+             route add default via fe80::1 dev eth0\n"
         ))?;
     }
     Ok(())
