@@ -6,13 +6,16 @@ mod steering {
     mod bytes;
     mod clients;
     mod cluster;
+    mod datagrams;
     mod flood;
     mod flow;
     mod fragments;
     mod packet;
     mod path_mtu;
+    mod pod_links;
     mod policy;
     mod rollout;
+    mod source_ranges;
     mod survival;
     mod tunnel;
     mod weights;
