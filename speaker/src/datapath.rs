@@ -11,7 +11,7 @@
 //! Everything stays in the kernel when the process ends, and is adopted by the next one;
 //! [`uninstall`] is what removes it.
 
-mod conntrack;
+pub(crate) mod conntrack;
 mod driver;
 mod flows;
 mod layout;

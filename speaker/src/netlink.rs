@@ -10,6 +10,8 @@ use rtnetlink::sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, 
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Asks for all there are (`NLM_F_DUMP`).
 pub(crate) const DUMP: u16 = 0x300;
+/// Marks an attribute that holds others (`NLA_F_NESTED`).
+pub(crate) const NESTED: u16 = 0x8000;
 /// As long as the largest message the kernel sends.
 const MESSAGE: usize = 64 << 10;
 

@@ -9,6 +9,7 @@ mod netfilter;
 mod pods;
 mod routes;
 mod ruleset;
+mod stale;
 mod tool;
 mod tunnel;
 mod worker;

@@ -10,6 +10,7 @@ mod steering {
     mod flood;
     mod flow;
     mod fragments;
+    mod own_clients;
     mod packet;
     mod path_mtu;
     mod pod_links;

@@ -10,26 +10,31 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use crate::netlink::{DUMP, Requests, find};
 
 /// nfnetlink's number of connection tracking (`NFNL_SUBSYS_CTNETLINK`), in the upper byte of a message's type.
-const CONNTRACK: u16 = 1;
+pub(crate) const CONNTRACK: u16 = 1;
 /// `IPCTNL_MSG_CT_GET`.
-const GET: u16 = 1;
+pub(crate) const GET: u16 = 1;
+/// `IPCTNL_MSG_CT_DELETE`.
+pub(crate) const DELETE: u16 = 2;
 
 /// Attributes of an entry (`enum ctattr_type`), and of what they nest.
-mod attribute {
-    pub(super) const ORIGINAL: u16 = 1;
-    pub(super) const STATUS: u16 = 3;
-    pub(super) const PROTOCOL_INFO: u16 = 4;
-    pub(super) const TUPLE_IP: u16 = 1;
-    pub(super) const TUPLE_PROTOCOL: u16 = 2;
-    pub(super) const V4_SOURCE: u16 = 1;
-    pub(super) const V4_DESTINATION: u16 = 2;
-    pub(super) const V6_SOURCE: u16 = 3;
-    pub(super) const V6_DESTINATION: u16 = 4;
-    pub(super) const NUMBER: u16 = 1;
-    pub(super) const SOURCE_PORT: u16 = 2;
-    pub(super) const DESTINATION_PORT: u16 = 3;
-    pub(super) const TCP: u16 = 1;
-    pub(super) const TCP_STATE: u16 = 1;
+pub(crate) mod attribute {
+    pub(crate) const ORIGINAL: u16 = 1;
+    pub(crate) const REPLY: u16 = 2;
+    pub(crate) const STATUS: u16 = 3;
+    pub(crate) const PROTOCOL_INFO: u16 = 4;
+    pub(crate) const ID: u16 = 12;
+    pub(crate) const ZONE: u16 = 18;
+    pub(crate) const TUPLE_IP: u16 = 1;
+    pub(crate) const TUPLE_PROTOCOL: u16 = 2;
+    pub(crate) const V4_SOURCE: u16 = 1;
+    pub(crate) const V4_DESTINATION: u16 = 2;
+    pub(crate) const V6_SOURCE: u16 = 3;
+    pub(crate) const V6_DESTINATION: u16 = 4;
+    pub(crate) const NUMBER: u16 = 1;
+    pub(crate) const SOURCE_PORT: u16 = 2;
+    pub(crate) const DESTINATION_PORT: u16 = 3;
+    pub(crate) const TCP: u16 = 1;
+    pub(crate) const TCP_STATE: u16 = 1;
 }
 
 /// TCP's number.

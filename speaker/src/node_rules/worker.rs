@@ -8,6 +8,7 @@ use std::time::Duration;
 use landfall_core::ip::Family;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::kube_proxy::KubeProxy;
@@ -16,7 +17,7 @@ use super::netfilter::{Event, Query, TableFamily, Watch};
 use super::routes::{self, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
-use super::{Config, Rules, Shared, tunnel};
+use super::{Config, Rules, Shared, stale, tunnel};
 use crate::netlink::Listener;
 
 /// How long after a failure to try again.
@@ -177,6 +178,7 @@ impl Worker {
             self.own.push_front(process);
             self.own.truncate(OWN);
         }
+        let shrunk = stale::shrunk(self.written.as_ref(), &rules);
         self.written = Some(rules);
         let arrival = if marks.is_empty() {
             0
@@ -184,6 +186,7 @@ impl Worker {
             self.config.arrival()
         };
         self.arrival_mark.send_replace(Some(arrival));
+        end_flows(shrunk).await;
         routed.map(drop)
     }
 
@@ -234,6 +237,19 @@ impl Worker {
                     .set(i64::try_from(packets).unwrap_or(i64::MAX));
             }
         }
+    }
+}
+
+/// Ends flows of endpoints that went, now that the rules do not name these any more.
+async fn end_flows(kept: stale::Kept) {
+    let ended = spawn_blocking(move || stale::end(&kept)).await;
+    match ended.map_err(io::Error::other).flatten() {
+        Ok(0) => {}
+        Ok(number) => tracing::debug!(number, "ended flows of endpoints that went"),
+        Err(error) => tracing::warn!(
+            %error,
+            "flows of endpoints that went cannot be ended: some may not move to others before they are silent"
+        ),
     }
 }
 
