@@ -12,7 +12,7 @@ use landfall_ebpf_common::{
 use crate::maps::{
     self, ANSWERS, DATAGRAM_ANSWERS, DATAGRAMS, FLOWS, FRAGMENTS, HALF_ANSWERS, HALF_OPEN,
 };
-use crate::packet::{ACK, FIN, Packet, RST, TCP};
+use crate::packet::{ACK, FIN, Packet, RST, SYN, TCP};
 
 /// How often the time of a flow is written, at most: a cache line that all CPUs write is slow.
 const TOUCH: u64 = 1_000_000_000;
@@ -38,7 +38,7 @@ pub(crate) fn is_established(packet: &mut Packet) -> bool {
     };
     // SAFETY: the map gave the pointer; each field is written whole, and which of two writers is last is of no matter.
     let flow = unsafe { &mut *flow };
-    if flow.state != flow_state::ESTABLISHED || packet.tcp & (FIN | RST) != 0 {
+    if flow.state != flow_state::ESTABLISHED || packet.tcp & (SYN | FIN | RST) != 0 {
         return false;
     }
     let now = now();
@@ -65,10 +65,8 @@ fn remember(packet: &mut Packet) -> Option<()> {
         // SAFETY: as above.
         let flow = unsafe { &mut *flow };
         packet.to = flow.endpoint;
-        if flow.state == flow_state::CLOSING && packet.is_syn() && packet.to.port != 0 {
+        if packet.is_syn() && packet.to.port != 0 && has_ended(packet, flow.state) {
             // The same addresses and ports, for a connection of its own.
-            packet.answer = packet.flow.answer(&packet.to);
-            let _ = ANSWERS.remove(&packet.answer);
             let _ = FLOWS.remove(&packet.flow);
             return None;
         }
@@ -97,6 +95,26 @@ fn remember(packet: &mut Packet) -> Option<()> {
         open(packet);
     }
     Some(())
+}
+
+/// Whether one of a translated flow's ends has closed it, or its endpoint knows it for another's; answers to what has
+/// been closed are forgotten.
+#[inline(always)]
+fn has_ended(packet: &mut Packet, state: u32) -> bool {
+    packet.answer = packet.flow.answer(&packet.to);
+    let Some(answer) = ANSWERS.get_ptr(&packet.answer) else {
+        return true;
+    };
+    // SAFETY: as above.
+    let (of_endpoint, vip) = unsafe { ((*answer).state, (*answer).vip) };
+    if vip != packet.vip() {
+        return true;
+    }
+    let closed = [state, of_endpoint].contains(&flow_state::CLOSING);
+    if closed {
+        let _ = ANSWERS.remove(&packet.answer);
+    }
+    closed
 }
 
 /// A flow that was heard from its client more than once; not so if there is no room.
@@ -205,13 +223,31 @@ pub(crate) fn begin(packet: &mut Packet) {
     let _ = DATAGRAM_ANSWERS.insert(&packet.answer, &packet.answers, 0);
 }
 
+/// Who ends a connection and then accepts one from the same port accepts another: one that its client has made to the
+/// endpoint's own address, or a flow that is known apart.
+#[inline(always)]
+fn is_over(packet: &Packet, answer: *mut Answer) -> bool {
+    // SAFETY: a map gave the pointer.
+    packet.tcp & SYN != 0 && unsafe { (*answer).state } == flow_state::CLOSING
+}
+
 /// The VIP and port that a packet answers for, if it is an answer; its endpoint is noted as heard.
 #[inline(always)]
 pub(crate) fn answered(packet: &Packet) -> Option<Endpoint> {
     let answer = if packet.protocol == TCP {
         match ANSWERS.get_ptr_mut(&packet.flow) {
-            Some(answer) => answer,
-            None => HALF_ANSWERS.get_ptr_mut(&packet.flow)?,
+            Some(answer) if !is_over(packet, answer) => answer,
+            over => {
+                if over.is_some() {
+                    let _ = ANSWERS.remove(&packet.flow);
+                }
+                let answer = HALF_ANSWERS.get_ptr_mut(&packet.flow)?;
+                if is_over(packet, answer) {
+                    let _ = HALF_ANSWERS.remove(&packet.flow);
+                    return None;
+                }
+                answer
+            }
         }
     } else {
         DATAGRAM_ANSWERS.get_ptr_mut(&packet.flow)?

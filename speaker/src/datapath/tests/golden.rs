@@ -1,6 +1,7 @@
 //! Frames through `BPF_PROG_TEST_RUN`: what is counted, answered, sent elsewhere, and left as it is.
 
 mod flows;
+mod guessed;
 mod kinds;
 mod marks;
 mod native;

@@ -11,7 +11,7 @@ const PROTOCOLS: [(Protocol, u8); 3] = [
     (Protocol::Sctp, 132),
 ];
 
-fn endpoint(vip: IpAddr, last: u8) -> SocketAddr {
+pub(super) fn endpoint(vip: IpAddr, last: u8) -> SocketAddr {
     let address: IpAddr = match vip {
         IpAddr::V4(_) => Ipv4Addr::new(10, 0, 0, last).into(),
         IpAddr::V6(_) => Ipv6Addr::new(0xfd00, 10, 0, 0, 0, 0, 0, last.into()).into(),
@@ -19,7 +19,7 @@ fn endpoint(vip: IpAddr, last: u8) -> SocketAddr {
     SocketAddr::new(address, 8080)
 }
 
-fn mk_native(endpoints: impl IntoIterator<Item = SocketAddr>) -> PortState {
+pub(super) fn mk_native(endpoints: impl IntoIterator<Item = SocketAddr>) -> PortState {
     PortState {
         native: Some(Native {
             endpoints: endpoints.into_iter().collect(),
@@ -42,14 +42,14 @@ pub(super) fn mk_program() -> Program {
 
 impl Program {
     /// A frame that is handed up, as it is then.
-    fn handed_up(&mut self, frame: &[u8]) -> Vec<u8> {
+    pub(super) fn handed_up(&mut self, frame: &[u8]) -> Vec<u8> {
         let (action, out) = self.raw(frame);
         assert_eq!(action, u32::MAX, "it is handed up");
         out
     }
 
     /// A frame that leaves, as it is then.
-    fn leaves(&mut self, frame: &[u8]) -> Vec<u8> {
+    pub(super) fn leaves(&mut self, frame: &[u8]) -> Vec<u8> {
         let (action, out) = self.run(UPLINK_EGRESS, frame);
         assert_eq!(action, u32::MAX, "others have their turn");
         out
@@ -75,7 +75,7 @@ pub(super) fn mk_transport(protocol: u8, from: u16, to: u16) -> Vec<u8> {
 }
 
 /// What a client's port and the VIP's are exchanged for, where one is an endpoint.
-fn mk_answer(vip: IpAddr, protocol: u8, from: SocketAddr, to: u16) -> Vec<u8> {
+pub(super) fn mk_answer(vip: IpAddr, protocol: u8, from: SocketAddr, to: u16) -> Vec<u8> {
     let mut payload = mk_transport(protocol, from.port(), to);
     if protocol == 6 {
         payload[13] = SYN | ACK;
@@ -154,7 +154,7 @@ fn what_is_no_answer_leaves_as_it_is() {
 }
 
 /// Where a frame goes.
-fn destination(frame: &[u8]) -> IpAddr {
+pub(super) fn destination(frame: &[u8]) -> IpAddr {
     if frame[12..14] == [8, 0] {
         let octets: [u8; 4] = frame[30..34].try_into().unwrap();
         Ipv4Addr::from(octets).into()
@@ -431,6 +431,43 @@ fn a_new_connection_of_a_closed_ones_ports_is_a_new_one() {
         );
         assert_eq!(send(&mut program, SYN), endpoint(vip, 2).ip());
         assert_eq!(send(&mut program, ACK), endpoint(vip, 2).ip());
+    }
+}
+
+/// A client may come from the same port to the VIP and then, when that connection has ended, to the endpoint's own
+/// address.
+#[test]
+fn a_connection_past_the_vip_is_not_that_of_a_closed_flow() {
+    let mut program = mk_program();
+    for vip in VIPS {
+        let to = endpoint(vip, 1);
+        let come = |program: &mut Program, flags| {
+            let mut payload = mk_transport(6, 6000, 80);
+            payload[13] = flags;
+            program.handed_up(&mk_sound(vip, 6, &payload));
+        };
+        let answer = |from, flags| {
+            let mut payload = mk_transport(6, SocketAddr::port(&from), 6000);
+            payload[13] = flags;
+            mk_between(from.ip(), client(vip), 6, &payload)
+        };
+        let of_vip = SocketAddr::new(vip, 80);
+        for ends in [&[SYN, ACK][..], &[SYN]] {
+            for flags in ends {
+                come(&mut program, *flags);
+            }
+            for flags in [SYN | ACK, ACK, ACK | FIN, ACK | RST] {
+                let out = program.leaves(&answer(to, flags));
+                assert_eq!(out, answer(of_vip, flags), "{vip}: the flow's");
+            }
+            for flags in [SYN | ACK, ACK] {
+                let frame = answer(to, flags);
+                assert_eq!(program.leaves(&frame), frame, "{vip}: past the VIP");
+            }
+        }
+        come(&mut program, SYN);
+        let out = program.leaves(&answer(to, SYN | ACK));
+        assert_eq!(out, answer(of_vip, SYN | ACK), "{vip}: a new flow's");
     }
 }
 
