@@ -209,3 +209,6 @@ fn established() -> Duration {
         .and_then(|text| text.trim().parse().ok())
         .map_or(ESTABLISHED, Duration::from_secs)
 }
+
+#[cfg(test)]
+mod tests;
