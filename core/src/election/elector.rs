@@ -416,7 +416,11 @@ impl Elector {
 
     /// Whether one of these nodes is known to be on no segment of some address of a group.
     pub fn any_off_segment(&self, group: &Group, nodes: &BTreeSet<NodeName>) -> bool {
-        let synced = |node: &&NodeName| self.register(node).is_some_and(|it| it.synced);
+        // What a run before has said tells nothing of where the node is now.
+        let synced = |node: &&NodeName| {
+            let register = self.registers(node).and_then(Registers::register);
+            register.is_some_and(|register| register.synced)
+        };
         let names: Vec<NodeName> = nodes.iter().filter(synced).cloned().collect();
         if names.is_empty() {
             return false;

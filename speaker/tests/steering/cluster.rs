@@ -1,6 +1,6 @@
 //! A lab with speakers and one Service, whose pods a test chooses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -60,7 +60,9 @@ impl Cluster {
                 .as_array()
                 .cloned()
                 .unwrap_or_default();
-            nodes.len() == self.lab.nodes().len() && nodes.iter().all(|node| node["steers"] == true)
+            // By each way that a node is reached.
+            let names: BTreeSet<&str> = nodes.iter().filter_map(|it| it["name"].as_str()).collect();
+            names.len() == self.lab.nodes().len() && nodes.iter().all(|node| node["steers"] == true)
         };
         while !self.lab.nodes().iter().all(steers) {
             assert!(begun.elapsed() < PATIENCE, "some speaker does not steer");
