@@ -3,6 +3,7 @@
 
 mod steering {
     mod ages;
+    mod bystanders;
     mod bytes;
     mod clients;
     mod cluster;

@@ -1,8 +1,8 @@
 //! Established flows, and what becomes of them.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
@@ -82,6 +82,13 @@ impl Flow {
                 let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
                 bulk::exchange(read, write, bytes, Content::Clients, received).await
             })
+    }
+
+    /// Ends it from both sides.
+    pub(super) fn close(mut self) -> std::io::Result<()> {
+        self.stream.get_ref().shutdown(Shutdown::Write)?;
+        let mut rest = Vec::new();
+        self.stream.read_to_end(&mut rest).map(drop)
     }
 
     /// The client's address, as the pod sees it.
