@@ -14,6 +14,8 @@ mod delivery;
 mod endpoints;
 #[path = "announcing/interfaces.rs"]
 mod interfaces;
+#[path = "announcing/native.rs"]
+mod native;
 #[path = "announcing/nodes.rs"]
 mod nodes;
 #[path = "announcing/restarts.rs"]
@@ -55,6 +57,8 @@ fn announcing() {
         endpoints::added_under_load,
         delivery::cluster_policy,
         delivery::iptables,
+        native::delivers,
+        native::without_steering,
         interfaces::by_name,
         interfaces::second_nic,
         interfaces::no_subnet,

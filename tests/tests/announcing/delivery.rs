@@ -64,7 +64,11 @@ pub(crate) fn iptables(scene: &Scene<'_>) {
 }
 
 /// The leader loses its power: flows that do not need its node go on. Afterwards it is back.
-fn outlive_the_leader(scene: &Scene<'_>, vip: IpAddr, lives: impl Fn(&Flow, &str) -> bool) {
+pub(crate) fn outlive_the_leader(
+    scene: &Scene<'_>,
+    vip: IpAddr,
+    lives: impl Fn(&Flow, &str) -> bool,
+) {
     let lab = scene.lab();
     let to = SocketAddr::new(vip, TCP_PORT);
     let mut flows = flows::open(lab.client(), to, FLOWS).unwrap();
@@ -88,6 +92,12 @@ fn outlive_the_leader(scene: &Scene<'_>, vip: IpAddr, lives: impl Fn(&Flow, &str
     println!("      {leader} -> {after}");
     drop(healed);
     scene.all_take_part();
+}
+
+/// All nodes have a kube-proxy again, as the other scenarios expect.
+pub(crate) fn back_in_nftables_mode(scene: &Scene<'_>) {
+    // Its end is what does it.
+    drop(Mode(scene));
 }
 
 /// The node that has an address.
