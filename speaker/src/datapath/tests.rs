@@ -5,4 +5,5 @@ mod cost;
 mod driver;
 mod golden;
 mod lifecycle;
+mod others;
 mod packets;
