@@ -408,10 +408,18 @@ impl Elector {
     }
 
     /// The nodes on the segment of each address of a group, whether they may lead it or not: those where it has an
-    /// interface.
+    /// interface, by what they said last. Who is there is another question: a speaker may be absent, its node's data
+    /// path is not.
     pub fn on_segment(&self, group: &Group) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
-        let names: Vec<NodeName> = self.alive().cloned().collect();
-        super::eligibility::on_segment(group, &self.subjects(&group.id, &names))
+        let subjects: Vec<Subject<'_>> = self
+            .known()
+            .map(|node| Subject {
+                node,
+                register: self.register(node),
+                odd: false,
+            })
+            .collect();
+        super::eligibility::on_segment(group, &subjects)
     }
 
     /// Whether one of these nodes is known to be on no segment of some address of a group.
@@ -425,9 +433,7 @@ impl Elector {
         if names.is_empty() {
             return false;
         }
-        let all: Vec<NodeName> = self.alive().cloned().collect();
-        let on_segment = super::eligibility::on_segment(group, &self.subjects(&group.id, &all));
-        on_segment
+        self.on_segment(group)
             .values()
             .any(|near| names.iter().any(|name| !near.contains(name)))
     }

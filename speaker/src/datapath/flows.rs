@@ -46,6 +46,8 @@ struct State {
     withdrawn: bool,
     /// Packets may have passed the programs by.
     missed: bool,
+    /// The maps are new, and what there was before is to be looked for.
+    new: bool,
     /// The flows have been compared with connection tracking, or cannot be.
     compared: bool,
     held: Arc<Held>,
@@ -89,10 +91,11 @@ impl Flows {
         self.shared.wake.notify_all();
     }
 
-    /// The maps are there.
-    pub(super) fn install(&self, maps: FlowMaps) {
+    /// The maps are there; `new`, if no earlier process has filled them.
+    pub(super) fn install(&self, maps: FlowMaps, new: bool) {
         self.tell(|state| {
             state.maps = Some(maps);
+            state.new = new;
             state.missed = true;
         });
     }
@@ -214,11 +217,12 @@ impl Task {
     /// Compares the flows with connection tracking. From the first time on, what is not known here may be looked for
     /// elsewhere.
     fn compare(&mut self, maps: &mut FlowMaps) {
-        let known = {
-            let state = lock(&self.shared.state);
-            Known::new(&state.vips, &state.ports)
+        let (known, new) = {
+            let mut state = lock(&self.shared.state);
+            let new = std::mem::take(&mut state.new);
+            (Known::new(&state.vips, &state.ports), new)
         };
-        let compared = reconcile(maps, &known).map_err(|error| error.to_string());
+        let compared = reconcile(maps, &known, new).map_err(|error| error.to_string());
         let seeded = compared.and_then(|reconciled| {
             tracing::debug!(?reconciled, "compared with connection tracking");
             match lock(&self.tables).as_mut() {

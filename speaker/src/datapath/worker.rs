@@ -305,8 +305,10 @@ impl Task {
         self.fresh = !tables.is_seeded();
         self.not_retired = Some(pins);
         *lock(&self.shared.tables) = Some(tables);
-        self.flows
-            .install(uplink.flows().map_err(|error| error.to_string())?);
+        self.flows.install(
+            uplink.flows().map_err(|error| error.to_string())?,
+            self.fresh,
+        );
         self.uplink = Some(uplink);
         self.last_reason = None;
         self.change(&self.wanted.all());

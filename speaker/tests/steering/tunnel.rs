@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
+use std::thread;
+use std::time::Duration;
 
 use landfall_lab::Nic;
 use landfall_lab::fault::Fault;
@@ -15,6 +17,8 @@ use super::flow::{Flow, all_alive, await_served, open};
 
 /// How much goes each way.
 const BYTES: u64 = 20_000_000;
+/// By then gossip has given up a node.
+const GIVEN_UP: Duration = Duration::from_secs(5);
 /// The node that has a leg in another segment only.
 const FAR: &str = "node3";
 
@@ -81,6 +85,15 @@ fn a_node_off_the_segment_serves_by_the_tunnel() {
         await_served(&cluster, vip, &[near[0], far[0]]);
     }
     all_alive(&cluster, &mut flows, "with both");
+
+    // A node whose speaker is absent keeps its place on the segment: its kernel answers there.
+    let mut local = open(&cluster, vips()[0], 30);
+    lab.inject(&leader, Fault::Kill).unwrap();
+    thread::sleep(GIVEN_UP);
+    all_alive(&cluster, &mut flows, "without the leader's speaker");
+    all_alive(&cluster, &mut local, "without the leader's speaker");
+    assert!(local.iter().any(|flow| flow.node() == leader));
+    await_served(&cluster, vips()[0], &[near[0], far[0]]);
 
     // The leader goes, and its successor knows the way.
     lab.inject(&leader, Fault::PowerOff).unwrap();

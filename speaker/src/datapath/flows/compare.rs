@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 use std::{fs, io};
 
-use landfall_ebpf_common::{Answer, Endpoint, Flow, FlowKey, VipKey, flow_state};
+use landfall_ebpf_common::{Endpoint, Flow, FlowKey, VipKey, flow_state};
 use nix::time::{ClockId, clock_gettime};
 
 use super::super::conntrack::{self, Connection};
@@ -87,7 +87,10 @@ pub(super) struct Reconciled {
 }
 
 /// Enters the flows that are delivered here already, and forgets those that are not any more.
-pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known) -> io::Result<Reconciled> {
+///
+/// Connections to endpoints are looked at only if the maps are new: they may be flows that were translated before. Later
+/// ones are somebody's own, who knows the endpoint's address.
+pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known, new: bool) -> io::Result<Reconciled> {
     let connections = conntrack::connections(|connection| known.concerns(connection))?;
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
     let forgotten = forget(maps, known, &connections, now);
@@ -102,52 +105,39 @@ pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known) -> io::Result<Reconc
             };
             // Otherwise it is there already, or the table is full.
             usize::from(maps.flows.insert(connection.flow, flow, IF_NEW).is_ok())
-        } else {
+        } else if new {
             enter(maps, known, &connection.flow, seen)
+        } else {
+            0
         };
     }
     Ok(Reconciled { entered, forgotten })
 }
 
-/// Enters a connection to an endpoint as the flow to a VIP that it once was: as all that it can have been, if there are
-/// several.
+/// Enters a connection to an endpoint as all the flows to VIPs that it can have been. Its client's next packet tells
+/// which it is, if any: until then the endpoint's answers leave as they are.
 fn enter(maps: &mut FlowMaps, known: &Known, connection: &FlowKey, seen: u64) -> usize {
     let to = destination(connection);
-    let ports = known.endpoints.get(&to).map_or(&[][..], Vec::as_slice);
-    let ports: Vec<&FlowPort> = ports
-        .iter()
-        .filter(|(_, protocol, _)| *protocol == connection.protocol)
-        .collect();
-    let state = if ports.len() > 1 {
-        flow_state::GUESSED
-    } else {
-        flow_state::ESTABLISHED
-    };
-    let answer = connection.answer(&to);
-    if maps.answers.get(&answer, 0).is_ok() {
+    if maps.answers.get(&connection.answer(&to), 0).is_ok() {
         return 0;
     }
+    let ports = known.endpoints.get(&to).map_or(&[][..], Vec::as_slice);
     let mut entered = 0;
     for (vip, protocol, port) in ports {
+        if *protocol != connection.protocol {
+            continue;
+        }
         let key = FlowKey {
             vip: *vip,
             port: *port,
-            protocol: *protocol,
             ..*connection
-        };
-        let vip = Endpoint {
-            address: vip.0,
-            port: *port,
-            zero: 0,
         };
         let flow = Flow {
             seen,
-            state,
+            state: flow_state::GUESSED,
             endpoint: to,
         };
-        let answers = Answer { seen, state, vip };
-        let answered = maps.answers.insert(answer, answers, IF_NEW).is_ok() || entered > 0;
-        entered += usize::from(answered && maps.flows.insert(key, flow, IF_NEW).is_ok());
+        entered += usize::from(maps.flows.insert(key, flow, IF_NEW).is_ok());
     }
     entered
 }

@@ -46,6 +46,8 @@ pub(super) struct Ports {
     numbers: Numbers,
     /// Left by an earlier process, and not asked for yet.
     stale: BTreeSet<PortKey>,
+    /// When all had been asked for, while holders that an earlier process has left are still there.
+    swept: Option<Instant>,
 }
 
 impl Ports {
@@ -84,6 +86,7 @@ impl Ports {
                 .map(|(key, _)| *key)
                 .collect(),
             stale: known.keys().copied().collect(),
+            swept: None,
             numbers: Numbers::new(1, MAX_PORTS, &used),
             known,
         })
@@ -248,6 +251,7 @@ impl Ports {
 
     /// Forgets earlier spreads that have been asked long enough.
     pub(super) fn expire(&mut self, after: Duration) -> Result<(), TablesError> {
+        self.forget_holders(after)?;
         let over: Vec<PortKey> = self
             .changed
             .iter()
@@ -276,6 +280,17 @@ impl Ports {
         for key in std::mem::take(&mut self.stale) {
             self.remove(&key)?;
         }
+        self.swept = Some(Instant::now());
+        self.wide.sweep();
+        Ok(())
+    }
+
+    /// Forgets who held flows by the word of an earlier process's time, once all have had the time to say it again.
+    fn forget_holders(&mut self, after: Duration) -> Result<(), TablesError> {
+        if self.swept.is_none_or(|swept| swept.elapsed() < after) {
+            return Ok(());
+        }
+        self.swept = None;
         let held_no_more = self.holders.sweep();
         let changed: Vec<(PortKey, Known)> = self
             .known
@@ -286,7 +301,6 @@ impl Ports {
         for (key, known) in changed {
             self.hold(key, known)?;
         }
-        self.wide.sweep();
         Ok(())
     }
 

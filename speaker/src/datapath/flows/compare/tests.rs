@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use landfall_core::model::Protocol;
+use landfall_ebpf_common::Answer;
 
 use super::super::super::conntrack::TCP;
 use super::super::super::uplink::object;
@@ -246,23 +247,18 @@ fn mk_connection(client_port: u16) -> FlowKey {
 #[test]
 fn a_connection_to_an_endpoint_is_entered_as_all_that_it_can_have_been() {
     let here = mk_endpoint(HERE);
-    for (vips, state) in [
-        (&VIPS[..1], flow_state::ESTABLISHED),
-        (&VIPS[..], flow_state::GUESSED),
-    ] {
+    for vips in [&VIPS[..1], &VIPS[..]] {
         let mut maps = mk_maps();
         let known = mk_known(vips);
         let connection = mk_connection(4000);
         assert_eq!(enter(&mut maps, &known, &connection, 7), vips.len());
         for vip in vips {
             let flow = maps.flows.get(&mk_key(*vip, 4000), 0).expect("it is there");
-            assert_eq!((flow.seen, flow.state), (7, state));
+            assert_eq!((flow.seen, flow.state), (7, flow_state::GUESSED));
             assert_eq!(flow.endpoint, here);
         }
-        let answer = maps.answers.get(&connection.answer(&here), 0);
-        let answer = answer.expect("it is there");
-        assert_eq!((answer.seen, answer.state), (7, state));
-        assert!(vips.contains(&answer.vip.address[12..].try_into().expect("four")));
+        // It may as well be somebody's own connection to the endpoint, whose answers must stay as they are.
+        assert!(maps.answers.get(&connection.answer(&here), 0).is_err());
         assert_eq!(enter(&mut maps, &known, &connection, 8), 0, "once");
     }
 }
