@@ -14,8 +14,8 @@ use super::{Format, Size, parse_fault};
 /// The arguments of `landfall lab failover`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// What happens to the leader's node: power-off, uplink-down, kill (SIGKILL of its speaker), drain
-    /// (SIGTERM), or one of carrier-lost, other-vlan, management-down and freeze (SIGSTOP).
+    /// What happens to the leader's node: power-off, uplink-down, kill (SIGKILL of its speaker) or drain (SIGTERM).
+    /// `landfall lab fault` knows more, to play with.
     #[arg(long, default_value = "power-off", value_parser = parse_measured)]
     fault: Fault,
     /// How many times.
