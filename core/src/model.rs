@@ -373,6 +373,27 @@ pub struct Advertisement {
     pub unknown_port: UnknownPort,
 }
 
+impl Advertisement {
+    /// One that says nothing: every pool and Service, every node, by subnet.
+    pub fn plain(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            pools: Vec::new(),
+            pool_selectors: Vec::new(),
+            service_selectors: Vec::new(),
+            node_selectors: Vec::new(),
+            interfaces: Vec::new(),
+            preferred_nodes: Vec::new(),
+            failback: false,
+            rebalance: true,
+            ignore_exclude_lb: false,
+            steering: Steering::default(),
+            cross_segment: CrossSegment::default(),
+            unknown_port: UnknownPort::default(),
+        }
+    }
+}
+
 /// A `VirtualIP`: one address in use, as the controller wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VirtualIp {

@@ -11,7 +11,6 @@
 //! Everything stays in the kernel when the process ends, and is adopted by the next one;
 //! [`uninstall`] is what removes it.
 
-pub(crate) mod conntrack;
 mod driver;
 mod flows;
 mod layout;

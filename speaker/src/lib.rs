@@ -14,6 +14,7 @@
 
 pub mod announcer;
 pub mod args;
+mod conntrack;
 pub mod datapath;
 pub mod elector;
 pub mod hello;

@@ -411,6 +411,14 @@ impl Elector {
     /// interface, by what they said last. Who is there is another question: a speaker may be absent, its node's data
     /// path is not.
     pub fn on_segment(&self, group: &Group) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
+        self.on_segment_of(group, |_| true)
+    }
+
+    fn on_segment_of(
+        &self,
+        group: &Group,
+        asked: impl Fn(&NodeName) -> bool,
+    ) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
         let subjects: Vec<Subject<'_>> = self
             .known()
             .map(|node| Subject {
@@ -419,7 +427,7 @@ impl Elector {
                 odd: false,
             })
             .collect();
-        super::eligibility::on_segment(group, &subjects)
+        super::eligibility::on_segment(group, &subjects, asked)
     }
 
     /// Whether one of these nodes is known to be on no segment of some address of a group.
@@ -429,13 +437,12 @@ impl Elector {
             let register = self.registers(node).and_then(Registers::register);
             register.is_some_and(|register| register.synced)
         };
-        let names: Vec<NodeName> = nodes.iter().filter(synced).cloned().collect();
-        if names.is_empty() {
-            return false;
-        }
-        self.on_segment(group)
-            .values()
-            .any(|near| names.iter().any(|name| !near.contains(name)))
+        let asked: BTreeSet<&NodeName> = nodes.iter().filter(synced).collect();
+        !asked.is_empty()
+            && self
+                .on_segment_of(group, |name| asked.contains(name))
+                .values()
+                .any(|near| near.len() < asked.len())
     }
 
     /// Judges every node that is known, alive or not: why each could or could not lead.

@@ -191,10 +191,11 @@ pub(super) fn places(
         .collect()
 }
 
-/// The nodes that have an interface for each address.
+/// The nodes that have an interface for each address, of those that are asked about.
 pub(super) fn on_segment(
     group: &Group,
     subjects: &[Subject<'_>],
+    asked: impl Fn(&NodeName) -> bool,
 ) -> BTreeMap<IpAddr, BTreeSet<NodeName>> {
     let nodes_of = |vip: &GroupVip| {
         let owned = is_owned(subjects, vip.address);
@@ -203,7 +204,8 @@ pub(super) fn on_segment(
                 .register
                 .is_some_and(|register| choose(vip, subject.node, register, owned).is_ok())
         };
-        let nodes = subjects.iter().filter(has_place);
+        let asked = subjects.iter().filter(|subject| asked(subject.node));
+        let nodes = asked.filter(has_place);
         nodes.map(|subject| subject.node.clone()).collect()
     };
     group

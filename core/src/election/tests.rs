@@ -35,21 +35,7 @@ pub(super) fn mk_service(name: &str) -> Service {
 }
 
 pub(super) fn mk_advertisement() -> Advertisement {
-    Advertisement {
-        name: "all".into(),
-        pools: Vec::new(),
-        pool_selectors: Vec::new(),
-        service_selectors: Vec::new(),
-        node_selectors: Vec::new(),
-        interfaces: Vec::new(),
-        preferred_nodes: Vec::new(),
-        failback: false,
-        rebalance: true,
-        ignore_exclude_lb: false,
-        steering: crate::model::Steering::Auto,
-        cross_segment: crate::model::CrossSegment::Auto,
-        unknown_port: crate::model::UnknownPort::Reject,
-    }
+    Advertisement::plain("all")
 }
 
 fn mk_update() -> Frame {

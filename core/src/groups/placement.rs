@@ -99,7 +99,7 @@ impl PartialEq for Placement {
 impl Placement {
     /// Of a pool that no advertisement selects: every node, by subnet.
     pub fn everywhere(nodes: &BTreeMap<NodeName, Node>) -> Self {
-        Self::new(&[&unselected()], nodes)
+        Self::new(&[&Advertisement::plain("")], nodes)
     }
 
     /// Of these advertisements together.
@@ -160,25 +160,6 @@ pub(super) fn selects_pool(advertisement: &Advertisement, name: &str, pool: Opti
                 .iter()
                 .any(|selector| selector.matches(&pool.labels))
         })
-}
-
-/// Stands for the missing advertisement of a pool that none selects.
-fn unselected() -> Advertisement {
-    Advertisement {
-        name: "".into(),
-        pools: Vec::new(),
-        pool_selectors: Vec::new(),
-        service_selectors: Vec::new(),
-        node_selectors: Vec::new(),
-        interfaces: Vec::new(),
-        preferred_nodes: Vec::new(),
-        failback: false,
-        rebalance: true,
-        ignore_exclude_lb: false,
-        steering: Steering::Auto,
-        cross_segment: CrossSegment::Auto,
-        unknown_port: UnknownPort::Reject,
-    }
 }
 
 fn judge(

@@ -15,21 +15,7 @@ fn mk_node(name: &str, labels: &[(&str, &str)]) -> Event {
 }
 
 fn mk_advertisement(name: &str) -> Advertisement {
-    Advertisement {
-        name: name.into(),
-        pools: Vec::new(),
-        pool_selectors: Vec::new(),
-        service_selectors: Vec::new(),
-        node_selectors: Vec::new(),
-        interfaces: Vec::new(),
-        preferred_nodes: Vec::new(),
-        failback: false,
-        rebalance: true,
-        ignore_exclude_lb: false,
-        steering: crate::model::Steering::Auto,
-        cross_segment: crate::model::CrossSegment::Auto,
-        unknown_port: crate::model::UnknownPort::Reject,
-    }
+    Advertisement::plain(name)
 }
 
 fn mk_vip(address: &str, group: &str, service: &str) -> Event {

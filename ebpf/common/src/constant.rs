@@ -3,7 +3,9 @@
 extern crate std;
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crate::sys::{bpf, descriptor};
 
 /// `BPF_PROG_LOAD` of `enum bpf_cmd` (`linux/bpf.h`).
 const BPF_PROG_LOAD: libc::c_long = 5;
@@ -50,25 +52,6 @@ struct LinkAttr {
     rest: [u64; 4],
 }
 
-fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<OwnedFd> {
-    // SAFETY: the attribute lives through the call and its size is told; what it points to lives as long, since the
-    // caller below owns it.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            core::ptr::from_mut(attr),
-            size_of::<A>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let descriptor = i32::try_from(result).expect("descriptors are small");
-    // SAFETY: the descriptor is fresh and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
-}
-
 /// Attaches a program that drops every frame, until what this returns is dropped itself.
 ///
 /// # Errors
@@ -89,7 +72,7 @@ pub fn drop_all(hook: Hook, interface: u32) -> io::Result<OwnedFd> {
         expected_attach_type: attach_type,
         ..ProgramAttr::default()
     };
-    let program = bpf(BPF_PROG_LOAD, &mut attr)?;
+    let program = descriptor(bpf(BPF_PROG_LOAD, &mut attr)?);
     let mut attr = LinkAttr {
         prog_fd: u32::try_from(program.as_raw_fd()).expect("not negative"),
         target_ifindex: interface,
@@ -97,5 +80,5 @@ pub fn drop_all(hook: Hook, interface: u32) -> io::Result<OwnedFd> {
         flags,
         ..LinkAttr::default()
     };
-    bpf(BPF_LINK_CREATE, &mut attr)
+    bpf(BPF_LINK_CREATE, &mut attr).map(descriptor)
 }

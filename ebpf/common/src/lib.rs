@@ -19,6 +19,8 @@ mod port;
 pub mod rendezvous;
 pub mod sctp;
 #[cfg(feature = "user")]
+mod sys;
+#[cfg(feature = "user")]
 pub mod tcx;
 
 pub use address::{MAX_VIPS, Vip, VipCount, VipKey, vip_flag};

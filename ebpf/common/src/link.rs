@@ -6,9 +6,11 @@ extern crate std;
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use crate::sys::{bpf, descriptor};
 
 /// `BPF_OBJ_GET` of `enum bpf_cmd` (`linux/bpf.h`).
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -56,24 +58,6 @@ struct DetachAttr {
     link_fd: u32,
 }
 
-/// Calls bpf(2) with an attribute, which must be the command's part of `union bpf_attr`.
-fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<libc::c_long> {
-    // SAFETY: the attribute lives through the call and its size is told; what it points to lives as long, since the
-    // callers below own it.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            core::ptr::from_mut(attr),
-            size_of::<A>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(result)
-}
-
 impl Link {
     /// The link that is pinned at a path.
     ///
@@ -85,10 +69,7 @@ impl Link {
             pathname: path.as_ptr() as u64,
             ..ObjectAttr::default()
         };
-        let descriptor = bpf(BPF_OBJ_GET, &mut attr)?;
-        let descriptor = i32::try_from(descriptor).expect("descriptors are small");
-        // SAFETY: the descriptor is fresh and nobody else's.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+        Ok(Self(descriptor(bpf(BPF_OBJ_GET, &mut attr)?)))
     }
 
     /// Of a link of XDP: the index of the interface it is attached to, 0 if it was taken off or the interface is gone.

@@ -7,6 +7,8 @@ extern crate std;
 use std::io;
 use std::vec::Vec;
 
+use crate::sys::bpf;
+
 /// `BPF_PROG_QUERY` of `enum bpf_cmd` (`linux/bpf.h`).
 const BPF_PROG_QUERY: libc::c_long = 16;
 
@@ -54,18 +56,7 @@ pub fn programs(ifindex: u32, hook: Hook) -> io::Result<Vec<u32>> {
         count: 64,
         ..QueryAttr::default()
     };
-    // SAFETY: the attribute lives through the call and its size is told; the kernel writes at most `count` ids
-    // to `prog_ids`, which has room for them.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_QUERY,
-            &raw mut attr,
-            size_of::<QueryAttr>(),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // The kernel writes at most `count` ids to `prog_ids`, which has room for them.
+    bpf(BPF_PROG_QUERY, &mut attr)?;
     Ok(ids.iter().copied().take(attr.count as usize).collect())
 }

@@ -217,12 +217,11 @@ impl Task {
     /// Compares the flows with connection tracking. From the first time on, what is not known here may be looked for
     /// elsewhere.
     fn compare(&mut self, maps: &mut FlowMaps) {
-        let (known, new) = {
-            let mut state = lock(&self.shared.state);
-            let new = std::mem::take(&mut state.new);
-            (Known::new(&state.vips, &state.ports), new)
+        let known = {
+            let state = lock(&self.shared.state);
+            Known::new(&state.vips, &state.ports, state.new)
         };
-        let compared = reconcile(maps, &known, new).map_err(|error| error.to_string());
+        let compared = reconcile(maps, &known).map_err(|error| error.to_string());
         let seeded = compared.and_then(|reconciled| {
             tracing::debug!(?reconciled, "compared with connection tracking");
             match lock(&self.tables).as_mut() {
@@ -231,6 +230,7 @@ impl Task {
             }
         });
         self.compare_at = Instant::now() + COMPARE;
+        let failed = seeded.is_err();
         if let Err(error) = seeded {
             tracing::warn!(
                 error,
@@ -238,7 +238,9 @@ impl Task {
             );
             self.compare_at = Instant::now() + RETRY;
         }
-        lock(&self.shared.state).compared = true;
+        let mut state = lock(&self.shared.state);
+        state.new &= failed;
+        state.compared = true;
     }
 
     /// Looks which flows are in buckets of other nodes.

@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use landfall_core::model::Protocol;
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 
 use super::{Rules, VipPort};
-use crate::datapath::conntrack::{CONNTRACK, DELETE, GET, attribute};
+use crate::conntrack::{CONNTRACK, DELETE, GET, Side, attribute, end_of};
 use crate::netlink::{DUMP, NESTED, Requests, find, put};
 
 /// Ports, and the endpoints whose flows stay.
@@ -106,32 +106,9 @@ fn removal(entry: &[u8], kept: &Kept) -> Option<Vec<u8>> {
     Some(body)
 }
 
-#[derive(Clone, Copy)]
-enum Side {
-    Source,
-    Destination,
-}
-
-/// The protocol of a direction, and the address and port at one of its ends.
-fn end_of(tuple: &[u8], side: Side) -> Option<(u8, SocketAddr)> {
-    use attribute as a;
-    let (v4, v6, port) = match side {
-        Side::Source => (a::V4_SOURCE, a::V6_SOURCE, a::SOURCE_PORT),
-        Side::Destination => (a::V4_DESTINATION, a::V6_DESTINATION, a::DESTINATION_PORT),
-    };
-    let ip = find(tuple, a::TUPLE_IP)?;
-    let address: IpAddr = match find(ip, v4) {
-        Some(octets) => <[u8; 4]>::try_from(octets).ok()?.into(),
-        None => <[u8; 16]>::try_from(find(ip, v6)?).ok()?.into(),
-    };
-    let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
-    let port = u16::from_be_bytes(find(protocol, port)?.try_into().ok()?);
-    let number = *find(protocol, a::NUMBER)?.first()?;
-    Some((number, SocketAddr::new(address, port)))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
     use std::sync::Arc;
 
     use super::super::PodTargets;

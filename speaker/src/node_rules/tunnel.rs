@@ -1,7 +1,8 @@
 //! The tunnel's interface.
 
 use std::fs;
-use std::path::Path;
+
+use nix::net::if_::if_nametoindex;
 
 use super::tool::{self, ToolError};
 use super::{TUNNEL, Tunnel};
@@ -9,7 +10,7 @@ use super::{TUNNEL, Tunnel};
 /// As large as the kernel lets it be: what does not fit the path is fragmented outside.
 const MTU: &str = "65000";
 
-/// Makes the interface, if it is not there as it should be.
+/// Makes the interface, if it is not there.
 pub(super) async fn ensure(tunnel: &Tunnel, port: u16) -> Result<(), ToolError> {
     if !is_there() {
         let (mac, port) = (tunnel.mac.to_string(), port.to_string());
@@ -42,8 +43,7 @@ pub(super) async fn ensure(tunnel: &Tunnel, port: u16) -> Result<(), ToolError> 
 }
 
 fn is_there() -> bool {
-    Path::new("/sys/class/net").join(TUNNEL).exists()
-        || nix::net::if_::if_nametoindex(TUNNEL).is_ok()
+    if_nametoindex(TUNNEL).is_ok()
 }
 
 /// What comes out of the tunnel has sources that are reached by other interfaces: a strict reverse-path filter
@@ -70,7 +70,7 @@ fn loosen() {
 
 /// Takes it away. It is no error if it is not there.
 pub(super) async fn remove() -> Result<(), ToolError> {
-    if nix::net::if_::if_nametoindex(TUNNEL).is_err() {
+    if !is_there() {
         return Ok(());
     }
     tool::run("ip", &["link", "delete", TUNNEL], "")

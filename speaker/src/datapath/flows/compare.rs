@@ -12,7 +12,8 @@ use std::{fs, io};
 use landfall_ebpf_common::{Endpoint, Flow, FlowKey, VipKey, flow_state};
 use nix::time::{ClockId, clock_gettime};
 
-use super::super::conntrack::{self, Connection};
+use crate::conntrack::{self, Connection};
+
 use super::super::tables::{endpoint, port_key};
 use super::super::{PortId, PortState};
 use super::maps::{FlowMaps, flow_of};
@@ -38,22 +39,31 @@ pub(super) type Endpoints = BTreeMap<Endpoint, Vec<FlowPort>>;
 pub(super) struct Known {
     vips: HashSet<IpAddr>,
     endpoints: Endpoints,
+    /// Of maps that no earlier process has filled.
+    maps_are_new: bool,
 }
 
 impl Known {
-    pub(super) fn new(vips: &HashSet<IpAddr>, ports: &BTreeMap<PortId, PortState>) -> Self {
+    pub(super) fn new(
+        vips: &HashSet<IpAddr>,
+        ports: &BTreeMap<PortId, PortState>,
+        maps_are_new: bool,
+    ) -> Self {
         Self {
             vips: vips.clone(),
             endpoints: endpoints_of(ports),
+            maps_are_new,
         }
     }
 
+    /// Whether a connection may be a flow of ours. One to an endpoint may be one that was translated before the maps were
+    /// there; a later one is somebody's own, who knows the endpoint's address.
     fn concerns(&self, connection: &Connection) -> bool {
         let flow = &connection.flow;
         if connection.translated {
             self.vips.contains(&flow.vip.address())
         } else {
-            self.endpoints.contains_key(&destination(flow))
+            self.maps_are_new && self.endpoints.contains_key(&destination(flow))
         }
     }
 }
@@ -87,10 +97,7 @@ pub(super) struct Reconciled {
 }
 
 /// Enters the flows that are delivered here already, and forgets those that are not any more.
-///
-/// Connections to endpoints are looked at only if the maps are new: they may be flows that were translated before. Later
-/// ones are somebody's own, who knows the endpoint's address.
-pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known, new: bool) -> io::Result<Reconciled> {
+pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known) -> io::Result<Reconciled> {
     let connections = conntrack::connections(|connection| known.concerns(connection))?;
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
     let forgotten = forget(maps, known, &connections, now);
@@ -105,10 +112,8 @@ pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known, new: bool) -> io::Re
             };
             // Otherwise it is there already, or the table is full.
             usize::from(maps.flows.insert(connection.flow, flow, IF_NEW).is_ok())
-        } else if new {
-            enter(maps, known, &connection.flow, seen)
         } else {
-            0
+            enter(maps, known, &connection.flow, seen)
         };
     }
     Ok(Reconciled { entered, forgotten })

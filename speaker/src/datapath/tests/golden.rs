@@ -10,6 +10,7 @@ mod tunnel;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use aya::programs::TestRunResult;
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
@@ -92,6 +93,24 @@ pub(super) fn mk_port(nodes: &[&str]) -> PortState {
     }
 }
 
+/// What a program answers to a frame, and the frame then.
+fn tried<P>(program: &P, frame: &[u8]) -> (u32, Vec<u8>)
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let mut out = vec![0; frame.len() + 64];
+    let result = program
+        .test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            repeat: 1,
+            ..Default::default()
+        })
+        .expect("the kernel runs it");
+    out.truncate(result.data_size_out as usize);
+    (result.return_value, out)
+}
+
 impl Program {
     /// The program, with three nodes and two VIPs that are spread over all of them.
     pub(super) fn load() -> Self {
@@ -151,34 +170,15 @@ impl Program {
     }
 
     fn run(&mut self, program: &'static str, frame: &[u8]) -> (u32, Vec<u8>) {
-        let mut out = vec![0; frame.len() + 64];
-        let result = classifier(&mut self.ebpf, program)
-            .expect("the object holds it")
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                repeat: 1,
-                ..Default::default()
-            })
-            .expect("the kernel runs it");
-        out.truncate(result.data_size_out as usize);
-        (result.return_value, out)
+        tried(
+            classifier(&mut self.ebpf, program).expect("the object holds it"),
+            frame,
+        )
     }
 
     /// The answer and frame of the program for drivers.
     pub(super) fn driven(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
-        let mut out = vec![0; frame.len() + 64];
-        let result = driver(&mut self.ebpf)
-            .expect("the object holds it")
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                repeat: 1,
-                ..Default::default()
-            })
-            .expect("the kernel runs it");
-        out.truncate(result.data_size_out as usize);
-        (result.return_value, out)
+        tried(driver(&mut self.ebpf).expect("the object holds it"), frame)
     }
 
     fn fate(&mut self, frame: &[u8]) -> Fate {

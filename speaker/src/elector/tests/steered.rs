@@ -1,6 +1,6 @@
 //! What the objects say of steering: what the leaders' speakers write.
 
-use landfall_core::model::{Advertisement, CrossSegment, Steering, UnknownPort};
+use landfall_core::model::{Advertisement, Steering};
 use serde_json::Value;
 
 use super::*;
@@ -83,19 +83,8 @@ impl Reported {
 
 fn mk_advertisement(steering: Steering) -> Object {
     Object::Advertisement(Advertisement {
-        name: "it".into(),
-        pools: Vec::new(),
-        pool_selectors: Vec::new(),
-        service_selectors: Vec::new(),
-        node_selectors: Vec::new(),
-        interfaces: Vec::new(),
-        preferred_nodes: Vec::new(),
-        failback: false,
-        rebalance: true,
-        ignore_exclude_lb: false,
         steering,
-        cross_segment: CrossSegment::Auto,
-        unknown_port: UnknownPort::Reject,
+        ..Advertisement::plain("it")
     })
 }
 

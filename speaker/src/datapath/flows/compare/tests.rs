@@ -6,10 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use landfall_core::model::Protocol;
 use landfall_ebpf_common::Answer;
 
-use super::super::super::conntrack::TCP;
 use super::super::super::uplink::object;
 use super::super::super::{Native, PortId, PortState};
 use super::*;
+use crate::conntrack::TCP;
 
 /// The kernel's clock in these tests: all ages are before it.
 const NOW: Duration = Duration::from_hours(10_000);
@@ -69,7 +69,7 @@ fn mk_known(vips: &[[u8; 4]]) -> Known {
             (id, port.clone())
         })
         .collect();
-    Known::new(&vips, &ports)
+    Known::new(&vips, &ports, true)
 }
 
 impl FlowMaps {
@@ -290,4 +290,25 @@ fn a_connection_to_nothing_of_ours_is_not_entered() {
     };
     assert_eq!(enter(&mut maps, &mk_known(&VIPS), &elsewhere, 7), 0);
     assert_eq!(maps.ports(), [BTreeSet::new(), BTreeSet::new()]);
+}
+
+/// A connection to an endpoint may have been translated before the maps were there; one that is begun later is its
+/// client's own.
+#[test]
+fn connections_to_endpoints_concern_new_maps_only() {
+    let known = mk_known(&VIPS);
+    let later = Known {
+        maps_are_new: false,
+        ..mk_known(&VIPS)
+    };
+    let to_endpoint = Connection {
+        flow: mk_connection(4000),
+        translated: false,
+    };
+    let to_vip = Connection {
+        flow: mk_key(VIPS[0], 4000),
+        translated: true,
+    };
+    assert!(known.concerns(&to_endpoint) && !later.concerns(&to_endpoint));
+    assert!(known.concerns(&to_vip) && later.concerns(&to_vip));
 }

@@ -1,8 +1,9 @@
-//! The TCP connections that the kernel's connection tracking knows: flows that were delivered here before the programs
+//! What the kernel's connection tracking knows, by ctnetlink. Of TCP: flows that were delivered here before the programs
 //! saw them, and the proof that a flow they know is still alive.
 
 use std::collections::HashSet;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 
 use landfall_ebpf_common::{FlowKey, VipKey};
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
@@ -20,25 +21,25 @@ pub(crate) const DELETE: u16 = 2;
 pub(crate) mod attribute {
     pub(crate) const ORIGINAL: u16 = 1;
     pub(crate) const REPLY: u16 = 2;
-    pub(crate) const STATUS: u16 = 3;
-    pub(crate) const PROTOCOL_INFO: u16 = 4;
     pub(crate) const ID: u16 = 12;
     pub(crate) const ZONE: u16 = 18;
-    pub(crate) const TUPLE_IP: u16 = 1;
-    pub(crate) const TUPLE_PROTOCOL: u16 = 2;
-    pub(crate) const V4_SOURCE: u16 = 1;
-    pub(crate) const V4_DESTINATION: u16 = 2;
-    pub(crate) const V6_SOURCE: u16 = 3;
-    pub(crate) const V6_DESTINATION: u16 = 4;
-    pub(crate) const NUMBER: u16 = 1;
-    pub(crate) const SOURCE_PORT: u16 = 2;
-    pub(crate) const DESTINATION_PORT: u16 = 3;
-    pub(crate) const TCP: u16 = 1;
-    pub(crate) const TCP_STATE: u16 = 1;
+    pub(super) const STATUS: u16 = 3;
+    pub(super) const PROTOCOL_INFO: u16 = 4;
+    pub(super) const TUPLE_IP: u16 = 1;
+    pub(super) const TUPLE_PROTOCOL: u16 = 2;
+    pub(super) const V4_SOURCE: u16 = 1;
+    pub(super) const V4_DESTINATION: u16 = 2;
+    pub(super) const V6_SOURCE: u16 = 3;
+    pub(super) const V6_DESTINATION: u16 = 4;
+    pub(super) const NUMBER: u16 = 1;
+    pub(super) const SOURCE_PORT: u16 = 2;
+    pub(super) const DESTINATION_PORT: u16 = 3;
+    pub(super) const TCP: u16 = 1;
+    pub(super) const TCP_STATE: u16 = 1;
 }
 
 /// TCP's number.
-pub(super) const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
+pub(crate) const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
 /// `IPS_DST_NAT`: an entry without it was not delivered to an endpoint.
 const TRANSLATED: u32 = 1 << 5;
 /// `TCP_CONNTRACK_SYN_SENT` and the states in which a connection is over.
@@ -47,18 +48,18 @@ const TIME_WAIT: u8 = 7;
 
 /// A connection, by the addresses and ports of what its client sends when it is tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     /// To a VIP where connection tracking translates, to an endpoint where the programs have done it before.
-    pub(super) flow: FlowKey,
+    pub(crate) flow: FlowKey,
     /// Connection tracking translates it.
-    pub(super) translated: bool,
+    pub(crate) translated: bool,
 }
 
 /// Reads the connections that are established or are being closed, of those that are wanted.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`.
-pub(super) fn connections(wanted: impl Fn(&Connection) -> bool) -> io::Result<HashSet<Connection>> {
+pub(crate) fn connections(wanted: impl Fn(&Connection) -> bool) -> io::Result<HashSet<Connection>> {
     const ANY_FAMILY: [u8; 4] = [0; 4];
     const TRIES: u32 = 5;
     let requests = Requests::open(NETLINK_NETFILTER)?;
@@ -84,35 +85,50 @@ pub(super) fn connections(wanted: impl Fn(&Connection) -> bool) -> io::Result<Ha
 fn connection(entry: &[u8]) -> Option<Connection> {
     use attribute as a;
     let tuple = find(entry, a::ORIGINAL)?;
-    let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
-    if i32::from(*find(protocol, a::NUMBER)?.first()?) != libc::IPPROTO_TCP {
+    let (protocol, client) = end_of(tuple, Side::Source)?;
+    let (_, to) = end_of(tuple, Side::Destination)?;
+    if u32::from(protocol) != TCP {
         return None;
     }
-    let ip = find(tuple, a::TUPLE_IP)?;
-    let v4 = |kind| {
-        let octets: [u8; 4] = find(ip, kind)?.try_into().ok()?;
-        Some(VipKey::v4(octets))
-    };
-    let v6 = |kind| Some(VipKey(find(ip, kind)?.try_into().ok()?));
-    let vip = v4(a::V4_DESTINATION).or_else(|| v6(a::V6_DESTINATION))?;
     let status = find(entry, a::STATUS)?.try_into().ok()?;
     let info = find(entry, a::PROTOCOL_INFO)?;
     let state = *find(find(info, a::TCP)?, a::TCP_STATE)?.first()?;
     if state <= SYN_SENT || state >= TIME_WAIT {
         return None;
     }
-    let port = |kind| {
-        let bytes = find(protocol, kind)?.try_into().ok()?;
-        Some(u16::from_be_bytes(bytes))
-    };
     Some(Connection {
         flow: FlowKey {
-            client: v4(a::V4_SOURCE).or_else(|| v6(a::V6_SOURCE))?.0,
-            vip,
-            client_port: port(a::SOURCE_PORT)?,
-            port: port(a::DESTINATION_PORT)?,
+            client: VipKey::from_address(client.ip()).0,
+            vip: VipKey::from_address(to.ip()),
+            client_port: client.port(),
+            port: to.port(),
             protocol: TCP,
         },
         translated: u32::from_be_bytes(status) & TRANSLATED != 0,
     })
+}
+
+/// An end of a direction.
+#[derive(Clone, Copy)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+}
+
+/// The protocol of a direction, and the address and port at one of its ends.
+pub(crate) fn end_of(tuple: &[u8], side: Side) -> Option<(u8, SocketAddr)> {
+    use attribute as a;
+    let (v4, v6, port) = match side {
+        Side::Source => (a::V4_SOURCE, a::V6_SOURCE, a::SOURCE_PORT),
+        Side::Destination => (a::V4_DESTINATION, a::V6_DESTINATION, a::DESTINATION_PORT),
+    };
+    let ip = find(tuple, a::TUPLE_IP)?;
+    let address: IpAddr = match find(ip, v4) {
+        Some(octets) => <[u8; 4]>::try_from(octets).ok()?.into(),
+        None => <[u8; 16]>::try_from(find(ip, v6)?).ok()?.into(),
+    };
+    let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
+    let port = u16::from_be_bytes(find(protocol, port)?.try_into().ok()?);
+    let number = *find(protocol, a::NUMBER)?.first()?;
+    Some((number, SocketAddr::new(address, port)))
 }
