@@ -33,6 +33,7 @@ add set inet {TABLE} refused6 {{ type ipv6_addr; flags dynamic, timeout; timeout
 add counter inet {TABLE} guard4
 add counter inet {TABLE} guard6
 add chain inet {TABLE} refuse
+add chain inet {TABLE} unknown-ports {{ type filter hook prerouting priority dstnat + 5; policy accept; }}
 add chain inet {TABLE} forward {{ type filter hook forward priority filter + 5; policy accept; }}
 add chain inet {TABLE} mark-answers {{ type filter hook prerouting priority mangle; policy accept; }}
 add chain inet {TABLE} mark-own-answers {{ type route hook output priority mangle; policy accept; }}
@@ -144,12 +145,15 @@ impl Element for (IpAddr, Protocol, u16) {
 }
 
 /// Ports that no Service has are refused, ten times a second to each client; more is dropped by the guard.
+///
+/// Before routing, and after every translation: a packet that is routed back to its segment is counted by the kernel as
+/// a redirect, also when it is dropped then, and after each redirect its ICMP to that client has to wait anew.
 fn refusals(text: &mut String) {
     for (protocol, suffix) in [("ip", 4), ("ip6", 6)] {
         let _ = writeln!(
             text,
-            "add rule inet {TABLE} forward {protocol} daddr @refusing{suffix} meta l4proto {{ tcp, udp }} \
-             {protocol} daddr . meta l4proto . th dport != @ports{suffix} \
+            "add rule inet {TABLE} unknown-ports {protocol} daddr @refusing{suffix} meta l4proto {{ tcp, udp }} \
+             {protocol} daddr . meta l4proto . th dport != @ports{suffix} fib daddr type != local \
              update @refused{suffix} {{ {protocol} saddr limit rate 10/second burst 10 packets }} goto refuse"
         );
     }
