@@ -7,6 +7,7 @@
 //!     └──> groups     which addresses move together, and where they may be announced   (speaker)
 //!             └──> election   which node announces each group                          (speaker)
 //!   steering   which node each flow of a Service belongs to
+//!   replication   copies a gateway's bindings to its standby
 //! ```
 //!
 //! Time and randomness are arguments, decisions are return values, and iteration order never
@@ -18,5 +19,6 @@ pub mod groups;
 pub mod ip;
 pub mod ipam;
 pub mod model;
+pub mod replication;
 pub mod selector;
 pub mod steering;
