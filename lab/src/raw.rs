@@ -11,7 +11,19 @@ use crate::sys;
 /// Sends a frame, as it is, out of an interface of the calling thread's namespace: call it inside
 /// [`Netns::run`](crate::Netns::run).
 pub fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
-    sys::packet_socket(interface, 0)?.send(frame).map(drop)
+    send_frames(interface, [frame])
+}
+
+/// The same for several, one after the other. It is quicker: to close a packet socket takes the kernel milliseconds.
+pub fn send_frames<F: AsRef<[u8]>>(
+    interface: u32,
+    frames: impl IntoIterator<Item = F>,
+) -> io::Result<()> {
+    let socket = sys::packet_socket(interface, 0)?;
+    for frame in frames {
+        socket.send(frame.as_ref())?;
+    }
+    Ok(())
 }
 
 /// How many frames one call sends.

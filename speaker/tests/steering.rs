@@ -11,6 +11,7 @@ mod steering {
     mod flood;
     mod flow;
     mod fragments;
+    mod hops;
     mod own_clients;
     mod packet;
     mod path_mtu;

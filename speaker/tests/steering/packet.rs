@@ -88,8 +88,8 @@ fn ip(
     }
 }
 
-/// The fragments of a UDP datagram, in their order.
-pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<Vec<u8>> {
+/// A UDP header and data.
+fn udp_datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     let mut datagram = vec![0; UDP_HEADER];
     datagram.extend(data);
     let length = u16::try_from(datagram.len()).unwrap();
@@ -107,6 +107,24 @@ pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) 
         _ => panic!("{from} and {to} are of two families"),
     };
     header.set_checksum(sum);
+    datagram
+}
+
+/// A UDP datagram in one packet.
+pub(super) fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let datagram = udp_datagram(from, to, data);
+    ip(
+        from.ip(),
+        to.ip(),
+        IpNextHeaderProtocols::Udp,
+        None,
+        &datagram,
+    )
+}
+
+/// The fragments of a UDP datagram, in their order.
+pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<Vec<u8>> {
+    let datagram = udp_datagram(from, to, data);
     let number = datagram.len().div_ceil(FRAGMENT);
     datagram
         .chunks(FRAGMENT)
@@ -120,13 +138,18 @@ pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) 
 
 /// A SYN.
 pub(super) fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
+    segment(from, to, sequence, tcp::TcpFlags::SYN)
+}
+
+/// A TCP segment without data.
+pub(super) fn segment(from: SocketAddr, to: SocketAddr, sequence: u32, flags: u8) -> Vec<u8> {
     let mut segment = vec![0; TCP_HEADER];
     let mut header = MutableTcpPacket::new(&mut segment).unwrap();
     header.set_source(from.port());
     header.set_destination(to.port());
     header.set_sequence(sequence);
     header.set_data_offset(5);
-    header.set_flags(tcp::TcpFlags::SYN);
+    header.set_flags(flags);
     header.set_window(64_240);
     let sum = match (from.ip(), to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
