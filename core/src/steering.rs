@@ -15,7 +15,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use landfall_ebpf_common::rendezvous::{Bid, cost};
-use xxhash_rust::xxh64::xxh64;
+use xxhash_rust::xxh64::{Xxh64, xxh64};
 
 use crate::model::NodeName;
 
@@ -44,6 +44,19 @@ pub fn distribution(endpoints: &BTreeMap<NodeName, u32>) -> Distribution {
             (node.clone(), u16::try_from(weight).unwrap_or(u16::MAX))
         })
         .collect()
+}
+
+/// A table's inputs in short, the algorithm among them: xxh64 of names and weights. Nodes that show the same have the
+/// same table.
+pub fn digest(distribution: &Distribution) -> u64 {
+    let mut digest = Xxh64::new(u64::from(ALGORITHM));
+    for (node, weight) in distribution {
+        // The length first: no two distributions are the same bytes.
+        digest.update(&(node.0.len() as u64).to_le_bytes());
+        digest.update(node.0.as_bytes());
+        digest.update(&weight.to_le_bytes());
+    }
+    digest.digest()
 }
 
 fn gcd(mut a: u32, mut b: u32) -> u32 {

@@ -48,7 +48,6 @@ pub struct Table {
     places: BTreeMap<NodeName, u16>,
     /// With fewer than two members every bucket is alike, and one slot stands for all.
     slots: Vec<Slot>,
-    generation: u64,
 }
 
 impl Default for Table {
@@ -57,7 +56,6 @@ impl Default for Table {
             members: Vec::new(),
             places: BTreeMap::new(),
             slots: vec![EMPTY],
-            generation: 0,
         }
     }
 }
@@ -69,13 +67,7 @@ impl Table {
         for (node, weight) in weights {
             table.set(node, weight);
         }
-        table.generation = 0;
         table
-    }
-
-    /// How often it changed.
-    pub fn generation(&self) -> u64 {
-        self.generation
     }
 
     /// The nodes and their weights, by name.
@@ -107,7 +99,6 @@ impl Table {
         if before == weight {
             return 0;
         }
-        self.generation += 1;
         let changed = match known {
             None => {
                 let place = self.seat(node, weight);

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::{BUCKETS, Pair, Table, distribution, first};
+use super::{BUCKETS, Distribution, Pair, Table, digest, distribution, first};
 use crate::model::NodeName;
 
 fn mk_weights(nodes: usize, weight: impl Fn(usize) -> u32) -> BTreeMap<NodeName, u32> {
@@ -52,6 +52,35 @@ fn the_choice_is_fixed() {
         .collect();
     let expected = ["node-2", "node-4", "node-4", "node-4", "node-1", "node-4"];
     assert_eq!(sample, expected);
+}
+
+/// What nodes of one version show of the same table; of none that is otherwise do they show the same.
+#[test]
+fn the_digest_is_fixed_and_tells_inputs_apart() {
+    let of = |weights: &[(&str, u16)]| {
+        let weights = weights.iter();
+        digest(
+            &weights
+                .map(|(node, weight)| ((*node).into(), *weight))
+                .collect(),
+        )
+    };
+    let fixed = of(&[("n1", 1), ("n2", 3)]);
+    assert_eq!(fixed, 0x7b4d_b412_9cec_6df2);
+    assert_eq!(of(&[("n2", 3), ("n1", 1)]), fixed);
+    let others = [
+        of(&[]),
+        of(&[("n1", 1)]),
+        of(&[("n1", 3), ("n2", 1)]),
+        of(&[("n1", 1), ("n3", 3)]),
+        of(&[("n1\u{1}\u{0}n2", 3)]),
+        of(&[("n1", 1), ("n2", 3), ("n3", 1)]),
+    ];
+    for (place, other) in others.iter().enumerate() {
+        assert_ne!(*other, fixed);
+        assert!(!others[..place].contains(other));
+    }
+    assert_eq!(digest(&Distribution::new()), of(&[]));
 }
 
 #[test]

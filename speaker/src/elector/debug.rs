@@ -9,10 +9,13 @@
 //!  "interfaces": [{"name": "eth0", "index": 2, "mac": "…", "up": true, "hello": true}],
 //!  "steering": {"nodes": [{"name": "n2", "interface": 2, "alive": true, "suspected": false, "steers": true,
 //!                           "mac": "…"}],
-//!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}}}}
+//!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}},
+//!               "tables": {"10.88.0.200:80/TCP": {"generation": 7, "digest": "7b4db4129cec6df2"}}}}
 //! ```
 //! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that
 //! could not lead, with why. `steering` is what the data path was told: a port's nodes with their weights.
+//! The `digest` of these is the same on all nodes whose tables are; the `generation` is this node's own count, which grows
+//! with every change of the table, and begins anew with the speaker.
 
 use std::collections::BTreeMap;
 

@@ -13,7 +13,7 @@ use landfall_core::election::{HeldPort, NodeRegister, service_id};
 use landfall_core::groups::{FamilyPort, Group, GroupService, GroupVip};
 use landfall_core::ip::Family;
 use landfall_core::model::{NodeName, Protocol};
-use landfall_core::steering::Distribution;
+use landfall_core::steering::{self, Distribution};
 use serde_json::{Value, json};
 
 use super::Speaker;
@@ -41,7 +41,36 @@ pub(super) struct Told {
     nodes: BTreeMap<NodeId, NodeState>,
     mark: Option<u32>,
     complete: bool,
+    tables: Generations,
 }
+
+/// How often the tables changed, on this node.
+#[derive(Debug, Default)]
+struct Generations {
+    /// All of them together: a port that comes back does not begin anew.
+    changes: u64,
+    /// Of each port, which of the changes was its last.
+    of: BTreeMap<PortId, u64>,
+}
+
+impl Generations {
+    /// Takes note of a port that was so and is so now.
+    fn note(&mut self, change: &Changed<PortId, PortState>) {
+        let (id, before, now) = change;
+        if before.as_ref().map(|it| &it.nodes) == now.as_ref().map(|it| &it.nodes) {
+            return;
+        }
+        self.changes += 1;
+        if now.is_some() {
+            self.of.insert(*id, self.changes);
+        } else {
+            self.of.remove(id);
+        }
+    }
+}
+
+/// A key, what it stood for before, and what now.
+type Changed<K, V> = (K, Option<V>, Option<V>);
 
 /// A map, and what its entries were before they were touched.
 #[derive(Debug)]
@@ -69,12 +98,12 @@ impl<K: Ord + Clone, V: Clone + PartialEq> Ledger<K, V> {
     }
 
     /// What is other than when it was asked last.
-    fn changes(&mut self) -> Vec<(K, Option<V>)> {
+    fn changes(&mut self) -> Vec<Changed<K, V>> {
         std::mem::take(&mut self.before)
             .into_iter()
             .filter_map(|(key, old)| {
-                let new = self.now.get(&key);
-                (new != old.as_ref()).then(|| (key, new.cloned()))
+                let new = self.now.get(&key).cloned();
+                (new != old).then_some((key, old, new))
             })
             .collect()
     }
@@ -97,11 +126,15 @@ impl Told {
 
     /// What changed of VIPs and ports. A port goes before its VIP: what is matched is known.
     fn changes(&mut self) -> impl Iterator<Item = Change> + use<> {
-        let ports = self.ports.changes().into_iter();
+        let ports = self.ports.changes();
+        for change in &ports {
+            self.tables.note(change);
+        }
         let vips = self.vips.changes().into_iter();
         ports
-            .map(|(id, state)| Change::Port(id, state))
-            .chain(vips.map(|(vip, state)| Change::Vip(vip, state)))
+            .into_iter()
+            .map(|(id, _, state)| Change::Port(id, state))
+            .chain(vips.map(|(vip, _, state)| Change::Vip(vip, state)))
     }
 
     /// What the data path was told, for people.
@@ -116,17 +149,30 @@ impl Told {
                 })
             })
             .collect();
+        let name = |id: &PortId| format!("{}/{}", SocketAddr::new(id.vip, id.port), id.protocol);
         let ports: BTreeMap<String, BTreeMap<&str, u16>> = self
             .ports
             .now
             .iter()
             .map(|(id, state)| {
-                let address = SocketAddr::new(id.vip, id.port);
                 let nodes = state.nodes.iter().map(|(node, weight)| (&*node.0, *weight));
-                (format!("{address}/{}", id.protocol), nodes.collect())
+                (name(id), nodes.collect())
             })
             .collect();
-        json!({"nodes": nodes, "ports": ports})
+        let tables: BTreeMap<String, Value> = self
+            .ports
+            .now
+            .iter()
+            .map(|(id, state)| {
+                let digest = format!("{:016x}", steering::digest(&state.nodes));
+                let generation = self.tables.of.get(id);
+                (
+                    name(id),
+                    json!({"generation": generation, "digest": digest}),
+                )
+            })
+            .collect();
+        json!({"nodes": nodes, "ports": ports, "tables": tables})
     }
 
     /// Whether the data path was told all there is.

@@ -1,7 +1,7 @@
 //! Each pod of a Service has its share, however they lie on the nodes.
 
-use std::collections::BTreeMap;
-use std::net::TcpStream;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{SocketAddr, TcpStream};
 
 use landfall_lab::Pod;
 use landfall_lab::manifests::LINES;
@@ -30,6 +30,11 @@ fn one_five_and_ten_pods() {
     for vip in vips() {
         await_served(&cluster, vip, &pods);
         let to = (vip, LINES).into();
+        assert_eq!(
+            digests(&cluster, to).len(),
+            1,
+            "the nodes' tables are the same"
+        );
         let mut counts: BTreeMap<&str, usize> = pods.iter().map(|pod| (&*pod.name, 0)).collect();
         let connected = cluster.lab.client().run(|| {
             (0..CONNECTIONS)
@@ -52,4 +57,17 @@ fn one_five_and_ten_pods() {
             );
         }
     }
+}
+
+/// What the nodes show of a port's table.
+fn digests(cluster: &Cluster, port: SocketAddr) -> BTreeSet<String> {
+    let port = format!("{port}/TCP");
+    let nodes = cluster.lab.nodes().iter();
+    nodes
+        .map(|node| {
+            let state = cluster.lab.speaker_state(&node.name).unwrap();
+            let digest = &state["steering"]["tables"][&port]["digest"];
+            digest.as_str().unwrap().to_owned()
+        })
+        .collect()
 }

@@ -156,3 +156,64 @@ fn who_does_not_want_steering_is_told_that_there_is_none() {
     reported.run(15);
     assert_eq!(reported.condition()["reason"], "AllNodesSteer");
 }
+
+/// A Service's pods on these nodes.
+fn mk_pods(nodes: &[&str]) -> Object {
+    let addresses = (10..).take(nodes.len()).map(|n| format!("10.244.1.{n}"));
+    let Object::EndpointSlice(mut slice) = mk_slice(&ObjectKey::new("default", "s0"), addresses)
+    else {
+        unreachable!("a slice was made");
+    };
+    for (endpoint, node) in slice.endpoints.iter_mut().zip(nodes) {
+        endpoint.node = Some((*node).into());
+    }
+    Object::EndpointSlice(slice)
+}
+
+#[test]
+fn every_change_of_a_table_is_a_generation_and_all_nodes_show_the_same_table() {
+    const PORT: &str = "10.88.0.200:6443/TCP";
+    let mut world = World::new(2);
+    world.tell(&mk_port(&ObjectKey::new("default", "s0")));
+    world.run(Duration::from_secs(3));
+    let look = |world: &mut World| {
+        world.run(Duration::from_secs(3));
+        let mut generations = Vec::new();
+        let mut digests = BTreeSet::new();
+        for host in world.hosts.values() {
+            let table = host.speaker.debug()["steering"]["tables"][PORT].clone();
+            generations.push(table["generation"].as_u64().unwrap());
+            digests.insert(table["digest"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(digests.len(), 1, "the nodes' tables are the same");
+        (generations, digests.pop_first().unwrap())
+    };
+    let grew = |before: &[u64], after: &[u64]| before.iter().zip(after).all(|(one, two)| one < two);
+    let (empty, of_none) = look(&mut world);
+    world.tell(&mk_pods(&["n1", "n2", "n2"]));
+    let (first, one_to_two) = look(&mut world);
+    assert!(grew(&empty, &first), "{empty:?} {first:?}");
+    assert_ne!(one_to_two, of_none);
+    assert_eq!(look(&mut world).0, first, "nothing changed");
+
+    world.tell(&mk_pods(&["n2", "n1", "n2", "n2", "n1", "n2"]));
+    let (second, digest) = look(&mut world);
+    assert_eq!(
+        (second, digest),
+        (first.clone(), one_to_two.clone()),
+        "the same weights"
+    );
+
+    world.tell(&mk_pods(&["n1", "n2"]));
+    let (third, one_to_one) = look(&mut world);
+    assert!(grew(&first, &third), "{first:?} {third:?}");
+    assert_ne!(one_to_one, one_to_two);
+
+    world.tell(&mk_pods(&["n1", "n2", "n2"]));
+    let (fourth, again) = look(&mut world);
+    assert!(grew(&third, &fourth), "{third:?} {fourth:?}");
+    assert_eq!(
+        again, one_to_two,
+        "what it was before is shown as it was before"
+    );
+}
