@@ -50,6 +50,11 @@ impl Lab {
 
     /// Starts a speaker on every node, from the lab's manifests.
     pub fn start_speakers(&self) -> Result<()> {
+        self.start_speakers_with(|program| program)
+    }
+
+    /// The same, with something done to what is started.
+    pub fn start_speakers_with(&self, adapt: impl Fn(Program) -> Program) -> Result<()> {
         for node in self.nodes() {
             let state = self.directory().join("state").join(&node.name);
             fs::create_dir_all(&state).context(|| format!("creating {}", state.display()))?;
@@ -58,7 +63,7 @@ impl Lab {
                 .option("--manifests", self.manifests_dir().display())
                 .option("--state-dir", state.display())
                 .option("--delivery", "native");
-            self.start(&node.name, SPEAKER, &program)?;
+            self.start(&node.name, SPEAKER, &adapt(program))?;
         }
         Ok(())
     }

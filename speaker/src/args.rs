@@ -1,4 +1,4 @@
-//! The speaker's flags. Each is also a `LANDFALL_…` variable.
+//! The speaker's flags. Each that `--help` shows is also a `LANDFALL_…` variable.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use landfall_runtime::args::KubeArgs;
 use landfall_runtime::telemetry::LogArgs;
 
-use crate::datapath::Delivery;
+use crate::datapath::{COMPARE, Delivery};
 use crate::keys::KeySource;
 
 /// What `--help` shows after the flags.
@@ -167,6 +167,16 @@ pub struct Args {
     )]
     pub xdp: Vec<String>,
 
+    /// How often the flows are compared with connection tracking, in seconds. Hidden: only tests are in a hurry.
+    #[arg(
+        long,
+        hide = true,
+        value_name = "SECONDS",
+        default_value_t = COMPARE.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    pub compare_every: u64,
+
     /// Where it pins.
     #[command(flatten)]
     pub pins: PinArgs,
@@ -247,7 +257,7 @@ mod tests {
     fn flags_are_well_formed_and_each_has_a_variable() {
         let command = Args::command();
         command.clone().debug_assert();
-        for arg in command.get_arguments() {
+        for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
             let name = arg.get_long().expect("every flag has a long name");
             let variable = arg.get_env().and_then(|variable| variable.to_str());
             let expected = format!("LANDFALL_{}", name.replace('-', "_").to_uppercase());

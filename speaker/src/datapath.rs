@@ -50,7 +50,12 @@ pub struct Config {
     pub xdp: BTreeSet<String>,
     /// How often the attachments are checked.
     pub watch: Duration,
+    /// How often the flows are compared with connection tracking.
+    pub compare: Duration,
 }
+
+/// How often the flows are compared with connection tracking, where nothing else is asked for.
+pub const COMPARE: Duration = Duration::from_secs(60);
 
 /// Who gives what is for this node to its endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -63,7 +68,8 @@ pub enum Delivery {
 }
 
 impl Config {
-    /// Pins under `pin_dir`; attaches by the best hook the kernel has and checks it every second.
+    /// Pins under `pin_dir`; attaches by the best hook the kernel has and checks it every second; compares
+    /// the flows every minute ([`COMPARE`]).
     pub fn new(pin_dir: impl Into<PathBuf>) -> Self {
         Self {
             pin_dir: pin_dir.into(),
@@ -71,6 +77,7 @@ impl Config {
             delivery: Delivery::KubeProxy,
             xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
+            compare: COMPARE,
         }
     }
 }

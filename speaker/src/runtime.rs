@@ -103,6 +103,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         datapath::Config {
             delivery: args.delivery,
             xdp: args.xdp.iter().cloned().collect(),
+            compare: Duration::from_secs(args.compare_every),
             ..datapath::Config::new(&args.pins.bpf_pin_dir)
         },
         &mut registry,

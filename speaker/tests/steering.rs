@@ -8,6 +8,7 @@ mod steering {
     mod clients;
     mod cluster;
     mod datagrams;
+    mod direct;
     mod flood;
     mod flow;
     mod fragments;

@@ -23,8 +23,7 @@ pub(super) use maps::FlowMaps;
 mod compare;
 mod maps;
 
-/// How often the flows are compared with connection tracking, and how soon again when that failed.
-const COMPARE: Duration = Duration::from_secs(60);
+/// How soon the flows are compared again when that failed.
 const RETRY: Duration = Duration::from_secs(10);
 /// How often it is looked which flows are in buckets of others, while there are any.
 const LOOK: Duration = Duration::from_secs(2);
@@ -68,11 +67,13 @@ pub(super) struct Flows {
 }
 
 impl Flows {
-    pub(super) fn start(tables: SharedTables) -> Self {
+    /// `compare`: how often the flows are compared with connection tracking.
+    pub(super) fn start(tables: SharedTables, compare: Duration) -> Self {
         let shared = Arc::new(Shared::default());
         let mut task = Task {
             shared: Arc::clone(&shared),
             tables,
+            compare,
             compare_at: Instant::now(),
             look_at: Instant::now(),
         };
@@ -168,6 +169,7 @@ impl Drop for Flows {
 struct Task {
     shared: Arc<Shared>,
     tables: SharedTables,
+    compare: Duration,
     compare_at: Instant,
     look_at: Instant,
 }
@@ -229,7 +231,7 @@ impl Task {
                 None => Ok(()),
             }
         });
-        self.compare_at = Instant::now() + COMPARE;
+        self.compare_at = Instant::now() + self.compare;
         let failed = seeded.is_err();
         if let Err(error) = seeded {
             tracing::warn!(

@@ -59,7 +59,7 @@ impl Worker {
     pub(super) fn start(config: Config, registry: &mut Registry) -> Self {
         let shared = Arc::new(Shared::default());
         let metrics = Metrics::register(registry, Arc::clone(&shared.tables));
-        let flows = Arc::new(Flows::start(Arc::clone(&shared.tables)));
+        let flows = Arc::new(Flows::start(Arc::clone(&shared.tables), config.compare));
         let mut task = Task {
             config,
             shared: Arc::clone(&shared),
