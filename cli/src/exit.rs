@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use landfall_lab::LabError;
 
+use crate::print;
+
 /// What `--help` says about exit codes.
 pub(crate) const HELP: &str = "\
 Exit codes:
@@ -21,7 +23,7 @@ pub(crate) fn code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            print::note(format_args!("error: {error:#}"));
             ExitCode::from(if lacks(&error) { LACKING } else { FAILED })
         }
     }

@@ -1,8 +1,14 @@
 //! The `landfall` command line: arguments, dispatch and exit codes. Each subcommand is a module.
 #![forbid(unsafe_code)]
+#![deny(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "they panic where nobody listens; see `print`"
+)]
 
 mod exit;
 mod lab;
+mod print;
 
 use std::process::ExitCode;
 

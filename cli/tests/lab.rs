@@ -142,6 +142,17 @@ fn wrong_arguments_end_with_2_and_say_what_is_wrong() {
     }
 }
 
+/// The writing end of a pipe that nobody reads.
+fn to_nobody() -> Stdio {
+    let (_, writer) = std::io::pipe().unwrap();
+    writer.into()
+}
+
+#[test]
+fn a_failure_that_nobody_reads_of_is_the_same_failure() {
+    ends(lab(&["--nodes", "1"]).stderr(to_nobody()), 1);
+}
+
 #[test]
 fn one_fail_over_from_nothing_to_the_report() {
     let _turn = turn();
@@ -284,6 +295,11 @@ fn a_lab_is_kept_up_played_with_and_taken_down() {
     ends(&mut lab(&["exec", "node1", "--", "sh", "-c", "exit 7"]), 7);
     let unknown = text(&ends(&mut lab(&["exec", "node9", "true"]), 1).stderr);
     assert!(unknown.contains("node1"), "{unknown}");
+
+    for args in [&["status"][..], &["status", "-o", "json"]] {
+        let output = ends(lab(args).stdout(to_nobody()), 0);
+        assert_eq!(text(&output.stderr), "", "{args:?}");
+    }
 
     let vip = first["vips"].as_object().unwrap().keys().next().unwrap();
     let leader = |status: &Value| {

@@ -1,6 +1,8 @@
 //! Landfall's speaker.
 #![deny(unsafe_code)]
 
+use std::io::{self, Write as _};
+
 use clap::Parser as _;
 use landfall_speaker::args::{Args, Command};
 use landfall_speaker::{runtime, uninstall};
@@ -12,8 +14,12 @@ async fn main() -> anyhow::Result<()> {
     match &args.command {
         None => runtime::run(args).await,
         Some(Command::Uninstall(pins)) => {
-            println!("{}", uninstall::uninstall(&pins.bpf_pin_dir).await?);
-            Ok(())
+            let removed = uninstall::uninstall(&pins.bpf_pin_dir).await?;
+            // It is done, also if nobody reads of it (`| head`): println! would panic.
+            match writeln!(io::stdout(), "{removed}") {
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+                _ => Ok(()),
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,14 @@ fn mk_lab() -> Lab {
     lab
 }
 
-fn uninstall(netns: &Netns, pins: &Path) -> Output {
+fn uninstalling(netns: &Netns, pins: &Path) -> Command {
     let mut command = netns.command(env!("CARGO_BIN_EXE_landfall-speaker"));
     command.arg("uninstall").arg("--bpf-pin-dir").arg(pins);
-    command.output().unwrap()
+    command
+}
+
+fn uninstall(netns: &Netns, pins: &Path) -> Output {
+    uninstalling(netns, pins).output().unwrap()
 }
 
 fn text(output: &Output) -> String {
@@ -101,6 +105,12 @@ fn nothing_is_left_on_the_node() {
         assert!(!rules.contains("fwmark"), "{rules}");
     }
 
+    let (_, to_nobody) = std::io::pipe().unwrap();
+    let unread = uninstalling(netns, &pins)
+        .stdout(to_nobody)
+        .output()
+        .unwrap();
+    assert!(unread.status.success(), "{}", text(&unread));
     let again = uninstall(netns, &pins);
     assert!(again.status.success(), "{}", text(&again));
     assert!(

@@ -10,6 +10,7 @@ use landfall_lab::report::Report;
 
 use super::output::{Ticker, report_table};
 use super::{Format, Size, parse_fault};
+use crate::print;
 
 /// The arguments of `landfall lab failover`.
 #[derive(Debug, clap::Args)]
@@ -68,8 +69,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     drop(ticker);
     let report = Report::new(args.fault, args.size.nodes, runs).context("no runs")?;
     match args.output {
-        Format::Table => println!("{}", report_table(&report)),
-        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Format::Table => print::result(report_table(&report))?,
+        Format::Json => print::result(serde_json::to_string_pretty(&report)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -16,6 +16,7 @@ use landfall_lab::ledger::STATE_DIR;
 use super::Size;
 use super::control::{self, NodeStatus, Request, Response, Status};
 use super::output::Ticker;
+use crate::print;
 
 /// How long a lab may take to come up.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -67,7 +68,7 @@ pub(super) fn up(size: Size) -> anyhow::Result<ExitCode> {
             let _ = fs::remove_file(control::log());
             let _ = fs::remove_dir(STATE_DIR);
             drop(ticker);
-            eprint!("{said}");
+            print::note(said.trim_end());
             // 3 goes through: the machine lacks something.
             let code = status
                 .code()

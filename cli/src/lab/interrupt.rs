@@ -3,6 +3,8 @@
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::print;
+
 /// From now on SIGINT, SIGTERM and SIGHUP remove everything this process has made, then end it.
 pub(super) fn clean_up_on_signals() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -26,9 +28,9 @@ pub(super) fn clean_up_on_signals() -> anyhow::Result<()> {
                 // Without handlers a signal ends the process at once; `landfall lab down` removes the rest.
                 return;
             };
-            eprintln!("\nremoving the lab");
+            print::note("\nremoving the lab");
             for error in landfall_lab::ledger::close() {
-                eprintln!("error: {error}");
+                print::note(format_args!("error: {error}"));
             }
             std::process::exit(code);
         })

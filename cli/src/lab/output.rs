@@ -11,6 +11,8 @@ use landfall_lab::failover::Progress;
 use landfall_lab::measure::census::Census;
 use landfall_lab::report::{Report, Run, to_millis};
 
+use crate::print;
+
 /// Shows progress on standard error: a spinner at a terminal, lines elsewhere.
 pub(super) struct Ticker {
     bar: Option<ProgressBar>,
@@ -33,7 +35,7 @@ impl Ticker {
     pub(super) fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            None => print::note(text),
         }
     }
 
@@ -41,7 +43,7 @@ impl Ticker {
     pub(super) fn step(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.set_message(text.to_owned()),
-            None => eprintln!("{text} …"),
+            None => print::note(format_args!("{text} …")),
         }
     }
 

@@ -12,6 +12,7 @@ use landfall_lab::{Fault as NodeFault, Netns};
 use super::Format;
 use super::control::{self, Request, Response, Status};
 use super::output::{columns, counts, pairs};
+use crate::print;
 
 /// What can happen to the lab.
 #[derive(Debug, Subcommand)]
@@ -123,7 +124,7 @@ fn current() -> anyhow::Result<Status> {
 pub(super) fn status(format: Format) -> anyhow::Result<ExitCode> {
     let status = current()?;
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        print::result(serde_json::to_string_pretty(&status)?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let leaders = columns(
@@ -156,7 +157,7 @@ pub(super) fn status(format: Format) -> anyhow::Result<ExitCode> {
         ("logs", status.logs.display().to_string()),
         ("hosts", status.hosts.join(" ")),
     ]);
-    println!("{leaders}\n{nodes}\n{places}");
+    print::result(format_args!("{leaders}\n{nodes}\n{places}"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -196,24 +197,26 @@ pub(super) fn down() -> anyhow::Result<ExitCode> {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        println!("removed the lab lf-{}-…", status.id);
+        print::result(format_args!("removed the lab lf-{}-…", status.id))?;
     }
     let swept = ledger::sweep()?;
     for name in swept.processes {
-        println!("killed what was left of a lab: {name}");
+        print::result(format_args!("killed what was left of a lab: {name}"))?;
     }
     for name in swept.namespaces {
-        println!("removed what was left of a lab: {name}");
+        print::result(format_args!("removed what was left of a lab: {name}"))?;
     }
     for pid in &swept.in_use_by {
-        println!("left alone: the lab of process {pid}, which still runs");
+        print::result(format_args!(
+            "left alone: the lab of process {pid}, which still runs"
+        ))?;
     }
     let _ = fs::remove_file(control::socket());
     let _ = fs::remove_file(control::log());
     // Stays while labs of other processes have their ledgers there.
     let _ = fs::remove_dir(STATE_DIR);
     for error in &swept.failed {
-        eprintln!("error: {error}");
+        print::note(format_args!("error: {error}"));
     }
     Ok(if swept.failed.is_empty() {
         ExitCode::SUCCESS

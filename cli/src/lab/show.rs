@@ -7,6 +7,7 @@ use landfall_lab::failover::Scene;
 
 use super::Size;
 use super::output::{Ticker, counts, run_table};
+use crate::print;
 
 pub(super) fn run(size: Size) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(
@@ -32,9 +33,9 @@ pub(super) fn run(size: Size) -> anyhow::Result<ExitCode> {
     ticker.step("removing the lab");
     drop(scene);
     drop(ticker);
-    println!(
+    print::result(format_args!(
         "The leader's node lost its power. What the clients saw:\n{}",
         run_table(&run)
-    );
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
