@@ -2,6 +2,7 @@
 
 mod flows;
 mod guessed;
+mod headers;
 mod kinds;
 mod marks;
 mod native;

@@ -247,35 +247,6 @@ fn what_cannot_be_read_is_left_alone() {
 }
 
 #[test]
-fn options_and_extension_headers_are_looked_through() {
-    let mut program = Program::load();
-    let port = port_of(V4.into(), &[("other", &NODES)]);
-    let mut packet = mk_ip(
-        client(V4.into()),
-        V4.into(),
-        6,
-        64,
-        &[&[1; 8][..], &mk_tcp(port, 80, SYN)].concat(),
-    );
-    packet[0] = 0x47;
-    repair(&mut packet);
-    assert_eq!(
-        program.fate(&mk_frame(0x0800, &packet)),
-        Fate::Sent("other")
-    );
-
-    let port = port_of(V6.into(), &[("third", &NODES)]);
-    let mut extensions = vec![60, 0, 1, 4, 0, 0, 0, 0];
-    extensions.extend([43, 1, 1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    extensions.extend([6, 0, 0, 0, 0, 0, 0, 0]);
-    extensions.extend(mk_tcp(port, 80, SYN));
-    assert_eq!(
-        program.fate(&mk(V6.into(), 0, &extensions)),
-        Fate::Sent("third")
-    );
-}
-
-#[test]
 fn echo_requests_are_answered() {
     let mut program = Program::load();
     for (vip, request, reply, protocol) in [(VIPS[0], 8, 0, 1), (VIPS[1], 128, 129, 58)] {
