@@ -191,7 +191,7 @@ pub struct Args {
 pub enum Command {
     /// Remove what a speaker leaves on this node when it stops: eBPF programs, maps and pins, the nftables table
     /// `inet landfall`, policy routes, the tunnel. Stop the speaker first: one that runs puts it all back. A clsact
-    /// qdisc (kernels below 6.6) stays where it is: others may use it.
+    /// qdisc (kernels below 6.6) that was there before, or that others use, stays.
     #[command(after_help = UNINSTALL_EXAMPLES)]
     Uninstall(PinArgs),
 }

@@ -16,6 +16,7 @@ mod flows;
 mod layout;
 mod metrics;
 mod pins;
+mod qdisc;
 mod tables;
 #[cfg(test)]
 mod tests;

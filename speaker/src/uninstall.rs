@@ -23,9 +23,11 @@ pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
         links,
         maps,
         filters,
+        qdiscs,
     } = removed?;
     Ok(format!(
         "eBPF links: {links} removed\neBPF maps: {maps} removed\nclsact filters: {filters} removed\n\
+         clsact qdiscs: {qdiscs} removed\n\
          nftables table, policy routes and tunnel: gone"
     ))
 }

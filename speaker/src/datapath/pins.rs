@@ -3,6 +3,7 @@
 //! ```text
 //!  <pin dir>/layout-3/VIPS             a map of this layout
 //!  <pin dir>/layout-3/links/7-ingress  the link of a program at the interface with index 7
+//!  <pin dir>/clsact/7                  a directory: that interface's clsact qdisc was made here
 //! ```
 //!
 //! The number is [`landfall_ebpf_common::LAYOUT`]. What lies under another number is not read: once this
@@ -20,6 +21,7 @@ use nix::net::if_::if_nameindex;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::layout::{SHAPES, Shape};
+use super::qdisc;
 use super::uplink::Side;
 
 /// Why the pins cannot be used.
@@ -66,6 +68,11 @@ impl Pins {
         Ok(pins)
     }
 
+    /// The directory of all layouts.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Where a map is pinned.
     pub(crate) fn map(&self, name: &str) -> PathBuf {
         self.layout.join(name)
@@ -110,25 +117,16 @@ pub struct Removed {
     pub maps: usize,
     /// clsact filters.
     pub filters: usize,
+    /// clsact qdiscs.
+    pub qdiscs: usize,
 }
 
 /// Detaches the programs and removes every pin, of any layout: with no speaker running, nothing of the data path
-/// is left in the kernel. A clsact qdisc stays on its interface: others may have come to use it.
+/// is left in the kernel. A clsact qdisc stays on its interface if it was there before, or others have filters on it.
 pub fn uninstall(pin_dir: &Path) -> io::Result<Removed> {
     let mut removed = Removed::default();
     for layout in layouts(pin_dir) {
         remove_layout(&layout, &mut removed)?;
-    }
-    match fs::remove_dir(pin_dir) {
-        Ok(()) => {}
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::DirectoryNotEmpty
-                    | io::ErrorKind::ResourceBusy
-            ) => {}
-        Err(error) => return Err(error),
     }
     for interface in &if_nameindex()? {
         let name = interface.name().to_string_lossy();
@@ -139,7 +137,20 @@ pub fn uninstall(pin_dir: &Path) -> io::Result<Removed> {
             }
         }
     }
-    Ok(removed)
+    removed.qdiscs = qdisc::remove_unused(pin_dir)?;
+    match fs::remove_dir(pin_dir) {
+        Err(error)
+            if !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::DirectoryNotEmpty
+                    | io::ErrorKind::ResourceBusy
+            ) =>
+        {
+            Err(error)
+        }
+        _ => Ok(removed),
+    }
 }
 
 fn remove_layout(layout: &Path, removed: &mut Removed) -> io::Result<()> {
@@ -187,7 +198,7 @@ fn layouts(root: &Path) -> Vec<PathBuf> {
 }
 
 /// What lies in a directory; nothing, if it is not there.
-fn entries(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn entries(directory: &Path) -> Vec<PathBuf> {
     fs::read_dir(directory).map_or_else(
         |_| Vec::new(),
         |entries| entries.flatten().map(|entry| entry.path()).collect(),

@@ -7,3 +7,4 @@ mod golden;
 mod lifecycle;
 mod others;
 mod packets;
+mod qdisc;

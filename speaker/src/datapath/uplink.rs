@@ -10,7 +10,6 @@ use std::path::Path;
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
-    qdisc_add_clsact,
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
@@ -23,7 +22,7 @@ use super::flows::FlowMaps;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
 use super::tables::{Tables, TablesError};
-use super::{Attachment, Config, Delivery, Hook};
+use super::{Attachment, Config, Delivery, Hook, qdisc};
 
 /// The object that the build script has compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
@@ -323,8 +322,7 @@ impl Uplink {
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
         let (interface, side) = place;
         let name = interface_name(interface)?;
-        // It may be there already, ours or another's.
-        let _ = qdisc_add_clsact(&name);
+        qdisc::ensure(self.pins.root(), interface, &name);
         let program = classifier(&mut self.ebpf, side.program())?;
         let options = TcAttachOptions::Netlink(NlOptions {
             priority: CLSACT_PRIORITY,

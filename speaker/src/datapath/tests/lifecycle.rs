@@ -362,7 +362,8 @@ fn uninstalling_leaves_nothing() {
         Removed {
             links: 1,
             maps: SHAPES.len(),
-            filters: 0
+            filters: 0,
+            qdiscs: 0,
         }
     );
     assert!(segment.programs().is_empty());
