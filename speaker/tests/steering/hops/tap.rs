@@ -24,7 +24,7 @@ use pnet_packet::udp::UdpPacket;
 
 const ETH_HEADER: usize = 14;
 /// So long after the last frame to a VIP there is none under way.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET: Duration = Duration::from_secs(1);
 
 /// By what a packet is known wherever it is seen. No client port is used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
