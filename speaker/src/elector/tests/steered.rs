@@ -170,6 +170,14 @@ fn mk_pods(nodes: &[&str]) -> Object {
     Object::EndpointSlice(slice)
 }
 
+/// How often the data path of a node was told of a port.
+fn told_ports(world: &mut World) -> usize {
+    let told = world.host("n1").lower.told.lock().unwrap();
+    told.iter()
+        .filter(|it| matches!(it, Told::Port(..)))
+        .count()
+}
+
 #[test]
 fn every_change_of_a_table_is_a_generation_and_all_nodes_show_the_same_table() {
     const PORT: &str = "10.88.0.200:6443/TCP";
@@ -203,6 +211,19 @@ fn every_change_of_a_table_is_a_generation_and_all_nodes_show_the_same_table() {
         (first.clone(), one_to_two.clone()),
         "the same weights"
     );
+
+    // How its clients are told apart is the port's, not the table's.
+    let Object::Service(service) = mk_port(&ObjectKey::new("default", "s0")) else {
+        unreachable!("a Service was made");
+    };
+    let before = told_ports(&mut world);
+    world.tell(&Object::Service(Service {
+        affinity: true,
+        ..service
+    }));
+    let (second, digest) = look(&mut world);
+    assert!(told_ports(&mut world) > before, "the data path was told");
+    assert_eq!((second, digest), (first.clone(), one_to_two.clone()));
 
     world.tell(&mk_pods(&["n1", "n2"]));
     let (third, one_to_one) = look(&mut world);
