@@ -8,6 +8,8 @@ pub const ANNOUNCED: &str = "landfall.dev/Announced";
 pub const VIRTUAL_IP_ANNOUNCED: &str = "Announced";
 /// `VirtualIP`: whether every node passes its packets on to the nodes that serve it. Written by speakers.
 pub const VIRTUAL_IP_STEERED: &str = "Steered";
+/// `VirtualIP`: whether every port of its Services has an endpoint. Written by speakers.
+pub const VIRTUAL_IP_SERVED: &str = "Served";
 /// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
 pub const POOL_READY: &str = "Ready";
 
@@ -21,6 +23,14 @@ pub mod announced {
     pub const NO_ELIGIBLE_NODE: &str = "NoEligibleNode";
     /// Another station answers for the address.
     pub const ADDRESS_CONFLICT: &str = "AddressConflict";
+}
+
+/// Reasons of [`VIRTUAL_IP_SERVED`].
+pub mod served {
+    /// Each port has one.
+    pub const ENDPOINTS: &str = "Endpoints";
+    /// Some ports have none; the message names them.
+    pub const NO_ENDPOINTS: &str = "NoEndpoints";
 }
 
 /// Reasons of [`VIRTUAL_IP_STEERED`].

@@ -55,6 +55,8 @@ pub struct GroupService {
     pub health_check_node_port: u16,
     /// Nodes with servable endpoints, whatever the policy.
     pub endpoint_nodes: BTreeSet<NodeName>,
+    /// The ports that have a servable endpoint, wherever it is, by family. Others are refused.
+    pub served: BTreeSet<FamilyPort>,
     /// How each port's new flows are to be spread, by family.
     pub spreads: BTreeMap<FamilyPort, Spread>,
     /// All flows of a client go to one node.
@@ -545,6 +547,7 @@ impl GroupIndex {
         let mut only_hosts = self.options.host_endpoints;
         let mut endpoints = BTreeMap::<FamilyPort, BTreeSet<PodEndpoint>>::new();
         let mut any_host = false;
+        let mut served = BTreeSet::new();
         let ports = service
             .map(|service| service.ports.clone())
             .unwrap_or_default();
@@ -555,6 +558,11 @@ impl GroupIndex {
                 .iter()
                 .filter(|endpoint| endpoint.servable())
             {
+                let of_slice = ports.iter().filter(|port| {
+                    let mut targets = slice.ports.iter();
+                    targets.any(|to| to.name == port.name && to.protocol == port.protocol)
+                });
+                served.extend(of_slice.map(|port| (slice.family, port.protocol, port.port)));
                 let owner = self.node_of_address.get(&endpoint.address);
                 let Some(node) = endpoint.node.as_ref().or(owner) else {
                     only_hosts = false;
@@ -608,6 +616,7 @@ impl GroupIndex {
             local_nodes: local.then(|| endpoint_nodes.clone()),
             health_check_node_port: service.map_or(0, |s| s.health_check_node_port),
             endpoint_nodes,
+            served,
             spreads: counts.spreads(),
             affinity: service.is_some_and(|s| s.affinity),
             udp_ports: service.is_some_and(|s| s.udp_ports),

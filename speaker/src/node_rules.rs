@@ -34,7 +34,7 @@ use crate::announcer::MacAddr;
 pub struct Rules {
     /// All VIPs of the cluster: what still carries one as destination in the forward hook is dropped.
     pub vips: BTreeSet<IpAddr>,
-    /// The VIPs that answer for ports which they do not have, and the ports that they have.
+    /// The VIPs that answer for ports which nobody serves, and the ports that somebody serves.
     pub refusing: BTreeMap<IpAddr, BTreeSet<(Protocol, u16)>>,
     /// The uplink (by name) of each VIP on this node: answers leave by it even when the route to the client does not.
     pub uplinks: BTreeMap<IpAddr, Arc<str>>,

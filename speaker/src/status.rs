@@ -3,6 +3,7 @@
 //! The leader reports its addresses; for a group that no node could lead, the living speaker with the smallest
 //! name does. A change of leader, place or condition is written at once, of anything else now and then.
 
+mod served;
 mod steered;
 pub mod writer;
 
@@ -10,7 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use landfall_api::conditions::{VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_STEERED, announced};
+use landfall_api::conditions::{
+    VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED, announced,
+};
 use landfall_core::election::Verdict;
 use landfall_core::groups::{Group, GroupId, GroupVip};
 use landfall_core::ip::virtual_ip_name;
@@ -83,6 +86,8 @@ struct Status {
     /// Nothing while nobody leads.
     steered: Option<Condition>,
     // Less urgent.
+    /// Nothing while nobody leads.
+    served: Option<Condition>,
     standby: Option<NodeName>,
     endpoint_nodes: Vec<String>,
 }
@@ -93,6 +98,7 @@ impl Status {
             let mut status = status.clone();
             status.standby = None;
             status.endpoint_nodes.clear();
+            status.served = None;
             status
         };
         major(self) == major(other)
@@ -100,11 +106,12 @@ impl Status {
 
     fn patch(&self, since: Transitions) -> Value {
         let mut conditions = vec![self.announced.json(VIRTUAL_IP_ANNOUNCED, since.announced)];
-        conditions.extend(
-            self.steered
-                .as_ref()
-                .map(|steered| steered.json(VIRTUAL_IP_STEERED, since.steered)),
-        );
+        for (condition, kind, since) in [
+            (&self.steered, VIRTUAL_IP_STEERED, since.steered),
+            (&self.served, VIRTUAL_IP_SERVED, since.served),
+        ] {
+            conditions.extend(condition.as_ref().map(|it| it.json(kind, since)));
+        }
         json!({"status": {
             "leader": self.leader,
             "standby": self.standby,
@@ -132,6 +139,7 @@ fn time(millis: u64) -> String {
 struct Transitions {
     announced: u64,
     steered: u64,
+    served: u64,
 }
 
 impl Transitions {
@@ -139,14 +147,18 @@ impl Transitions {
         let mut since = Self {
             announced: wall,
             steered: wall,
+            served: wall,
         };
         if let Some(before) = before {
             if before.status.announced.holds == status.announced.holds {
                 since.announced = before.since.announced;
             }
-            let holds = |status: &Status| status.steered.as_ref().map(|it| it.holds);
-            if holds(&before.status) == holds(status) {
+            let holds = |it: &Option<Condition>| it.as_ref().map(|it| it.holds);
+            if holds(&before.status.steered) == holds(&status.steered) {
                 since.steered = before.since.steered;
+            }
+            if holds(&before.status.served) == holds(&status.served) {
+                since.served = before.since.served;
             }
         }
         since
@@ -406,11 +418,10 @@ fn status(
             message: String::new(),
         }
     };
+    let led = view.leader.is_some();
     Status {
-        steered: view
-            .leader
-            .is_some()
-            .then(|| steered::steered(speaker, group)),
+        steered: led.then(|| steered::steered(speaker, group)),
+        served: led.then(|| served::served(vip.address, group)),
         leader: view.leader,
         since: view.since,
         epoch: view.epoch,

@@ -184,8 +184,13 @@ impl Speaker {
         for vip in &group.vips {
             part.vips.insert(vip.address);
             if vip.placement.rejects {
-                let ports = group.services.iter().flat_map(|service| &service.ports);
-                let ports = ports.map(|port| (port.protocol, port.port)).collect();
+                // What nobody serves is refused like what nobody has.
+                let family = Family::of(vip.address);
+                let ports = group.services.iter().flat_map(|service| &service.served);
+                let ports = ports
+                    .filter(|(of, _, _)| *of == family)
+                    .map(|(_, protocol, port)| (*protocol, *port))
+                    .collect();
                 part.refusing.insert(vip.address, ports);
             }
             if let Some(place) = places.get(&vip.address) {

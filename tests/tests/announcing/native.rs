@@ -72,6 +72,12 @@ pub(crate) fn delivers(scene: &Scene<'_>) {
     }
 }
 
+/// Nobody serves, and clients are told at once.
+pub(crate) fn no_endpoints(scene: &Scene<'_>) {
+    let _native = Native::set(scene);
+    crate::steering::no_endpoints(scene);
+}
+
 /// Announced only: the leader is a node with endpoints, and serves by its own pods alone.
 pub(crate) fn without_steering(scene: &Scene<'_>) {
     let _native = Native::set(scene);

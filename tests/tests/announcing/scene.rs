@@ -266,8 +266,17 @@ impl<'a> Scene<'a> {
 
     /// Waits until the condition `Steered` begins so; whole.
     pub(crate) fn expect_steered(&self, vip: IpAddr, start: &str) -> String {
-        let what = format!("Steered {start} of {vip}");
-        let look = || self.condition_of(vip, "Steered");
+        self.expect_of(vip, "Steered", start)
+    }
+
+    /// Waits until the condition `Served` begins so; whole.
+    pub(crate) fn expect_served(&self, vip: IpAddr, start: &str) -> String {
+        self.expect_of(vip, "Served", start)
+    }
+
+    fn expect_of(&self, vip: IpAddr, kind: &str, start: &str) -> String {
+        let what = format!("{kind} {start} of {vip}");
+        let look = || self.condition_of(vip, kind);
         eventually(&what, look, |it| it.starts_with(start))
     }
 

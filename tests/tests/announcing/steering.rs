@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use landfall_lab::Netns;
 use landfall_lab::fault::SPEAKER;
+use landfall_lab::server::{TCP_PORT, UDP_PORT};
 use landfall_tests::{PATIENCE, client};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
@@ -181,6 +182,49 @@ pub(crate) fn unknown_ports(scene: &Scene<'_>) {
         }
     }
     scene.served(&vips);
+}
+
+/// Where a port has no endpoint its clients are refused at once, and served as soon as there is one; the object says so.
+/// Whoever delivers otherwise.
+pub(crate) fn no_endpoints(scene: &Scene<'_>) {
+    for policy in ["Local", "Cluster"] {
+        let name = format!("deserted-{}", policy.to_lowercase());
+        let vips = scene.create(&name, json!({"externalTrafficPolicy": policy}), json!({}));
+        scene.served(&vips);
+        for vip in &vips {
+            scene.expect_served(*vip, "True Endpoints");
+        }
+        let report = |ready: bool| {
+            for node in scene.lab().nodes() {
+                scene.report_pods(&node.name, ready);
+            }
+        };
+        report(false);
+        for vip in &vips {
+            for from in [scene.lab().client(), scene.lab().remote()] {
+                for port in [TCP_PORT, UDP_PORT] {
+                    eventually(
+                        "the port to be refused",
+                        || knock(from, *vip, port),
+                        |outcome| *outcome == [Knock::Refused; 2],
+                    );
+                }
+                // As with unknown ports.
+                thread::sleep(Duration::from_millis(1_500));
+                assert_eq!(knock(from, *vip, UDP_PORT), [Knock::Refused; 2], "{vip}");
+            }
+            let said = scene.expect_served(*vip, "False NoEndpoints");
+            assert!(
+                said.contains(&format!("default/{name} {TCP_PORT}/TCP")),
+                "{said}"
+            );
+        }
+        report(true);
+        scene.served(&vips);
+        for vip in &vips {
+            scene.expect_served(*vip, "True Endpoints");
+        }
+    }
 }
 
 /// What a port says to who comes unasked.
