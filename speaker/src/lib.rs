@@ -24,6 +24,7 @@ pub mod membership;
 pub mod metrics;
 mod netlink;
 pub mod node_rules;
+pub mod replication;
 pub mod runtime;
 pub mod status;
 mod sys;
