@@ -2,7 +2,7 @@
 # Installs what Landfall's build, lab and tests need on Debian 12, and nothing that is there already.
 #
 #   hack/setup.sh lab     what the lab needs: Debian packages and the eBPF toolchain
-#   hack/setup.sh test    all that, and the control plane of the end-to-end tests and Helm
+#   hack/setup.sh test    all that, and the control plane of the end-to-end tests, Helm and CNI's own plugins
 #   hack/setup.sh paths   print where the control plane's binaries are, as shell assignments
 #
 # What it builds goes to ${XDG_CACHE_HOME:-~/.cache}/landfall, keyed by what it was built from.
@@ -13,6 +13,8 @@ cd "$(dirname "$0")/.."
 BPF_LINKER_VERSION=0.13.0
 LLVM_VERSION=22
 HELM_VERSION=v4.3.1
+CNI_VERSION=v1.3.1
+CNI_PLUGINS_VERSION=v1.9.1
 KUBERNETES_VERSION=1.36.2
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/landfall"
 export PATH="$HOME/.cargo/bin:/usr/local/go/bin:/usr/sbin:/sbin:$PATH"
@@ -30,6 +32,8 @@ kubernetes_dir() {
 }
 
 helm_dir() { echo "$CACHE/helm-$HELM_VERSION"; }
+
+cni_dir() { echo "$CACHE/cni-$CNI_VERSION-$CNI_PLUGINS_VERSION"; }
 
 # What the lab needs, and whatever else is named.
 packages() {
@@ -62,8 +66,8 @@ rust() {
 go_tools() {
     command -v go >/dev/null || die "go is not on the path: install Go 1.26"
     export GOTOOLCHAIN=local
-    local kubernetes helm
-    kubernetes=$(kubernetes_dir) helm=$(helm_dir)
+    local kubernetes helm cni
+    kubernetes=$(kubernetes_dir) helm=$(helm_dir) cni=$(cni_dir)
     if [[ ! -x $kubernetes/kubernetes ]]; then
         say "building Kubernetes $KUBERNETES_VERSION and etcd (about five minutes, once)"
         mkdir -p "$kubernetes"
@@ -76,6 +80,13 @@ go_tools() {
         say "building Helm $HELM_VERSION (about two minutes, once)"
         GOBIN="$helm" go install "helm.sh/helm/v4/cmd/helm@$HELM_VERSION"
     fi
+    if [[ ! -x $cni/cnitool ]]; then
+        say "building CNI's own plugins $CNI_PLUGINS_VERSION (seconds, once)"
+        local plugins=github.com/containernetworking/plugins/plugins
+        GOBIN="$cni" go install "$plugins/main/bridge@$CNI_PLUGINS_VERSION" "$plugins/main/ptp@$CNI_PLUGINS_VERSION" \
+            "$plugins/ipam/host-local@$CNI_PLUGINS_VERSION"
+        GOBIN="$cni" go install "github.com/containernetworking/cni/cnitool@$CNI_VERSION"
+    fi
 }
 
 case "${1:-}" in
@@ -85,6 +96,7 @@ case "${1:-}" in
     paths)
         echo "LANDFALL_KUBERNETES=$(kubernetes_dir)/kubernetes"
         echo "LANDFALL_HELM=$(helm_dir)/helm"
+        echo "LANDFALL_CNI_PLUGINS=$(cni_dir)"
         exit 0
         ;;
     -h | --help) usage; exit 0 ;;

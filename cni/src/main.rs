@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         eprintln!("landfall-cni: the standard input cannot be read: {error}");
     }
     let outcome = answer(&environment, &input, |word| {
-        eprintln!("landfall-cni: {word}")
+        eprintln!("landfall-cni: {word}");
     });
     let (code, text) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
