@@ -14,6 +14,7 @@
 
 pub mod announcer;
 pub mod args;
+pub mod cni;
 mod conntrack;
 pub mod datapath;
 pub mod elector;
