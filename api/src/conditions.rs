@@ -13,6 +13,32 @@ pub const VIRTUAL_IP_SERVED: &str = "Served";
 /// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
 pub const POOL_READY: &str = "Ready";
 
+/// `EgressPolicy`: whether its pods have an address and a gateway to leave by. Written by the controller, like all of its.
+pub const EGRESS_READY: &str = "Ready";
+/// `EgressPolicy`: pods that it selects are tenants of more specific policies. Absent while there are none.
+pub const EGRESS_OVERLAPPING: &str = "Overlapping";
+/// `EgressPolicy`: pods that it selects are on the host's network and leave as the node does. Absent while there are none.
+pub const EGRESS_HOST_NETWORK_PODS: &str = "HostNetworkPods";
+/// `EgressPolicy`: pods of namespaces that its addresses are not for. Absent while there are none.
+pub const EGRESS_NAMESPACES_NOT_ADMITTED: &str = "NamespacesNotAdmitted";
+
+/// Reasons of [`EGRESS_READY`] beside those of the addresses (refusals of `landfall_core::ipam`) and of
+/// [`VIRTUAL_IP_ANNOUNCED`], and of the other conditions of an `EgressPolicy`.
+pub mod egress {
+    /// It has addresses and a gateway.
+    pub const GATEWAY_ELECTED: &str = "GatewayElected";
+    /// No node leads its addresses.
+    pub const NO_GATEWAY: &str = "NoGateway";
+    /// A more specific policy selects them too.
+    pub const MORE_SPECIFIC_POLICY: &str = "MoreSpecificPolicy";
+    /// Pods on the host's network have no address of their own.
+    pub const NOT_MATCHED: &str = "NotMatched";
+    /// The pool's serviceAllocation does not name the namespace.
+    pub const POOL_DOES_NOT_ADMIT: &str = "PoolDoesNotAdmit";
+    /// With `fromService` only the Service's own namespace is admitted.
+    pub const OTHER_NAMESPACE: &str = "NotNamespaceOfService";
+}
+
 /// Reasons of [`VIRTUAL_IP_ANNOUNCED`].
 pub mod announced {
     /// A node leads and announces.

@@ -15,11 +15,14 @@ pub mod advertisement;
 pub mod annotations;
 pub mod conditions;
 pub mod duration;
+pub mod egress;
 pub mod pool;
+pub mod quantity;
 mod selector;
 pub mod virtual_ip;
 
 pub use advertisement::{L2Advertisement, L2AdvertisementSpec};
+pub use egress::{EgressPolicy, EgressPolicySpec, EgressPolicyStatus};
 pub use pool::{IPAddressPool, IPAddressPoolSpec, IPAddressPoolStatus};
 pub use virtual_ip::{VirtualIP, VirtualIPSpec, VirtualIPStatus};
 
@@ -32,6 +35,7 @@ pub const GROUP: &str = "landfall.dev";
 /// Every CRD, in the order of the names.
 pub fn crds() -> Vec<CustomResourceDefinition> {
     vec![
+        EgressPolicy::crd(),
         IPAddressPool::crd(),
         L2Advertisement::crd(),
         VirtualIP::crd(),

@@ -2,6 +2,7 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Addresses that Landfall hands out as virtual IPs.
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
         type_ = "boolean",
         json_path = ".spec.autoAssign"
     ),
+    printcolumn(name = "Purpose", type_ = "string", json_path = ".spec.purpose"),
     printcolumn(name = "Addresses", type_ = "string", json_path = ".spec.addresses"),
     printcolumn(
         name = "V4 Available",
@@ -62,6 +64,11 @@ pub struct IPAddressPoolSpec {
     )]
     pub addresses: Vec<String>,
 
+    /// What the addresses are for: Services (`Ingress`), `EgressPolicies` (`Egress`), or either (`Both`). Only `Both` lets pods
+    /// leave by the address of a Service.
+    #[serde(default)]
+    pub purpose: Purpose,
+
     /// Whether a Service that names neither an address nor a pool may be served from here.
     #[serde(default = "yes")]
     pub auto_assign: bool,
@@ -73,7 +80,8 @@ pub struct IPAddressPoolSpec {
     pub avoid_buggy_ips: bool,
 
     /// Who may have addresses of this pool. Without it everybody may. With it nobody else may, not even by
-    /// asking for an address by name.
+    /// asking for an address by name. For an `EgressPolicy` the namespaces are those of its pods, and a pool with
+    /// serviceSelectors has no addresses but by `fromService`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_allocation: Option<ServiceAllocation>,
 
@@ -89,6 +97,18 @@ pub struct IPAddressPoolSpec {
     /// Keep addresses in use that are no longer in any pool, instead of replacing them.
     #[serde(default)]
     pub retain_assigned: bool,
+}
+
+/// What a pool's addresses are for.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Services of type `LoadBalancer`.
+    #[default]
+    Ingress,
+    /// `EgressPolicies`.
+    Egress,
+    /// Either.
+    Both,
 }
 
 /// Who may have addresses of a pool.
@@ -159,7 +179,7 @@ pub struct IPAddressPoolStatus {
 pub struct Usage {
     /// All that the pool contains and may hand out.
     pub total: i64,
-    /// Held by Services.
+    /// Held by Services and `EgressPolicies`.
     pub assigned: i64,
     /// Resting after they were freed.
     pub quarantined: i64,

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
         .message("metadata.name must be spec.address; for IPv6 its eight groups of four digits joined by dashes, as in fd00-0088-0000-0000-0000-0000-0000-0200"),
     printcolumn(name = "Address", type_ = "string", json_path = ".spec.address"),
     printcolumn(name = "Pool", type_ = "string", json_path = ".spec.pool"),
+    printcolumn(name = "Egress", type_ = "string", json_path = ".spec.egressPolicies"),
     printcolumn(name = "Leader", type_ = "string", json_path = ".status.leader"),
     printcolumn(name = "Interface", type_ = "string", json_path = ".status.interface"),
     printcolumn(name = "Since", type_ = "date", json_path = ".status.since"),
@@ -42,13 +43,21 @@ pub struct VirtualIPSpec {
     /// What it moves with: all addresses of one group have one leader.
     #[schemars(length(min = 1, max = 253))]
     pub group: String,
-    /// The Services that hold it; none while a freed address rests.
+    /// The Services that hold it; none while a freed address rests, or an `EgressPolicy` alone holds it.
     #[schemars(length(max = 1024))]
     pub services: Vec<ServiceReference>,
-    /// While it rests: who held it and has it back at once.
+    /// The `EgressPolicies` whose pods leave by it: one that holds it alone, or those that use the Services' address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024), inner(length(min = 1, max = 253)))]
+    pub egress_policies: Vec<String>,
+    /// While it rests: the Services that held it and have it back at once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024))]
     pub former: Vec<ServiceReference>,
+    /// While it rests: the `EgressPolicies` that held it and have it back at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024), inner(length(min = 1, max = 253)))]
+    pub former_egress_policies: Vec<String>,
     /// Whether its pool wants it kept should the pool no longer contain it, or be deleted.
     #[serde(default, skip_serializing_if = "is_false")]
     pub retain: bool,
@@ -91,10 +100,25 @@ pub struct VirtualIPStatus {
     /// Nodes with a servable endpoint of the Services that hold it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub endpoint_nodes: Vec<String>,
+    /// What the pods that leave by it use, by `EgressPolicy`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["policy".into()]))]
+    pub egress: Vec<EgressUse>,
     /// `Announced` and `Steered`, and why not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// What an `EgressPolicy`'s pods use of an address, as its leader reported.
+#[derive(JsonSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressUse {
+    /// The policy.
+    pub policy: String,
+    /// Ports that their flows have now.
+    #[serde(default)]
+    pub ports_in_use: i64,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]

@@ -235,6 +235,7 @@ impl GroupIndex {
             Event::Synced(kind) => {
                 self.synced.insert(kind);
             }
+            Event::Unwatched(_) => {}
         }
     }
 
@@ -306,7 +307,7 @@ impl GroupIndex {
                     self.vips.insert(vip.address, vip);
                 }
             }
-            Object::Namespace(_) => {}
+            Object::Namespace(_) | Object::EgressPolicy(_) | Object::Pod(_) => {}
         }
     }
 
@@ -335,7 +336,7 @@ impl GroupIndex {
                 self.policy_changed();
             }
             ObjectId::VirtualIp(address) => self.forget_vip(*address),
-            ObjectId::Namespace(_) => {}
+            ObjectId::Namespace(_) | ObjectId::EgressPolicy(_) | ObjectId::Pod(_) => {}
         }
     }
 

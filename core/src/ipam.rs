@@ -150,7 +150,10 @@ impl Ipam {
                 Object::Pool(pool) => self.apply_pool(pool),
                 Object::Node(node) => self.apply_node(node),
                 Object::VirtualIp(vip) => self.apply_virtual_ip(vip, now),
-                Object::EndpointSlice(_) | Object::Advertisement(_) => {}
+                Object::EndpointSlice(_)
+                | Object::Advertisement(_)
+                | Object::EgressPolicy(_)
+                | Object::Pod(_) => {}
             },
             Event::Delete(id) => match id {
                 ObjectId::Service(key) => self.delete_service(&key, now),
@@ -160,8 +163,12 @@ impl Ipam {
                 ObjectId::Pool(name) => self.delete_pool(&name),
                 ObjectId::Node(name) => self.delete_node(&name),
                 ObjectId::VirtualIp(address) => self.delete_virtual_ip(address),
-                ObjectId::EndpointSlice(_) | ObjectId::Advertisement(_) => {}
+                ObjectId::EndpointSlice(_)
+                | ObjectId::Advertisement(_)
+                | ObjectId::EgressPolicy(_)
+                | ObjectId::Pod(_) => {}
             },
+            Event::Unwatched(_) => {}
             Event::Synced(kind) => {
                 self.synced.insert(kind);
                 // After a new listing an observation may have skipped what happened in between: compare anew.
@@ -180,7 +187,9 @@ impl Ipam {
                     | Kind::Node
                     | Kind::Namespace
                     | Kind::Pool
-                    | Kind::Advertisement => {}
+                    | Kind::Advertisement
+                    | Kind::EgressPolicy
+                    | Kind::Pod => {}
                 }
             }
         }

@@ -3,6 +3,8 @@
 //! Both sources, the Kubernetes API and a directory of manifests, are turned into these types by
 //! `landfall-runtime`; the indexes of this crate take nothing else. Everything here is plain data.
 
+mod egress;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -14,6 +16,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ip::{Family, IpRange};
 use crate::selector::{LabelSelector, Labels};
+pub use egress::{
+    Bandwidth, EgressPolicy, EgressSource, EgressSpec, EgressStatus, Holder, OldFlows, Pod,
+};
 
 /// A node's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -264,6 +269,18 @@ pub struct Namespace {
     pub labels: Labels,
 }
 
+/// What a pool's addresses are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Purpose {
+    /// Services.
+    #[default]
+    Ingress,
+    /// Egress policies.
+    Egress,
+    /// Either.
+    Both,
+}
+
 /// Who may take addresses of a pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceAllocation {
@@ -288,6 +305,8 @@ pub struct Pool {
     pub labels: Labels,
     /// Its addresses.
     pub ranges: Vec<IpRange>,
+    /// What they are for.
+    pub purpose: Purpose,
     /// Whether a Service that names neither address nor pool may be served from it.
     pub auto_assign: bool,
     /// Keep off IPv4 addresses that end in .0 and .255.
@@ -403,16 +422,70 @@ pub struct VirtualIp {
     pub pool: Arc<str>,
     /// The group it moves with: all addresses of one holder carry the same group.
     pub group: Arc<str>,
-    /// The Services that hold it; nobody while a freed address rests. Only an address with holders is announced.
+    /// The Services that hold it. Only an address with holders is announced; a freed one rests without.
     pub services: Vec<ObjectKey>,
-    /// `spec.former`: who held it and has it back at once, while it rests.
+    /// The egress policies whose pods leave by it: the one that holds it, or those that use its Services' address.
+    pub egress_policies: Vec<Arc<str>>,
+    /// `spec.former`: the Services that held it and have it back at once, while it rests.
     pub former: Vec<ObjectKey>,
+    /// `spec.formerEgressPolicies`: the same of egress policies.
+    pub former_policies: Vec<Arc<str>>,
     /// `spec.retain`: whether its pool wanted it kept should the pool no longer contain it, or be deleted.
     pub retain: bool,
     /// `status.leader`, as a speaker reported it.
     pub leader: Option<NodeName>,
+    /// `status.standby`, likewise.
+    pub standby: Option<NodeName>,
+    /// Ports that flows of a policy's pods have on it (`status.egress`), as the leader reported.
+    pub ports_in_use: BTreeMap<Arc<str>, u64>,
     /// `status.conditions`, as a speaker reported them.
     pub conditions: Vec<Condition>,
+}
+
+impl VirtualIp {
+    /// An address that nobody holds and nobody reported on.
+    pub fn unheld(address: IpAddr, pool: Arc<str>, group: Arc<str>) -> Self {
+        Self {
+            address,
+            pool,
+            group,
+            services: Vec::new(),
+            egress_policies: Vec::new(),
+            former: Vec::new(),
+            former_policies: Vec::new(),
+            retain: false,
+            leader: None,
+            standby: None,
+            ports_in_use: BTreeMap::new(),
+            conditions: Vec::new(),
+        }
+    }
+
+    /// Whether anybody holds it.
+    pub fn is_held(&self) -> bool {
+        !self.services.is_empty() || !self.egress_policies.is_empty()
+    }
+
+    /// Who holds it: its Services, or the policy that does without any. Policies of a Service's address do not hold it
+    /// themselves: they go where the Service goes.
+    pub fn holders(&self) -> Vec<Holder> {
+        if self.services.is_empty() {
+            let policies = self.egress_policies.iter().cloned();
+            return policies.map(Holder::EgressPolicy).collect();
+        }
+        self.services.iter().cloned().map(Holder::Service).collect()
+    }
+
+    /// Who held it and has it back at once, while it rests.
+    pub fn former_holders(&self) -> impl Iterator<Item = Holder> {
+        let services = self.former.iter().cloned().map(Holder::Service);
+        let policies = self
+            .former_policies
+            .iter()
+            .cloned()
+            .map(Holder::EgressPolicy);
+        services.chain(policies)
+    }
 }
 
 /// One object, as a source delivers it.
@@ -426,6 +499,8 @@ pub enum Object {
     Pool(Pool),
     Advertisement(Advertisement),
     VirtualIp(VirtualIp),
+    EgressPolicy(Box<EgressPolicy>),
+    Pod(Pod),
 }
 
 /// The identity of an [`Object`].
@@ -439,6 +514,8 @@ pub enum ObjectId {
     Pool(Arc<str>),
     Advertisement(Arc<str>),
     VirtualIp(IpAddr),
+    EgressPolicy(Arc<str>),
+    Pod(ObjectKey),
 }
 
 impl Object {
@@ -454,6 +531,8 @@ impl Object {
                 ObjectId::Advertisement(advertisement.name.clone())
             }
             Self::VirtualIp(vip) => ObjectId::VirtualIp(vip.address),
+            Self::EgressPolicy(policy) => ObjectId::EgressPolicy(policy.name.clone()),
+            Self::Pod(pod) => ObjectId::Pod(pod.key.clone()),
         }
     }
 }
@@ -469,6 +548,8 @@ pub enum Kind {
     Pool,
     Advertisement,
     VirtualIp,
+    EgressPolicy,
+    Pod,
 }
 
 /// What a source tells an index.
@@ -485,4 +566,7 @@ pub enum Event {
     /// Every object of this kind that existed at the start of the listing has been applied, and those that
     /// went unseen since an earlier listing have been deleted.
     Synced(Kind),
+    /// Objects of this kind are no longer followed: none is known, and it counts as not listed. Pods are followed only
+    /// while there is an egress policy.
+    Unwatched(Kind),
 }

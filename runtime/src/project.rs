@@ -1,5 +1,7 @@
 //! From what the API or a manifest says to [`landfall_core::model`]: only the fields that decide anything.
 
+mod egress;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -342,6 +344,11 @@ impl Project for IPAddressPool {
             generation: self.metadata.generation.unwrap_or_default(),
             labels: self.metadata.labels.unwrap_or_default(),
             ranges,
+            purpose: match self.spec.purpose {
+                landfall_api::pool::Purpose::Ingress => model::Purpose::Ingress,
+                landfall_api::pool::Purpose::Egress => model::Purpose::Egress,
+                landfall_api::pool::Purpose::Both => model::Purpose::Both,
+            },
             auto_assign: self.spec.auto_assign,
             avoid_buggy_ips: self.spec.avoid_buggy_ips,
             allocation,
@@ -423,9 +430,20 @@ impl Project for VirtualIP {
             pool: self.spec.pool.into(),
             group: self.spec.group.into(),
             services: keys(self.spec.services),
+            egress_policies: names(self.spec.egress_policies),
             former: keys(self.spec.former),
+            former_policies: names(self.spec.former_egress_policies),
             retain: self.spec.retain,
             leader: status.leader.as_deref().map(model::NodeName::from),
+            standby: status.standby.as_deref().map(model::NodeName::from),
+            ports_in_use: status
+                .egress
+                .into_iter()
+                .map(|used| {
+                    let ports = u64::try_from(used.ports_in_use).unwrap_or_default();
+                    (used.policy.into(), ports)
+                })
+                .collect(),
             conditions: conditions(Some(status.conditions)),
         }))
     }
@@ -436,6 +454,10 @@ fn keys(references: Vec<ServiceReference>) -> Vec<model::ObjectKey> {
         .into_iter()
         .map(|service| model::ObjectKey::new(service.namespace, service.name))
         .collect()
+}
+
+fn names(from: Vec<String>) -> Vec<std::sync::Arc<str>> {
+    from.into_iter().map(Into::into).collect()
 }
 
 fn selectors(

@@ -219,7 +219,7 @@ impl Speaker {
                 matches!(object, Object::Pool(_) | Object::Advertisement(_))
             }
             Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
-            Event::Synced(_) => false,
+            Event::Synced(_) | Event::Unwatched(_) => false,
         };
         self.index.apply(event);
         if self.index.is_synced() {

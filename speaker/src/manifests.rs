@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use landfall_core::ipam::{Config, Ipam, Record, RecordChange};
+use landfall_core::ipam::{Config, Ipam, RecordChange};
 use landfall_core::model::{Event, Kind, Object, ObjectId, ObjectKey, VirtualIp};
 use serde::{Deserialize, Serialize};
 
@@ -45,14 +45,10 @@ impl From<&VirtualIp> for Saved {
 impl From<Saved> for VirtualIp {
     fn from(saved: Saved) -> Self {
         Self {
-            address: saved.address,
-            pool: saved.pool.as_str().into(),
-            group: saved.group.as_str().into(),
             services: saved.services,
             former: saved.former,
             retain: saved.retain,
-            leader: None,
-            conditions: Vec::new(),
+            ..Self::unheld(saved.address, saved.pool.into(), saved.group.into())
         }
     }
 }
@@ -145,7 +141,7 @@ impl Allocator {
     fn note(&mut self, change: RecordChange) -> Event {
         match change {
             RecordChange::Put(record) => {
-                let vip = virtual_ip(record);
+                let vip = record.virtual_ip();
                 self.records.insert(vip.address, vip.clone());
                 Event::Apply(Object::VirtualIp(vip))
             }
@@ -161,19 +157,6 @@ impl Allocator {
         if let Err(error) = store(path, &self.records) {
             tracing::error!(%error, "assignments are not remembered: after a restart they may be others");
         }
-    }
-}
-
-fn virtual_ip(record: Record) -> VirtualIp {
-    VirtualIp {
-        address: record.address,
-        pool: record.pool,
-        group: record.group,
-        services: record.services,
-        former: record.former,
-        retain: record.retain,
-        leader: None,
-        conditions: Vec::new(),
     }
 }
 

@@ -415,7 +415,7 @@ impl Loop {
                 Event::Apply(object) => {
                     matches!(object, landfall_core::model::Object::VirtualIp(_))
                 }
-                Event::Delete(_) => false,
+                Event::Delete(_) | Event::Unwatched(_) => false,
             };
             for event in events {
                 if !(of_allocator && own(&event)) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
-use landfall_api::{IPAddressPool, L2Advertisement, VirtualIP};
+use landfall_api::{EgressPolicy, IPAddressPool, L2Advertisement, VirtualIP};
 use landfall_lab::{Lab, Topology};
 use landfall_tests::{ControlPlane, chart};
 use serde::{Serialize, de::DeserializeOwned};
@@ -29,6 +29,7 @@ fn the_api_server_refuses_what_is_wrong() {
         wrong.extend(pools(&client).await);
         wrong.extend(advertisements(&client).await);
         wrong.extend(virtual_ips(&client).await);
+        wrong.extend(egress_policies(&client).await);
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         immutable(&client).await;
     });
@@ -49,6 +50,7 @@ async fn pools(client: &Client) -> Vec<String> {
         json!({"addresses": sixty_four}),
         json!({"addresses": ["192.0.2.0/28", "192.0.2.16-192.0.2.20"], "quarantine": "1m30s"}),
         json!({"addresses": ["192.0.2.0/28"], "serviceAllocation": {"priority": 5}}),
+        json!({"addresses": ["192.0.2.0/28"], "purpose": "Both"}),
         json!({"addresses": ["192.0.2.0/28"], "serviceAllocation": {"namespaces": ["a"], "serviceSelectors": [
             {"matchExpressions": [{"key": "a", "operator": "Exists"}]}]}}),
     ];
@@ -100,6 +102,11 @@ async fn pools(client: &Client) -> Vec<String> {
             json!({"quarantine": "60"}),
             "spec.quarantine",
             "such as 60s",
+        ),
+        (
+            json!({"purpose": "Outgress"}),
+            "spec.purpose",
+            "supported values: \"Ingress\", \"Egress\", \"Both\"",
         ),
         (
             allocation(json!({})),
@@ -208,6 +215,199 @@ async fn advertisements(client: &Client) -> Vec<String> {
         ),
     ];
     check::<L2Advertisement>(client, "table", &json!({}), &good, bad).await
+}
+
+async fn egress_policies(client: &Client) -> Vec<String> {
+    let labels = json!({"matchLabels": {"app": "mail"}});
+    let from = |egress_ips: Value| json!({"egressIPs": egress_ips});
+    let many: Vec<_> = (0..256).map(|n| format!("fd00:{n:x}::/48")).collect();
+    let service = json!({"namespace": "shop", "name": "mail"});
+    let good = [
+        json!({}),
+        json!({"namespaceSelector": labels}),
+        json!({"podSelector": null, "namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}),
+        from(json!({"pool": "lan", "count": 16, "ipFamilies": ["IPv6", "IPv4"]})),
+        from(json!({"addresses": ["192.0.2.7", "fd00::7"]})),
+        from(json!({"fromService": service})),
+        json!({"destinationCIDRs": many, "excludedCIDRs": many}),
+        json!({"destinationCIDRs": ["0.0.0.0/0", "::/0"], "gateways": {"nodeSelector": labels}}),
+        json!({"quota": {"portsPerPod": 64512, "ports": 64512}}),
+        json!({"quota": {"ports": 1}, "bandwidth": {"rate": "8k"}}),
+        json!({"bandwidth": {"rate": "10T", "burst": "12k"}}),
+        json!({"onAppear": "Cut", "onDelete": "Cut", "hairpin": true}),
+    ];
+    let quota = |quota: Value| json!({"quota": quota});
+    let bandwidth = |rate: &str, burst: &str| json!({"bandwidth": {"rate": rate, "burst": burst}});
+    let (ips, one_of) = ("spec.egressIPs", "exactly one of");
+    let bad: Vec<Bad> = vec![
+        (
+            json!({"podSelector": null}),
+            "spec selects no pods",
+            "write a podSelector",
+        ),
+        (
+            json!({"podSelector": {}}),
+            "spec.podSelector",
+            "give it matchLabels",
+        ),
+        (
+            json!({"namespaceSelector": {"matchLabels": {}}}),
+            "spec.namespaceSelector",
+            "give it matchLabels",
+        ),
+        (json!({"egressIPs": null}), ips, "Required"),
+        (from(json!({})), ips, one_of),
+        (
+            from(json!({"pool": "lan", "addresses": ["192.0.2.7"]})),
+            ips,
+            one_of,
+        ),
+        (
+            from(json!({"pool": "lan", "fromService": service})),
+            ips,
+            one_of,
+        ),
+        (
+            from(json!({"addresses": ["192.0.2.7"], "count": 2})),
+            ips,
+            "name a pool",
+        ),
+        (
+            from(json!({"fromService": service, "ipFamilies": ["IPv4"]})),
+            ips,
+            "name a pool",
+        ),
+        (
+            from(json!({"pool": "lan", "count": 0})),
+            "spec.egressIPs.count",
+            "1 to 16",
+        ),
+        (
+            from(json!({"pool": "lan", "count": 17})),
+            "spec.egressIPs.count",
+            "1 to 16",
+        ),
+        (
+            from(json!({"pool": "lan", "ipFamilies": []})),
+            "spec.egressIPs.ipFamilies",
+            "leave the field out",
+        ),
+        (
+            from(json!({"pool": "lan", "ipFamilies": ["IPv4", "IPv4"]})),
+            "spec.egressIPs.ipFamilies",
+            "each once",
+        ),
+        (
+            from(json!({"pool": "lan", "ipFamilies": ["IPv5"]})),
+            "spec.egressIPs.ipFamilies",
+            "supported values",
+        ),
+        (
+            from(json!({"addresses": []})),
+            "spec.egressIPs.addresses",
+            "name an address",
+        ),
+        (
+            from(json!({"addresses": ["192.0.2.0/28"]})),
+            "spec.egressIPs.addresses",
+            "name a pool",
+        ),
+        (
+            from(json!({"addresses": ["fd00:0::7"]})),
+            "spec.egressIPs.addresses",
+            "canonical form",
+        ),
+        (
+            from(json!({"addresses": ["192.0.2.7", "192.0.2.7"]})),
+            "spec.egressIPs.addresses",
+            "remove one",
+        ),
+        (
+            from(json!({"fromService": {"namespace": "shop"}})),
+            "spec.egressIPs.fromService.name",
+            "Required",
+        ),
+        (
+            json!({"destinationCIDRs": []}),
+            "spec.destinationCIDRs",
+            "leave the field out",
+        ),
+        (
+            json!({"destinationCIDRs": ["198.51.100.7"]}),
+            "spec.destinationCIDRs",
+            "such as 198.51.100.0/24",
+        ),
+        (
+            json!({"destinationCIDRs": ["198.51.100.7/24"]}),
+            "spec.destinationCIDRs",
+            "without host bits",
+        ),
+        (
+            json!({"excludedCIDRs": ["fd00::/129"]}),
+            "spec.excludedCIDRs",
+            "such as 198.51.100.0/24",
+        ),
+        (
+            json!({"gateways": {"nodeSelector": {}}}),
+            "spec.gateways.nodeSelector",
+            "leave gateways out",
+        ),
+        (
+            json!({"gateways": {}}),
+            "spec.gateways.nodeSelector",
+            "Required",
+        ),
+        (quota(json!({})), "spec.quota", "leave quota out"),
+        (
+            quota(json!({"portsPerPod": 0})),
+            "spec.quota.portsPerPod",
+            "1 to 64512",
+        ),
+        (
+            quota(json!({"portsPerPod": 64513})),
+            "spec.quota.portsPerPod",
+            "1 to 64512",
+        ),
+        (
+            quota(json!({"ports": 16_777_217})),
+            "spec.quota.ports",
+            "1 to 16777216",
+        ),
+        (
+            quota(json!({"portsPerPod": 100, "ports": 99})),
+            "spec.quota",
+            "raise ports",
+        ),
+        (
+            bandwidth("fast", "10M"),
+            "spec.bandwidth.rate",
+            "such as 100M",
+        ),
+        (bandwidth("7999", "10M"), "spec.bandwidth.rate", "8k to 10T"),
+        (bandwidth("11T", "10M"), "spec.bandwidth.rate", "8k to 10T"),
+        (
+            bandwidth("1M", "1.5M"),
+            "spec.bandwidth.burst",
+            "such as 10M",
+        ),
+        (
+            bandwidth("1M", "11k"),
+            "spec.bandwidth.burst",
+            "leave it out",
+        ),
+        (
+            json!({"onAppear": "Drain"}),
+            "spec.onAppear",
+            "supported values: \"Keep\", \"Cut\"",
+        ),
+        (
+            json!({"onDelete": "Keep"}),
+            "spec.onDelete",
+            "supported values: \"Drain\", \"Cut\"",
+        ),
+    ];
+    let base = json!({"podSelector": labels, "egressIPs": {"pool": "lan"}});
+    check::<EgressPolicy>(client, "table", &base, &good, bad).await
 }
 
 fn mk_virtual_ip(address: &str) -> Value {

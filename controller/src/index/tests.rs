@@ -48,16 +48,7 @@ impl Objects {
         self.writes += 1;
         match write {
             Write::Record(RecordChange::Put(record)) => {
-                let vip = VirtualIp {
-                    address: record.address,
-                    pool: record.pool,
-                    group: record.group,
-                    services: record.services,
-                    former: record.former,
-                    retain: record.retain,
-                    leader: None,
-                    conditions: Vec::new(),
-                };
+                let vip = record.virtual_ip();
                 self.virtual_ips.insert(vip.address, vip.clone());
                 self.tell(Event::Apply(Object::VirtualIp(vip)));
             }
@@ -141,6 +132,7 @@ impl Server {
             generation: 1,
             labels: Labels::new(),
             ranges: vec!["192.0.2.0/24".parse().unwrap()],
+            purpose: Purpose::Ingress,
             auto_assign: true,
             avoid_buggy_ips: false,
             allocation: None,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::ip::Family;
-use crate::model::{Condition, NodeName, ObjectKey};
+use crate::model::{Condition, NodeName, ObjectKey, VirtualIp};
 
 /// The condition that says whether a Service has its addresses.
 pub const ADDRESS_ASSIGNED: &str = "landfall.dev/AddressAssigned";
@@ -49,6 +49,18 @@ pub struct Record {
     pub former: Vec<ObjectKey>,
     /// Whether its pool, when last seen, wanted it kept should the pool no longer contain it.
     pub retain: bool,
+}
+
+impl Record {
+    /// The `VirtualIP` that says so, before any speaker reported on it.
+    pub fn virtual_ip(self) -> VirtualIp {
+        VirtualIp {
+            services: self.services,
+            former: self.former,
+            retain: self.retain,
+            ..VirtualIp::unheld(self.address, self.pool, self.group)
+        }
+    }
 }
 
 /// A change of a record.

@@ -5,19 +5,19 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use k8s_openapi::api::core::v1::{Namespace, Node, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
-use landfall_api::{IPAddressPool, L2Advertisement, VirtualIP};
+use landfall_api::{EgressPolicy, IPAddressPool, L2Advertisement, VirtualIP};
 use landfall_core::model::{Event, Kind, ObjectId, ObjectKey};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::Source;
@@ -72,47 +72,50 @@ impl Ignored {
     }
 }
 
-/// Watches `kinds`. Errors are logged and retried with backoff, each kind on its own.
+/// Watches `kinds`. Errors are logged and retried with backoff, each kind on its own. Pods are watched only while there is
+/// an `EgressPolicy`.
 pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options, ignored: &Ignored) -> Source {
     let (sender, events) = mpsc::channel(1024);
+    let (policies, pods_wanted) = watch::channel(false);
     let mut tasks = JoinSet::new();
     for &kind in kinds {
-        let (client, sender, ignored) = (client.clone(), sender.clone(), ignored.clone());
+        let follower = Follower {
+            client: client.clone(),
+            kind,
+            options,
+            sender: sender.clone(),
+            ignored: ignored.clone(),
+            any: (kind == Kind::EgressPolicy).then(|| policies.clone()),
+        };
         match kind {
-            Kind::Service => {
-                tasks.spawn(follow::<Service>(client, kind, options, sender, ignored));
-            }
-            Kind::EndpointSlice => {
-                tasks.spawn(follow::<EndpointSlice>(
-                    client, kind, options, sender, ignored,
-                ));
-            }
-            Kind::Node => {
-                tasks.spawn(follow::<Node>(client, kind, options, sender, ignored));
-            }
-            Kind::Namespace => {
-                tasks.spawn(follow::<Namespace>(client, kind, options, sender, ignored));
-            }
-            Kind::Pool => {
-                tasks.spawn(follow::<IPAddressPool>(
-                    client, kind, options, sender, ignored,
-                ));
-            }
-            Kind::Advertisement => {
-                tasks.spawn(follow::<L2Advertisement>(
-                    client, kind, options, sender, ignored,
-                ));
-            }
-            Kind::VirtualIp => {
-                tasks.spawn(follow::<VirtualIP>(client, kind, options, sender, ignored));
-            }
-        }
+            Kind::Service => tasks.spawn(follower.follow::<Service>()),
+            Kind::EndpointSlice => tasks.spawn(follower.follow::<EndpointSlice>()),
+            Kind::Node => tasks.spawn(follower.follow::<Node>()),
+            Kind::Namespace => tasks.spawn(follower.follow::<Namespace>()),
+            Kind::Pool => tasks.spawn(follower.follow::<IPAddressPool>()),
+            Kind::Advertisement => tasks.spawn(follower.follow::<L2Advertisement>()),
+            Kind::VirtualIp => tasks.spawn(follower.follow::<VirtualIP>()),
+            Kind::EgressPolicy => tasks.spawn(follower.follow::<EgressPolicy>()),
+            Kind::Pod => tasks.spawn(follower.follow_while::<Pod>(pods_wanted.clone())),
+        };
     }
     Source {
         events,
         kinds: kinds.to_vec(),
         tasks,
     }
+}
+
+/// The watch of one kind.
+#[derive(Clone)]
+struct Follower {
+    client: Client,
+    kind: Kind,
+    options: Options,
+    sender: mpsc::Sender<Event>,
+    ignored: Ignored,
+    /// Told whether there is any object of the kind.
+    any: Option<watch::Sender<bool>>,
 }
 
 /// What of a kind is watched at all.
@@ -125,92 +128,146 @@ fn fields(kind: Kind) -> Option<&'static str> {
         | Kind::Namespace
         | Kind::Pool
         | Kind::Advertisement
-        | Kind::VirtualIp => None,
+        | Kind::VirtualIp
+        | Kind::EgressPolicy => None,
+        // What has ended has no address any more, and there may be many of them.
+        Kind::Pod => Some("status.phase!=Succeeded,status.phase!=Failed"),
     }
 }
 
-async fn follow<K>(
-    client: Client,
-    kind: Kind,
-    options: Options,
-    sender: mpsc::Sender<Event>,
-    ignored: Ignored,
-) where
-    K: Resource<DynamicType = ()> + Project + Clone + DeserializeOwned + Debug + Send + 'static,
-{
-    let seconds = u32::try_from(options.watch_timeout.as_secs()).unwrap_or(60);
-    let mut config = watcher::Config::default()
-        .timeout(seconds)
-        .page_size(options.page_size);
-    if let Some(fields) = fields(kind) {
-        config = config.fields(fields);
+/// Whether a server without the kind has none of it: who upgrades may bring the new CRD later.
+fn is_optional(kind: Kind) -> bool {
+    kind == Kind::EgressPolicy
+}
+
+fn is_not_served(problem: &watcher::Error) -> bool {
+    matches!(problem, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
+}
+
+impl Follower {
+    async fn follow<K>(self)
+    where
+        K: Resource<DynamicType = ()> + Project + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
+        let Self {
+            client,
+            kind,
+            options,
+            sender,
+            ignored,
+            any,
+        } = self;
+        let seconds = u32::try_from(options.watch_timeout.as_secs()).unwrap_or(60);
+        let mut config = watcher::Config::default()
+            .timeout(seconds)
+            .page_size(options.page_size);
+        if let Some(fields) = fields(kind) {
+            config = config.fields(fields);
+        }
+        let mut stream = watcher(Api::<K>::all(client), config)
+            .default_backoff()
+            .boxed();
+        let mut known: HashSet<ObjectId> = HashSet::new();
+        let mut listed: HashSet<ObjectId> = HashSet::new();
+        let mut malformed: HashSet<ObjectId> = HashSet::new();
+        let mut absent = false;
+        loop {
+            ignored.set::<K>(malformed.len());
+            if let Some(any) = &any {
+                any.send_if_modified(|was| {
+                    std::mem::replace(was, !known.is_empty()) == known.is_empty()
+                });
+            }
+            let event = match stream.try_next().await {
+                Ok(Some(event)) => event,
+                Ok(None) => return,
+                Err(problem) if is_optional(kind) && is_not_served(&problem) => {
+                    if !std::mem::replace(&mut absent, true) {
+                        tracing::warn!(
+                            ?kind,
+                            "the API server does not serve this kind, so there is none: apply the chart's crds directory"
+                        );
+                        if sender.send(Event::Synced(kind)).await.is_err() {
+                            return;
+                        }
+                    }
+                    continue;
+                }
+                Err(problem) => {
+                    tracing::warn!(?kind, %problem, "watching the API failed; what is known stays in force, trying again");
+                    continue;
+                }
+            };
+            let sent = match event {
+                watcher::Event::Init => {
+                    listed.clear();
+                    malformed.clear();
+                    true
+                }
+                watcher::Event::InitApply(object) => {
+                    // A malformed one exists all the same: its last good form stays in force.
+                    let id = id_of(kind, object.meta());
+                    listed.extend(id.clone().filter(|id| known.contains(id)));
+                    if let Some(object) = project(object) {
+                        listed.insert(object.id());
+                        known.insert(object.id());
+                        sender.send(Event::Apply(object)).await.is_ok()
+                    } else {
+                        malformed.extend(id);
+                        true
+                    }
+                }
+                watcher::Event::InitDone => {
+                    let gone: Vec<_> = known.difference(&listed).cloned().collect();
+                    known = std::mem::take(&mut listed);
+                    let mut sent = true;
+                    for id in gone {
+                        sent &= sender.send(Event::Delete(id)).await.is_ok();
+                    }
+                    sent && sender.send(Event::Synced(kind)).await.is_ok()
+                }
+                watcher::Event::Apply(object) => {
+                    let id = id_of(kind, object.meta());
+                    if let Some(object) = project(object) {
+                        malformed.remove(&object.id());
+                        known.insert(object.id());
+                        sender.send(Event::Apply(object)).await.is_ok()
+                    } else {
+                        malformed.extend(id);
+                        true
+                    }
+                }
+                watcher::Event::Delete(object) => match id_of(kind, object.meta()) {
+                    Some(id) => {
+                        known.remove(&id);
+                        malformed.remove(&id);
+                        sender.send(Event::Delete(id)).await.is_ok()
+                    }
+                    None => true,
+                },
+            };
+            if !sent {
+                return;
+            }
+        }
     }
-    let mut stream = watcher(Api::<K>::all(client), config)
-        .default_backoff()
-        .boxed();
-    let mut known: HashSet<ObjectId> = HashSet::new();
-    let mut listed: HashSet<ObjectId> = HashSet::new();
-    let mut malformed: HashSet<ObjectId> = HashSet::new();
-    loop {
-        ignored.set::<K>(malformed.len());
-        let event = match stream.try_next().await {
-            Ok(Some(event)) => event,
-            Ok(None) => return,
-            Err(problem) => {
-                tracing::warn!(?kind, %problem, "watching the API failed; what is known stays in force, trying again");
-                continue;
+
+    /// Follows while it is wanted, and says when it no longer does.
+    async fn follow_while<K>(self, mut wanted: watch::Receiver<bool>)
+    where
+        K: Resource<DynamicType = ()> + Project + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
+        while wanted.wait_for(|wanted| *wanted).await.is_ok() {
+            tokio::select! {
+                () = self.clone().follow::<K>() => return,
+                unwanted = wanted.wait_for(|wanted| !*wanted) => if unwanted.is_err() {
+                    return;
+                },
             }
-        };
-        let sent = match event {
-            watcher::Event::Init => {
-                listed.clear();
-                malformed.clear();
-                true
+            self.ignored.set::<K>(0);
+            if self.sender.send(Event::Unwatched(self.kind)).await.is_err() {
+                return;
             }
-            watcher::Event::InitApply(object) => {
-                // A malformed one exists all the same: its last good form stays in force.
-                let id = id_of(kind, object.meta());
-                listed.extend(id.clone().filter(|id| known.contains(id)));
-                if let Some(object) = project(object) {
-                    listed.insert(object.id());
-                    known.insert(object.id());
-                    sender.send(Event::Apply(object)).await.is_ok()
-                } else {
-                    malformed.extend(id);
-                    true
-                }
-            }
-            watcher::Event::InitDone => {
-                let gone: Vec<_> = known.difference(&listed).cloned().collect();
-                known = std::mem::take(&mut listed);
-                let mut sent = true;
-                for id in gone {
-                    sent &= sender.send(Event::Delete(id)).await.is_ok();
-                }
-                sent && sender.send(Event::Synced(kind)).await.is_ok()
-            }
-            watcher::Event::Apply(object) => {
-                let id = id_of(kind, object.meta());
-                if let Some(object) = project(object) {
-                    malformed.remove(&object.id());
-                    known.insert(object.id());
-                    sender.send(Event::Apply(object)).await.is_ok()
-                } else {
-                    malformed.extend(id);
-                    true
-                }
-            }
-            watcher::Event::Delete(object) => match id_of(kind, object.meta()) {
-                Some(id) => {
-                    known.remove(&id);
-                    malformed.remove(&id);
-                    sender.send(Event::Delete(id)).await.is_ok()
-                }
-                None => true,
-            },
-        };
-        if !sent {
-            return;
         }
     }
 }
@@ -226,6 +283,8 @@ fn id_of(kind: Kind, meta: &ObjectMeta) -> Option<ObjectId> {
         Kind::Namespace => ObjectId::Namespace(name.into()),
         Kind::Pool => ObjectId::Pool(name.into()),
         Kind::Advertisement => ObjectId::Advertisement(name.into()),
+        Kind::EgressPolicy => ObjectId::EgressPolicy(name.into()),
+        Kind::Pod => ObjectId::Pod(key()),
         // The name is the address, an IPv6 one's with dashes.
         Kind::VirtualIp => ObjectId::VirtualIp(name.replace('-', ":").parse().ok()?),
     })

@@ -29,6 +29,7 @@ pub(in crate::ipam) fn mk_pool(name: &str, ranges: &[&str]) -> Pool {
         generation: 1,
         labels: Labels::new(),
         ranges: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+        purpose: Purpose::Ingress,
         auto_assign: true,
         avoid_buggy_ips: false,
         allocation: None,
@@ -194,16 +195,7 @@ impl World {
         self.writes += 1;
         let event = match change {
             RecordChange::Put(record) => {
-                let vip = VirtualIp {
-                    address: record.address,
-                    pool: record.pool,
-                    group: record.group,
-                    services: record.services,
-                    former: record.former,
-                    retain: record.retain,
-                    leader: None,
-                    conditions: Vec::new(),
-                };
+                let vip = record.virtual_ip();
                 self.virtual_ips.insert(vip.address, vip.clone());
                 Event::Apply(Object::VirtualIp(vip))
             }

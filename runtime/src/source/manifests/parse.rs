@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{Namespace, Node, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use landfall_api::{IPAddressPool, L2Advertisement};
+use landfall_api::{EgressPolicy, IPAddressPool, L2Advertisement};
 use landfall_core::model::{Kind, Object};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -81,17 +81,20 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
         ("v1", "Service") => (typed::<Service>, Kind::Service),
         ("v1", "Node") => (typed::<Node>, Kind::Node),
         ("v1", "Namespace") => (typed::<Namespace>, Kind::Namespace),
+        ("v1", "Pod") => (typed::<Pod>, Kind::Pod),
         ("discovery.k8s.io/v1", "EndpointSlice") => (typed::<EndpointSlice>, Kind::EndpointSlice),
         ("landfall.dev/v1alpha1", "IPAddressPool") => (own::<IPAddressPool>, Kind::Pool),
         ("landfall.dev/v1alpha1", "L2Advertisement") => {
             (own::<L2Advertisement>, Kind::Advertisement)
         }
+        ("landfall.dev/v1alpha1", "EgressPolicy") => (own::<EgressPolicy>, Kind::EgressPolicy),
         _ => {
             return Err(Wrong {
                 line: Some(first_line),
                 message: format!(
-                    "{version} {kind} is not read from manifests: use v1 Service, Node or Namespace, \
-                         discovery.k8s.io/v1 EndpointSlice, landfall.dev/v1alpha1 IPAddressPool or L2Advertisement"
+                    "{version} {kind} is not read from manifests: use v1 Service, Node, Namespace or Pod, \
+                         discovery.k8s.io/v1 EndpointSlice, landfall.dev/v1alpha1 IPAddressPool, L2Advertisement or \
+                         EgressPolicy"
                 ),
             });
         }
