@@ -47,11 +47,13 @@ impl Shared {
                     "pool": &*record.pool,
                     "group": &*record.group,
                     "services": record.services.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                    "egressPolicies": record.egress_policies,
                 })).collect::<Vec<_>>(),
                 "resting": ipam.resting().map(|(record, _)| json!({
                     "address": record.address.to_string(),
                     "pool": &*record.pool,
                     "former": record.former.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                    "formerEgressPolicies": record.former_policies,
                 })).collect::<Vec<_>>(),
                 "refusals": ipam.refusals().map(|(key, refusal)| json!({
                     "service": key.to_string(),

@@ -209,13 +209,14 @@ pub struct GroupIndex {
 }
 
 /// The kinds that must be listed before anything may be elected.
-pub const KINDS: [Kind; 6] = [
+pub const KINDS: [Kind; 7] = [
     Kind::Service,
     Kind::EndpointSlice,
     Kind::Node,
     Kind::Pool,
     Kind::Advertisement,
     Kind::VirtualIp,
+    Kind::EgressPolicy,
 ];
 
 impl GroupIndex {

@@ -1,9 +1,10 @@
-//! Which Service holds which address: a synchronous index that knows no client.
+//! Which Service, or which egress policy, holds which address: a synchronous index that knows no client.
 //!
 //! ```text
-//!  Event ──apply──> Ipam ──reconcile──> Changes { records, services, pools }
+//!  Event ──apply──> Ipam ──reconcile──> Changes { records, services, pools, policies }
 //!                    │
 //!                    ├─ services     what was observed, what each wants, what was last said about it
+//!                    ├─ policies     the same of egress policies
 //!                    ├─ ledger       holders, resting addresses, groups, and the pools' free sets
 //!                    └─ virtual_ips  the records that were observed
 //! ```
@@ -18,6 +19,9 @@
 //! no crash between two writes can leave an address with two owners. Whoever has no API server feeds each
 //! [`RecordChange`] straight back as an event of its own.
 //!
+//! An egress policy holds addresses of its own as a Service does, or uses those of a Service: then it is on their
+//! records beside it, and has what the Service has.
+//!
 //! Rules beyond `MetalLB`'s: pools are tried in a fixed order, tenancy fails closed, freed addresses rest, and a
 //! Service keeps an address that works while a wish of its owner cannot be granted.
 
@@ -26,6 +30,8 @@ mod emit;
 mod free;
 mod ledger;
 mod pick;
+mod policies;
+mod policy_refusal;
 mod pool;
 mod pools;
 #[cfg(test)]
@@ -45,20 +51,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{
-    Event, Kind, Namespace, Node, NodeName, Object, ObjectId, ObjectKey, Pool, Service, VirtualIp,
+    Event, Holder, Kind, Namespace, Node, NodeName, Object, ObjectId, ObjectKey, Pool, Service,
+    VirtualIp,
 };
 use crate::selector::Labels;
+pub use policy_refusal::PolicyRefusal;
 pub use refusal::Refusal;
 pub use request::CLASS;
 pub use sharing::SharingConflict;
 pub use status::{
-    ADDRESS_ASSIGNED, ANNOUNCED, Changes, Counts, Notice, Overlap, PoolStatus, Record,
-    RecordChange, ServiceStatus, VIRTUAL_IP_ANNOUNCED,
+    ADDRESS_ASSIGNED, ANNOUNCED, Allocation, Changes, Counts, Notice, Overlap, PolicyChange,
+    PoolStatus, Record, RecordChange, ServiceStatus, VIRTUAL_IP_ANNOUNCED,
 };
 
 use decide::Outcome;
 use emit::{Observed, Said};
 use ledger::Ledger;
+use policies::PolicyState;
 
 /// How the index behaves.
 #[derive(Clone, Debug)]
@@ -80,6 +89,7 @@ impl Default for Config {
                 Kind::Pool,
                 Kind::Node,
                 Kind::VirtualIp,
+                Kind::EgressPolicy,
             ]),
         }
     }
@@ -108,6 +118,7 @@ pub struct Ipam {
     synced: BTreeSet<Kind>,
     ready: bool,
     services: BTreeMap<ObjectKey, ServiceState>,
+    policies: BTreeMap<Arc<str>, PolicyState>,
     namespaces: BTreeMap<Arc<str>, Labels>,
     nodes: BTreeMap<NodeName, Node>,
     virtual_ips: BTreeMap<IpAddr, VirtualIp>,
@@ -115,11 +126,13 @@ pub struct Ipam {
     /// Which Services' observed ingress shows an address.
     shown: BTreeMap<IpAddr, BTreeSet<ObjectKey>>,
     /// To be decided (anew), in this order.
-    dirty: BTreeSet<(i64, ObjectKey)>,
-    /// Services that lack something they want.
-    wanting: BTreeSet<(i64, ObjectKey)>,
+    dirty: BTreeSet<(i64, Holder)>,
+    /// Holders that lack something they want.
+    wanting: BTreeSet<(i64, Holder)>,
     /// Services whose status is to be compared with what it should be.
     touched: BTreeSet<ObjectKey>,
+    /// Policies that the reader is to look at.
+    touched_policies: BTreeSet<Arc<str>>,
     /// Services that are gone from us, with what they were told last.
     farewell: Vec<ServiceStatus>,
     records_said: BTreeMap<IpAddr, RecordChange>,
@@ -150,10 +163,8 @@ impl Ipam {
                 Object::Pool(pool) => self.apply_pool(pool),
                 Object::Node(node) => self.apply_node(node),
                 Object::VirtualIp(vip) => self.apply_virtual_ip(vip, now),
-                Object::EndpointSlice(_)
-                | Object::Advertisement(_)
-                | Object::EgressPolicy(_)
-                | Object::Pod(_) => {}
+                Object::EgressPolicy(policy) => self.apply_policy(*policy),
+                Object::EndpointSlice(_) | Object::Advertisement(_) | Object::Pod(_) => {}
             },
             Event::Delete(id) => match id {
                 ObjectId::Service(key) => self.delete_service(&key, now),
@@ -163,10 +174,8 @@ impl Ipam {
                 ObjectId::Pool(name) => self.delete_pool(&name),
                 ObjectId::Node(name) => self.delete_node(&name),
                 ObjectId::VirtualIp(address) => self.delete_virtual_ip(address),
-                ObjectId::EndpointSlice(_)
-                | ObjectId::Advertisement(_)
-                | ObjectId::EgressPolicy(_)
-                | ObjectId::Pod(_) => {}
+                ObjectId::EgressPolicy(name) => self.delete_policy(&name, now),
+                ObjectId::EndpointSlice(_) | ObjectId::Advertisement(_) | ObjectId::Pod(_) => {}
             },
             Event::Unwatched(_) => {}
             Event::Synced(kind) => {
@@ -214,8 +223,8 @@ impl Ipam {
             virtual_ips.contains_key(&address) || shown.contains_key(&address)
         });
         loop {
-            while let Some((_, key)) = self.dirty.pop_first() {
-                self.decide(&key, now);
+            while let Some((_, holder)) = self.dirty.pop_first() {
+                self.decide(&holder, now);
             }
             if !std::mem::take(&mut self.ledger.freed) {
                 break;
@@ -281,13 +290,13 @@ impl Ipam {
 
     fn apply_service(&mut self, service: Service) {
         let key = service.key.clone();
-        let rank = (service.created, key.clone());
+        let rank = (service.created, Holder::Service(key.clone()));
         if let Some(state) = self.services.get_mut(&key) {
             if *state.service == service {
                 return;
             }
             if state.service.created != service.created {
-                let stale = (state.service.created, key.clone());
+                let stale = (state.service.created, Holder::Service(key.clone()));
                 self.dirty.remove(&stale);
                 self.wanting.remove(&stale);
             }
@@ -388,7 +397,10 @@ impl Ipam {
         let Some(state) = self.services.remove(key) else {
             return;
         };
-        let rank = (state.service.created, key.clone());
+        let holder = Holder::Service(key.clone());
+        let rank = (state.service.created, holder.clone());
+        self.touched_policies
+            .extend(self.ledger.followers(key).cloned());
         self.dirty.remove(&rank);
         self.wanting.remove(&rank);
         self.touched.remove(key);
@@ -401,7 +413,7 @@ impl Ipam {
             self.hide(address, key);
         }
         for address in state.held {
-            self.let_go(key, address, now);
+            self.let_go(&holder, address, now);
         }
     }
 
@@ -416,7 +428,7 @@ impl Ipam {
             .services
             .range(from..)
             .take_while(|(key, _)| key.namespace == name)
-            .map(|(key, state)| (state.service.created, key.clone()));
+            .map(|(key, state)| (state.service.created, Holder::Service(key.clone())));
         self.dirty.extend(members);
     }
 
@@ -424,7 +436,12 @@ impl Ipam {
         let all = self
             .services
             .iter()
-            .map(|(key, state)| (state.service.created, key.clone()));
+            .map(|(key, state)| (state.service.created, Holder::Service(key.clone())));
+        self.dirty.extend(all);
+        let all = self
+            .policies
+            .iter()
+            .map(|(name, state)| (state.policy.created, Holder::EgressPolicy(name.clone())));
         self.dirty.extend(all);
         self.overlaps = None;
     }
@@ -481,6 +498,10 @@ impl Ipam {
             return;
         }
         self.touched.extend(vip.services.iter().cloned());
+        let policies = vip.egress_policies.iter();
+        let before = before.iter().flat_map(|vip| &vip.egress_policies);
+        self.touched_policies
+            .extend(policies.chain(before).cloned());
         self.records_said.remove(&address);
         self.ledger.touched_records.insert(address);
         if self.ready {
@@ -495,7 +516,8 @@ impl Ipam {
             return;
         }
         if let Some(vip) = self.virtual_ips.get(&address) {
-            let former = vip.services.iter().chain(&vip.former).cloned().collect();
+            let holders = vip.holders().into_iter();
+            let former = holders.chain(vip.former_holders()).collect();
             let (pool, group) = (vip.pool.clone(), vip.group.clone());
             self.ledger.rest(address, &pool, former, group, now);
         }
@@ -504,6 +526,7 @@ impl Ipam {
     fn delete_virtual_ip(&mut self, address: IpAddr) {
         if let Some(vip) = self.virtual_ips.remove(&address) {
             self.touched.extend(vip.services);
+            self.touched_policies.extend(vip.egress_policies);
         }
         self.records_said.remove(&address);
         self.ledger.touched_records.insert(address);

@@ -294,6 +294,18 @@ pub struct ServiceAllocation {
     pub service_selectors: Vec<LabelSelector>,
 }
 
+impl ServiceAllocation {
+    /// Whether a namespace may have addresses: what is listed must match, and nothing listed admits all.
+    pub fn admits_namespace(&self, name: &str, labels: &Labels) -> bool {
+        let any = self.namespaces.is_empty() && self.namespace_selectors.is_empty();
+        any || self.namespaces.iter().any(|listed| listed == name)
+            || self
+                .namespace_selectors
+                .iter()
+                .any(|selector| selector.matches(labels))
+    }
+}
+
 /// An `IPAddressPool`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pool {

@@ -26,6 +26,10 @@ struct Saved {
     group: String,
     services: Vec<ObjectKey>,
     former: Vec<ObjectKey>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    egress_policies: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    former_policies: Vec<String>,
     retain: bool,
 }
 
@@ -37,6 +41,16 @@ impl From<&VirtualIp> for Saved {
             group: vip.group.to_string(),
             services: vip.services.clone(),
             former: vip.former.clone(),
+            egress_policies: vip
+                .egress_policies
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            former_policies: vip
+                .former_policies
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             retain: vip.retain,
         }
     }
@@ -47,6 +61,8 @@ impl From<Saved> for VirtualIp {
         Self {
             services: saved.services,
             former: saved.former,
+            egress_policies: saved.egress_policies.into_iter().map(Into::into).collect(),
+            former_policies: saved.former_policies.into_iter().map(Into::into).collect(),
             retain: saved.retain,
             ..Self::unheld(saved.address, saved.pool.into(), saved.group.into())
         }
@@ -58,6 +74,8 @@ impl From<Saved> for VirtualIp {
 pub struct Allocator {
     ipam: Ipam,
     records: BTreeMap<IpAddr, VirtualIp>,
+    /// What was last logged of each egress policy that lacks something.
+    complaints: BTreeMap<String, String>,
     file: Option<PathBuf>,
 }
 
@@ -71,11 +89,18 @@ impl Allocator {
         };
         let ipam = Ipam::new(Config {
             class_less,
-            kinds: BTreeSet::from([Kind::Service, Kind::Pool, Kind::Node, Kind::VirtualIp]),
+            kinds: BTreeSet::from([
+                Kind::Service,
+                Kind::Pool,
+                Kind::Node,
+                Kind::VirtualIp,
+                Kind::EgressPolicy,
+            ]),
         });
         let mut allocator = Self {
             ipam,
             records: BTreeMap::new(),
+            complaints: BTreeMap::new(),
             file,
         };
         let mut events = Vec::new();
@@ -98,8 +123,10 @@ impl Allocator {
     /// Hands out what is open. Returns the `VirtualIp`s that appeared, changed or vanished.
     pub fn reconcile(&mut self, now: Duration) -> Vec<Event> {
         let mut events = Vec::new();
+        let mut policies = false;
         for _ in 0..MAX_ROUNDS {
             let changes = self.ipam.reconcile(now);
+            policies |= !changes.policies.is_empty();
             for status in &changes.services {
                 if let Some(notice) = &status.notice {
                     let (service, reason) = (&status.key, &notice.reason);
@@ -122,7 +149,25 @@ impl Allocator {
         if !events.is_empty() {
             self.save();
         }
+        if policies {
+            self.complain();
+        }
         events
+    }
+
+    /// Logs what egress policies lack, each once.
+    fn complain(&mut self) {
+        let now: BTreeMap<String, String> = self
+            .ipam
+            .policy_refusals()
+            .map(|(name, refusal)| (name.to_string(), refusal.to_string()))
+            .collect();
+        for (policy, why) in &now {
+            if self.complaints.get(policy) != Some(why) {
+                tracing::warn!(policy, "{why}");
+            }
+        }
+        self.complaints = now;
     }
 
     /// When something is due by the passing of time.
@@ -130,11 +175,12 @@ impl Allocator {
         self.ipam.next_wakeup()
     }
 
-    /// Why Services have no address, for display.
+    /// Why Services and egress policies have no address, for display.
     pub fn refusals(&self) -> BTreeMap<String, String> {
         self.ipam
             .refusals()
             .map(|(key, refusal)| (key.to_string(), refusal.to_string()))
+            .chain(self.complaints.clone())
             .collect()
     }
 

@@ -139,14 +139,16 @@ fn every_condition_and_its_reasons_are_in_the_table() {
 #[test]
 fn every_reason_of_a_refusal_is_in_the_table() {
     let readme = readme();
-    let text = fs::read_to_string(root().join("core/src/ipam/refusal.rs")).unwrap();
+    let text = ["refusal.rs", "policy_refusal.rs"]
+        .map(|file| fs::read_to_string(root().join("core/src/ipam").join(file)).unwrap())
+        .concat();
     let reasons: Vec<&str> = text
         .lines()
         .filter_map(|line| literal(line.split_once("=> ")?.1))
         .filter(|word| !word.contains([' ', '{']))
         .collect();
     assert!(
-        reasons.len() > 10,
+        reasons.len() > 20,
         "the sources are not read right: {reasons:?}"
     );
     for reason in reasons {

@@ -1,6 +1,7 @@
 //! The JSON of each write: only the fields that are ours, for server-side apply.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use landfall_api::conditions::POOL_READY;
@@ -30,6 +31,10 @@ fn reference(key: &ObjectKey) -> Value {
     json!({ "namespace": &*key.namespace, "name": &*key.name })
 }
 
+fn names(names: &[Arc<str>]) -> Value {
+    names.iter().map(|name| Value::from(&**name)).collect()
+}
+
 /// A `VirtualIP` with the spec of `record`.
 pub fn virtual_ip(record: &Record) -> Value {
     let mut spec = json!({
@@ -40,6 +45,12 @@ pub fn virtual_ip(record: &Record) -> Value {
     });
     if record.retain {
         spec["retain"] = true.into();
+    }
+    if !record.egress_policies.is_empty() {
+        spec["egressPolicies"] = names(&record.egress_policies);
+    }
+    if !record.former_policies.is_empty() {
+        spec["formerEgressPolicies"] = names(&record.former_policies);
     }
     if !record.former.is_empty() {
         spec["former"] = record.former.iter().map(reference).collect();

@@ -94,7 +94,9 @@ fn mk_put(last: u8) -> Write {
         pool: "a".into(),
         group: "g".into(),
         services: Vec::new(),
+        egress_policies: Vec::new(),
         former: Vec::new(),
+        former_policies: Vec::new(),
         retain: false,
     }))
 }

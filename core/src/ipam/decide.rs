@@ -7,11 +7,12 @@ use std::time::Duration;
 use super::Ipam;
 use super::ledger::OnRecord;
 use super::pick::Pick;
+use super::pool::PoolState;
 use super::refusal::Refusal;
 use super::request::{CLASS, Want};
 use super::sharing::{Sharer, first_conflict};
 use crate::ip::Family;
-use crate::model::{Kind, ObjectKey, Service};
+use crate::model::{Holder, Kind, ObjectKey, Service};
 use crate::selector::Labels;
 
 /// What became of a Service.
@@ -47,7 +48,7 @@ pub(super) enum LossReason {
     /// The pools that contain it do not admit the Service.
     NotAdmitted,
     /// It can no longer be shared with this Service.
-    Sharing(ObjectKey),
+    Sharing(Holder),
 }
 
 static NO_LABELS: Labels = Labels::new();
@@ -68,13 +69,24 @@ impl Ipam {
             .unwrap_or(&NO_LABELS)
     }
 
-    /// Decides about one Service. What it holds and what is said about it changes here and nowhere else.
-    pub(super) fn decide(&mut self, key: &ObjectKey, now: Duration) {
+    /// Decides about one holder. What it holds and what is said about it changes here and nowhere else.
+    pub(super) fn decide(&mut self, holder: &Holder, now: Duration) {
+        match holder {
+            Holder::Service(key) => {
+                self.decide_service(key, now);
+                self.touched_policies
+                    .extend(self.ledger.followers(key).cloned());
+            }
+            Holder::EgressPolicy(name) => self.decide_policy(name, now),
+        }
+    }
+
+    fn decide_service(&mut self, key: &ObjectKey, now: Duration) {
         let Some(state) = self.services.get(key) else {
             return;
         };
         let service = state.service.clone();
-        let rank = (service.created, key.clone());
+        let rank = (service.created, Holder::Service(key.clone()));
         self.touched.insert(key.clone());
         self.wanting.remove(&rank);
         if !self.is_ours(&service) {
@@ -166,20 +178,44 @@ impl Ipam {
             return;
         };
         for address in std::mem::take(&mut state.held) {
-            self.let_go(key, address, now);
+            self.let_go(&Holder::Service(key.clone()), address, now);
         }
     }
 
     /// Releases `address`, and looks again at those who go on holding it where it may count for another pool now.
-    pub(super) fn let_go(&mut self, key: &ObjectKey, address: IpAddr, now: Duration) {
-        self.ledger.release(address, key, now);
+    pub(super) fn let_go(&mut self, holder: &Holder, address: IpAddr, now: Duration) {
+        self.ledger.release(address, holder, now);
         if self.ledger.pools.spanning(address).len() > 1
             && let Some(holding) = self.ledger.holding(address)
         {
-            let ranks = holding.holders.keys().filter_map(|holder| {
-                Some((self.services.get(holder)?.service.created, holder.clone()))
-            });
+            let ranks: Vec<_> = holding
+                .holders
+                .keys()
+                .filter_map(|holder| self.rank_of(holder))
+                .collect();
             self.dirty.extend(ranks);
+        }
+    }
+
+    /// Where a holder stands among those that are decided about: the older first.
+    pub(super) fn rank_of(&self, holder: &Holder) -> Option<(i64, Holder)> {
+        let created = match holder {
+            Holder::Service(key) => self.services.get(key)?.service.created,
+            Holder::EgressPolicy(name) => self.policies.get(name)?.policy.created,
+        };
+        Some((created, holder.clone()))
+    }
+
+    /// Whether a pool admits a holder that is known.
+    pub(super) fn admits(&self, pool: &PoolState, holder: &Holder) -> bool {
+        match holder {
+            Holder::Service(key) => self.services.get(key).is_some_and(|state| {
+                pool.admits(&state.service, self.namespace_labels(&state.service))
+            }),
+            Holder::EgressPolicy(name) => self
+                .policies
+                .get(name)
+                .is_some_and(|state| state.takes_from(pool)),
         }
     }
 
@@ -187,7 +223,7 @@ impl Ipam {
         if let Some(state) = self.services.get_mut(key) {
             state.held.retain(|held| *held != address);
         }
-        self.let_go(key, address, now);
+        self.let_go(&Holder::Service(key.clone()), address, now);
     }
 
     /// Gives the Service an address that it may have, in the group of its record when that names the Service.
@@ -204,8 +240,9 @@ impl Ipam {
             retain: record.is_some_and(|vip| vip.retain && vip.pool == *pool),
         };
         let sharer = Sharer::of(&state.service);
+        let holder = Holder::Service(key.clone());
         self.ledger
-            .hold(address, pool, key, sharer, &state.held, on_record);
+            .hold(address, pool, &holder, sharer, &state.held, on_record);
         state.held.push(address);
         state.held.sort_unstable();
         state.known.insert(address);
@@ -227,6 +264,7 @@ impl Ipam {
         now: Duration,
     ) -> Option<Refusal> {
         let key = &service.key;
+        let holder = Holder::Service(key.clone());
         let mut wish = None;
         for address in self.services[key].held.clone() {
             let family = Family::of(address);
@@ -234,9 +272,9 @@ impl Ipam {
                 self.give_back(key, address, now);
                 continue;
             }
-            let loss = match self.may_keep(service, sharer, address) {
+            let loss = match self.may_keep(&holder, sharer, address) {
                 Ok(pool) => {
-                    self.ledger.set_sharer(address, key, sharer);
+                    self.ledger.set_sharer(address, &holder, sharer);
                     if self.ledger.holding(address).is_some_and(|holding| {
                         holding.pool != pool
                             && !self.serves(&holding.pool, address, holding.holders.keys())
@@ -271,17 +309,17 @@ impl Ipam {
     }
 
     /// The pool that a held address is kept from, or why it cannot be kept.
-    fn may_keep(
+    pub(super) fn may_keep(
         &self,
-        service: &Service,
+        holder: &Holder,
         sharer: &Sharer,
         address: IpAddr,
     ) -> Result<Arc<str>, LossReason> {
         let holding = self.ledger.holding(address).ok_or(LossReason::NoPool)?;
-        if let Some((other, _)) = first_conflict(&holding.holders, &service.key, sharer) {
+        if let Some((other, _)) = first_conflict(&holding.holders, holder, sharer) {
             return Err(LossReason::Sharing(other.clone()));
         }
-        self.home_of(service, address, Some(&holding.pool))
+        self.home_of(holder, address, Some(&holding.pool))
             .ok_or_else(|| {
                 if self.ledger.pools.containing(address).next().is_some() {
                     LossReason::NotAdmitted
@@ -296,15 +334,10 @@ impl Ipam {
         &self,
         pool: &str,
         address: IpAddr,
-        mut holders: impl Iterator<Item = &'a ObjectKey>,
+        mut holders: impl Iterator<Item = &'a Holder>,
     ) -> bool {
         self.ledger.pools.get(pool).is_some_and(|state| {
-            state.contains(address)
-                && holders.any(|holder| {
-                    self.services.get(holder).is_some_and(|holder| {
-                        state.admits(&holder.service, self.namespace_labels(&holder.service))
-                    })
-                })
+            state.contains(address) && holders.any(|holder| self.admits(state, holder))
         })
     }
 

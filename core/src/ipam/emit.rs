@@ -37,13 +37,14 @@ impl Ipam {
             records,
             services,
             pools: self.emit_pools(),
+            policies: self.emit_policies(),
         }
     }
 
     fn emit_record(&mut self, address: IpAddr, now: Duration) -> Option<RecordChange> {
         let observed = self.virtual_ips.get(&address);
         let change = match self.ledger.record(address) {
-            Some(record) if !record.services.is_empty() => Some(RecordChange::Put(record)),
+            Some(record) if record.is_held() => Some(RecordChange::Put(record)),
             resting => {
                 // Nobody may be shown an address whose record is gone: that is what others wait for.
                 if self.shown.contains_key(&address) && resting.is_some() {
@@ -316,16 +317,19 @@ impl Ipam {
 }
 
 fn same_record(record: &Record, vip: &VirtualIp) -> bool {
-    let sorted = |keys: &[ObjectKey]| {
-        let mut keys = keys.to_vec();
-        keys.sort_unstable();
-        keys
-    };
     record.pool == vip.pool
         && record.group == vip.group
         && record.services == sorted(&vip.services)
+        && record.egress_policies == sorted(&vip.egress_policies)
         && record.former == sorted(&vip.former)
+        && record.former_policies == sorted(&vip.former_policies)
         && record.retain == vip.retain
+}
+
+fn sorted<T: Clone + Ord>(names: &[T]) -> Vec<T> {
+    let mut names = names.to_vec();
+    names.sort_unstable();
+    names
 }
 
 /// The addresses in the order of the Service's families.
@@ -407,10 +411,7 @@ fn notice(state: &ServiceState, condition: Option<&Condition>) -> Option<Notice>
             )
         }
         LossReason::Sharing(other) => {
-            format!(
-                "{} can no longer be shared with Service {other}",
-                loss.address
-            )
+            format!("{} can no longer be shared with {other}", loss.address)
         }
     });
     let lost = lost.collect::<Vec<_>>().join("; ");

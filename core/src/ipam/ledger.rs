@@ -14,7 +14,7 @@ use super::quarantine::{Quarantine, Rest};
 use super::sharing::Sharer;
 use super::status::{Counts, Record};
 use crate::ip::{Family, from_bits, virtual_ip_name};
-use crate::model::{NodeName, ObjectKey, Pool};
+use crate::model::{Holder, NodeName, ObjectKey, Pool, Purpose};
 
 /// How long an address rests whose pool is not known (any more).
 pub(super) const DEFAULT_QUARANTINE: Duration = Duration::from_mins(1);
@@ -27,7 +27,7 @@ pub(super) struct Holding {
     /// Whether that pool, when last seen, wanted addresses kept that it no longer contains.
     pub(super) retain: bool,
     pub(super) group: Arc<str>,
-    pub(super) holders: BTreeMap<ObjectKey, Sharer>,
+    pub(super) holders: BTreeMap<Holder, Sharer>,
 }
 
 /// What an observed record says of an address that is taken again.
@@ -50,6 +50,8 @@ pub(super) struct Ledger {
     by_key: BTreeMap<(String, Family), BTreeSet<IpAddr>>,
     assigned: BTreeMap<(Arc<str>, Family), u128>,
     quarantined: BTreeMap<(Arc<str>, Family), u128>,
+    /// The egress policies that use a Service's addresses.
+    followers: BTreeMap<ObjectKey, BTreeSet<Arc<str>>>,
     /// Addresses whose record may have to change.
     pub(super) touched_records: BTreeSet<IpAddr>,
     /// Pools whose counts may have changed.
@@ -129,8 +131,12 @@ impl Ledger {
     /// Puts `pool` in place of what had its name.
     pub(super) fn put_pool(&mut self, spec: Pool) {
         let name = spec.name.clone();
+        let purpose = self.pools.get(&name).map(|state| state.spec.purpose);
         for (&address, holding) in &mut self.holdings {
-            if holding.pool == name && holding.retain != spec.retain_assigned {
+            if holding.pool != name {
+                continue;
+            }
+            if holding.retain != spec.retain_assigned || purpose != Some(spec.purpose) {
                 holding.retain = spec.retain_assigned;
                 self.touched_records.insert(address);
             }
@@ -147,6 +153,10 @@ impl Ledger {
 
     pub(super) fn remove_pool(&mut self, name: &str) {
         self.pools.remove(name);
+        let of_pool = self.holdings.iter();
+        let of_pool = of_pool.filter(|(_, holding)| *holding.pool == *name);
+        self.touched_records
+            .extend(of_pool.map(|(address, _)| *address));
         self.touched_pools
             .extend(self.pools.order().iter().cloned());
         self.freed = true;
@@ -200,7 +210,7 @@ impl Ledger {
         &mut self,
         address: IpAddr,
         pool: &Arc<str>,
-        owner: &ObjectKey,
+        owner: &Holder,
         sharer: Sharer,
         siblings: &[IpAddr],
         on_record: OnRecord,
@@ -288,7 +298,7 @@ impl Ledger {
     }
 
     /// Takes `address` from `owner`; when nobody else holds it, it rests.
-    pub(super) fn release(&mut self, address: IpAddr, owner: &ObjectKey, now: Duration) {
+    pub(super) fn release(&mut self, address: IpAddr, owner: &Holder, now: Duration) {
         let family = Family::of(address);
         let Some(holding) = self.holdings.get_mut(&address) else {
             return;
@@ -333,7 +343,7 @@ impl Ledger {
         &mut self,
         address: IpAddr,
         pool: &Arc<str>,
-        former: BTreeSet<ObjectKey>,
+        former: BTreeSet<Holder>,
         group: Arc<str>,
         now: Duration,
     ) {
@@ -377,7 +387,7 @@ impl Ledger {
     }
 
     /// Notes that a holder's ports, key or backend changed.
-    pub(super) fn set_sharer(&mut self, address: IpAddr, owner: &ObjectKey, sharer: &Sharer) {
+    pub(super) fn set_sharer(&mut self, address: IpAddr, owner: &Holder, sharer: &Sharer) {
         let Some(holding) = self.holdings.get_mut(&address) else {
             return;
         };
@@ -398,6 +408,47 @@ impl Ledger {
                 self.by_key.entry(entry).or_default().insert(address);
             }
         }
+    }
+
+    /// Notes that a policy uses the addresses of a Service, or no longer does. The caller has their records looked at.
+    pub(super) fn follow(&mut self, service: &ObjectKey, policy: &Arc<str>, follows: bool) {
+        let policies = self.followers.entry(service.clone()).or_default();
+        if follows {
+            policies.insert(policy.clone());
+        } else {
+            policies.remove(policy);
+        }
+        if policies.is_empty() {
+            self.followers.remove(service);
+        }
+    }
+
+    /// The policies that use the addresses of a Service.
+    pub(super) fn followers<'a>(
+        &'a self,
+        service: &ObjectKey,
+    ) -> impl Iterator<Item = &'a Arc<str>> + use<'a> {
+        self.followers.get(service).into_iter().flatten()
+    }
+
+    /// The policies whose pods leave by a held address: the one that holds it, or, of a pool for both, those that use
+    /// the addresses of the Services that do.
+    fn policies_of(&self, holding: &Holding) -> Vec<Arc<str>> {
+        let both = self
+            .pools
+            .get(&holding.pool)
+            .is_some_and(|state| state.spec.purpose == Purpose::Both);
+        let mut policies: BTreeSet<Arc<str>> = BTreeSet::new();
+        for holder in holding.holders.keys() {
+            match holder {
+                Holder::EgressPolicy(name) => {
+                    policies.insert(name.clone());
+                }
+                Holder::Service(key) if both => policies.extend(self.followers(key).cloned()),
+                Holder::Service(_) => {}
+            }
+        }
+        policies.into_iter().collect()
     }
 
     /// Counts `address` for another pool from now on.
@@ -425,8 +476,10 @@ impl Ledger {
                 address,
                 pool: holding.pool.clone(),
                 group: holding.group.clone(),
-                services: holding.holders.keys().cloned().collect(),
+                services: services(holding.holders.keys()),
+                egress_policies: self.policies_of(holding),
                 former: Vec::new(),
+                former_policies: Vec::new(),
                 retain: holding.retain,
             });
         }
@@ -436,7 +489,13 @@ impl Ledger {
             pool: rest.pool.clone(),
             group: rest.group.clone(),
             services: Vec::new(),
-            former: rest.former.iter().cloned().collect(),
+            egress_policies: Vec::new(),
+            former: services(rest.former.iter()),
+            former_policies: rest
+                .former
+                .iter()
+                .filter_map(|holder| holder.policy().cloned())
+                .collect(),
             retain: false,
         })
     }
@@ -450,4 +509,10 @@ impl Ledger {
             ..state.counts(family)
         }
     }
+}
+
+fn services<'a>(holders: impl Iterator<Item = &'a Holder>) -> Vec<ObjectKey> {
+    holders
+        .filter_map(|holder| holder.service().cloned())
+        .collect()
 }

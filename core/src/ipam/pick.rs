@@ -5,17 +5,32 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Ipam;
+use super::pool::PoolState;
 use super::refusal::Refusal;
 use super::request::Want;
 use super::sharing::{Sharer, first_conflict};
 use crate::ip::Family;
-use crate::model::Service;
+use crate::model::{Holder, Service};
 
 /// How many addresses with the Service's sharing key are tried before it gets one of its own.
 const SHARING_CANDIDATES: usize = 64;
 
 /// An address to take, and the pool it counts for.
 pub(super) type Pick = (IpAddr, Arc<str>);
+
+fn holder_of(service: &Service) -> Holder {
+    Holder::Service(service.key.clone())
+}
+
+/// Why a pool that does not admit a Service does not.
+fn refused_by(pool: &PoolState) -> Refusal {
+    let name = pool.spec.name.clone();
+    if pool.is_for_services() {
+        Refusal::PoolRefuses(name)
+    } else {
+        Refusal::PoolForEgress(name)
+    }
+}
 
 impl Ipam {
     /// Picks addresses for the families that the Service lacks: all of them, or with `partial` at least one
@@ -102,17 +117,17 @@ impl Ipam {
             .iter()
             .find(|state| state.admits(service, namespace))
         else {
-            return Err(Refusal::PoolRefuses(first.spec.name.clone()));
+            return Err(refused_by(first));
         };
         let pool = state.spec.name.clone();
-        self.available(service, sharer, address)?;
+        self.available(&holder_of(service), sharer, address)?;
         Ok((address, pool))
     }
 
-    /// Whether the Service can have `address` now, as far as holders, rest and nodes are concerned.
-    fn available(
+    /// Whether the holder can have `address` now, as far as other holders, rest and nodes are concerned.
+    pub(super) fn available(
         &self,
-        service: &Service,
+        asking: &Holder,
         sharer: &Sharer,
         address: IpAddr,
     ) -> Result<(), Refusal> {
@@ -120,13 +135,13 @@ impl Ipam {
             return Err(Refusal::NodeAddress(address, node.clone()));
         }
         if let Some(holding) = self.ledger.holding(address) {
-            return match first_conflict(&holding.holders, &service.key, sharer) {
+            return match first_conflict(&holding.holders, asking, sharer) {
                 Some((holder, conflict)) => Err(Refusal::InUse(address, holder.clone(), conflict)),
                 None => Ok(()),
             };
         }
         match self.ledger.quarantine().get(address) {
-            Some(rest) if !rest.former.contains(&service.key) => Err(Refusal::Resting(address)),
+            Some(rest) if !rest.former.contains(asking) => Err(Refusal::Resting(address)),
             Some(_) | None => Ok(()),
         }
     }
@@ -143,7 +158,7 @@ impl Ipam {
             return if state.admits(service, namespace) {
                 Ok(vec![name])
             } else {
-                Err(Refusal::PoolRefuses(name))
+                Err(refused_by(state))
             };
         }
         if pools.is_empty() {
@@ -219,11 +234,11 @@ impl Ipam {
         pools: &[Arc<str>],
     ) -> Option<Pick> {
         let shown = service.ingress.iter().filter_map(|entry| entry.address);
-        let resting = self.ledger.quarantine().of_former(&service.key);
+        let resting = self.ledger.quarantine().of_former(&holder_of(service));
         shown
             .chain(resting)
             .filter(|&address| Family::of(address) == family)
-            .filter(|&address| self.available(service, sharer, address).is_ok())
+            .filter(|&address| self.available(&holder_of(service), sharer, address).is_ok())
             .find_map(|address| Some((address, self.pool_among(address, pools)?)))
     }
 
@@ -239,7 +254,7 @@ impl Ipam {
         self.ledger
             .of_key(key, family)
             .take(SHARING_CANDIDATES)
-            .filter(|&address| self.available(service, sharer, address).is_ok())
+            .filter(|&address| self.available(&holder_of(service), sharer, address).is_ok())
             .find_map(|address| Some((address, self.pool_among(address, pools)?)))
     }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::free::FreeSet;
 use super::status::Counts;
 use crate::ip::{Family, from_bits, to_bits};
-use crate::model::{Pool, Service, ServiceAllocation};
+use crate::model::{Pool, Purpose, Service, ServiceAllocation};
 use crate::selector::Labels;
 
 /// Whether the number ends in .0 or .255, which some firmware takes for network or broadcast addresses.
@@ -164,10 +164,31 @@ impl PoolState {
 
     /// Whether the Service may have addresses of this pool at all, even by explicit request.
     pub(super) fn admits(&self, service: &Service, namespace: &Labels) -> bool {
-        self.spec
-            .allocation
-            .as_ref()
-            .is_none_or(|rules| admits(rules, service, namespace))
+        let rules = self.spec.allocation.as_ref();
+        self.is_for_services() && rules.is_none_or(|rules| admits(rules, service, namespace))
+    }
+
+    /// Whether Services may have its addresses, as far as its purpose goes.
+    pub(super) fn is_for_services(&self) -> bool {
+        match self.spec.purpose {
+            Purpose::Ingress | Purpose::Both => true,
+            Purpose::Egress => false,
+        }
+    }
+
+    /// Whether egress policies may have its addresses, as far as its purpose goes.
+    pub(super) fn is_for_policies(&self) -> bool {
+        match self.spec.purpose {
+            Purpose::Egress | Purpose::Both => true,
+            Purpose::Ingress => false,
+        }
+    }
+
+    /// Whether egress policies may have addresses of this pool. One that picks Services by their labels is for these:
+    /// a policy has no such labels. Which pods may leave by them is another question: their namespaces tell.
+    pub(super) fn admits_policies(&self) -> bool {
+        let rules = self.spec.allocation.as_ref();
+        self.is_for_policies() && rules.is_none_or(|rules| rules.service_selectors.is_empty())
     }
 
     /// Where the pool stands when pools are tried: lower priority first, 0 after all others (as in `MetalLB`),
@@ -182,16 +203,7 @@ impl PoolState {
 
 /// Fails closed: what is listed must match, and a list that matches nothing admits nobody.
 fn admits(rules: &ServiceAllocation, service: &Service, namespace: &Labels) -> bool {
-    let any_namespace = rules.namespaces.is_empty() && rules.namespace_selectors.is_empty();
-    let in_namespace = any_namespace
-        || rules
-            .namespaces
-            .iter()
-            .any(|name| **name == *service.key.namespace)
-        || rules
-            .namespace_selectors
-            .iter()
-            .any(|selector| selector.matches(namespace));
+    let in_namespace = rules.admits_namespace(&service.key.namespace, namespace);
     let selected = rules.service_selectors.is_empty()
         || rules
             .service_selectors

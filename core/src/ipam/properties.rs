@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::tests::world::{World, mk_pool, mk_selector, mk_service};
+use super::tests::world::{World, mk_policy, mk_pool, mk_selector, mk_service};
 use crate::ip::Family;
 use crate::model::*;
 use crate::selector::Labels;
@@ -19,6 +19,8 @@ const NAMESPACES: [&str; 2] = ["red", "blue"];
 enum Op {
     PutService(Service),
     DeleteService(ObjectKey),
+    PutPolicy(EgressPolicy),
+    DeletePolicy(String),
     PutPool(Pool),
     DeletePool(&'static str),
     Label(&'static str, bool),
@@ -89,14 +91,21 @@ fn mk_random_pool() -> impl Strategy<Value = Pool> {
             ..ServiceAllocation::default()
         })),
     ];
+    let purpose = prop_oneof![
+        3 => Just(Purpose::Ingress),
+        2 => Just(Purpose::Both),
+        1 => Just(Purpose::Egress),
+    ];
     (
         prop_oneof![Just("a"), Just("b"), Just("c")],
         ranges,
         rules,
         any::<bool>(),
+        purpose,
     )
-        .prop_map(|(name, ranges, allocation, auto_assign)| {
+        .prop_map(|(name, ranges, allocation, auto_assign, purpose)| {
             let mut pool = mk_pool(name, &ranges);
+            pool.purpose = purpose;
             pool.allocation = allocation;
             pool.auto_assign = auto_assign;
             pool.quarantine = QUARANTINE;
@@ -104,10 +113,44 @@ fn mk_random_pool() -> impl Strategy<Value = Pool> {
         })
 }
 
+fn mk_random_policy() -> impl Strategy<Value = EgressPolicy> {
+    let families = prop_oneof![
+        2 => Just(Vec::new()),
+        1 => Just(vec![Family::V6]),
+        1 => Just(vec![Family::V6, Family::V4]),
+    ];
+    let of_pool = (
+        prop_oneof![Just("a"), Just("b"), Just("c")],
+        1..3usize,
+        families,
+    )
+        .prop_map(|(name, count, families)| EgressSource::Pool {
+            name: name.into(),
+            count,
+            families,
+        });
+    let by_number = proptest::collection::btree_set(0..5u8, 1..3).prop_map(|lasts| {
+        let addresses = lasts.into_iter().map(|last| [192, 0, 2, last].into());
+        EgressSource::Addresses(addresses.collect())
+    });
+    let source = prop_oneof![
+        3 => of_pool,
+        2 => by_number,
+        2 => mk_key().prop_map(EgressSource::Service),
+    ];
+    (0..3u8, source).prop_map(|(number, source)| {
+        let mut policy = mk_policy(&format!("p{number}"), source);
+        policy.created = i64::from(number);
+        policy
+    })
+}
+
 fn mk_op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => mk_random_service().prop_map(Op::PutService),
         3 => mk_key().prop_map(Op::DeleteService),
+        4 => mk_random_policy().prop_map(Op::PutPolicy),
+        2 => (0..3u8).prop_map(|number| Op::DeletePolicy(format!("p{number}"))),
         3 => mk_random_pool().prop_map(Op::PutPool),
         1 => prop_oneof![Just("a"), Just("b"), Just("c")].prop_map(Op::DeletePool),
         1 => (0..2usize, any::<bool>()).prop_map(|(n, on)| Op::Label(NAMESPACES[n], on)),
@@ -135,8 +178,8 @@ type Shown = BTreeMap<ObjectKey, Vec<IpAddr>>;
 struct History {
     world: World,
     /// Who showed an address last, and when they no longer did.
-    freed: BTreeMap<IpAddr, (Vec<ObjectKey>, Duration)>,
-    before: BTreeMap<IpAddr, Vec<ObjectKey>>,
+    freed: BTreeMap<IpAddr, (Vec<Holder>, Duration)>,
+    before: BTreeMap<IpAddr, Vec<Holder>>,
 }
 
 impl History {
@@ -185,6 +228,16 @@ impl History {
                 world.services.remove(&key)?;
                 Event::Delete(ObjectId::Service(key))
             }
+            Op::PutPolicy(policy) => {
+                world
+                    .policies
+                    .insert(policy.name.to_string(), policy.clone());
+                Event::Apply(Object::EgressPolicy(Box::new(policy)))
+            }
+            Op::DeletePolicy(name) => {
+                world.policies.remove(&name)?;
+                Event::Delete(ObjectId::EgressPolicy(name.into()))
+            }
             Op::PutPool(pool) => {
                 world.pools.insert(pool.name.to_string(), pool.clone());
                 Event::Apply(Object::Pool(pool))
@@ -216,10 +269,20 @@ impl History {
 
     fn check(&mut self) {
         self.world.check();
-        let mut holders: BTreeMap<IpAddr, Vec<ObjectKey>> = BTreeMap::new();
+        let mut holders: BTreeMap<IpAddr, Vec<Holder>> = BTreeMap::new();
         for (key, addresses) in self.shown() {
             for address in addresses {
-                holders.entry(address).or_default().push(key.clone());
+                let holder = Holder::Service(key.clone());
+                holders.entry(address).or_default().push(holder);
+            }
+        }
+        for vip in self.world.virtual_ips.values() {
+            check_policies(&self.world, vip);
+            for holder in vip.holders() {
+                if holder.policy().is_some() {
+                    let before = holders.insert(vip.address, vec![holder]);
+                    assert_eq!(before, None, "{} has two owners", vip.address);
+                }
             }
         }
         for (address, keys) in &holders {
@@ -229,7 +292,7 @@ impl History {
             if let Some((former, at)) = self.freed.remove(address) {
                 let rested = self.world.now.saturating_sub(at) >= QUARANTINE;
                 assert!(
-                    rested || keys.iter().any(|key| former.contains(key)),
+                    rested || keys.iter().any(|holder| former.contains(holder)),
                     "{address} went from {former:?} to {keys:?} without rest"
                 );
             }
@@ -256,9 +319,46 @@ impl History {
     }
 }
 
+/// Who is on the record of an address for egress may be: as its only holder, or beside the Services that it names.
+fn check_policies(world: &World, vip: &VirtualIp) {
+    let serving = |purposes: &[Purpose]| {
+        world.pools.values().any(|pool| {
+            purposes.contains(&pool.purpose)
+                && pool.ranges.iter().any(|range| range.contains(vip.address))
+        })
+    };
+    for name in &vip.egress_policies {
+        let policy = &world.policies[&**name];
+        match &policy.spec.source {
+            EgressSource::Service(service) => {
+                assert!(vip.services.contains(service), "{vip:?}");
+                assert!(serving(&[Purpose::Both]), "{vip:?}");
+            }
+            EgressSource::Pool { name, count, .. } => {
+                assert_eq!(*name, vip.pool);
+                let family = Family::of(vip.address);
+                let all = world.virtual_ips.values();
+                let held = all.filter(|other| {
+                    Family::of(other.address) == family
+                        && other.egress_policies.contains(&policy.name)
+                });
+                assert!(held.count() <= *count, "{vip:?}");
+            }
+            EgressSource::Addresses(addresses) => {
+                assert!(addresses.contains(&vip.address), "{vip:?}");
+            }
+        }
+        assert!(serving(&[Purpose::Both, Purpose::Egress]), "{vip:?}");
+    }
+    if vip.services.is_empty() {
+        assert!(vip.egress_policies.len() <= 1, "{vip:?}");
+    }
+}
+
 /// The tenancy rule, written a second time.
 fn admits(world: &World, pool: &Pool, service: &Service, address: IpAddr) -> bool {
-    pool.ranges.iter().any(|range| range.contains(address))
+    pool.purpose != Purpose::Egress
+        && pool.ranges.iter().any(|range| range.contains(address))
         && pool.allocation.as_ref().is_none_or(|rules| {
             if rules.namespaces.is_empty() {
                 let labels = &world.namespaces[&*service.key.namespace];

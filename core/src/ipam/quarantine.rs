@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::ObjectKey;
+use crate::model::Holder;
 
 /// A freed address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub(super) struct Rest {
     /// When it is over, on the caller's monotonic clock.
     pub(super) until: Duration,
     /// Who held it: these get it back at once.
-    pub(super) former: BTreeSet<ObjectKey>,
+    pub(super) former: BTreeSet<Holder>,
     /// The pool it came from.
     pub(super) pool: Arc<str>,
     /// The group it moved with.
@@ -27,7 +27,7 @@ pub(super) struct Quarantine {
     deadlines: BTreeSet<(Duration, IpAddr)>,
     /// Rested long enough, but something still stands in the way of their reuse.
     expired: BTreeSet<IpAddr>,
-    by_former: BTreeMap<ObjectKey, BTreeSet<IpAddr>>,
+    by_former: BTreeMap<Holder, BTreeSet<IpAddr>>,
 }
 
 impl Quarantine {
@@ -74,7 +74,7 @@ impl Quarantine {
     /// The addresses that rest for `owner`.
     pub(super) fn of_former<'a>(
         &'a self,
-        owner: &ObjectKey,
+        owner: &Holder,
     ) -> impl Iterator<Item = IpAddr> + use<'a> {
         self.by_former.get(owner).into_iter().flatten().copied()
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::sharing::SharingConflict;
 use crate::ip::Family;
-use crate::model::{NodeName, ObjectKey};
+use crate::model::{Holder, NodeName};
 
 /// A reason to refuse an address. [`fmt::Display`] gives the message, [`Refusal::reason`] the CamelCase word.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub enum Refusal {
     NoPoolAdmits(BTreeSet<Family>),
     /// The pool that is asked for does not admit the Service.
     PoolRefuses(Arc<str>),
+    /// The pool that is asked for is for egress policies.
+    PoolForEgress(Arc<str>),
     /// No eligible pool has addresses of this family.
     NoSuchFamily(Family),
     /// All addresses of this family in the eligible pools are in use or rest.
@@ -38,8 +40,8 @@ pub enum Refusal {
     Avoided(IpAddr, Arc<str>),
     /// The address belongs to a node.
     NodeAddress(IpAddr, NodeName),
-    /// Another Service holds the address and it cannot be shared.
-    InUse(IpAddr, ObjectKey, SharingConflict),
+    /// Somebody else holds the address and it cannot be shared.
+    InUse(IpAddr, Holder, SharingConflict),
     /// The address was freed a short while ago and rests for its former owner.
     Resting(IpAddr),
 }
@@ -53,6 +55,7 @@ impl Refusal {
             Self::NoPools => "NoPool",
             Self::UnknownPool(_) => "UnknownPool",
             Self::NoPoolAdmits(_) | Self::PoolRefuses(_) => "NotAdmitted",
+            Self::PoolForEgress(_) => "PoolNotForServices",
             Self::NoSuchFamily(_) => "NoPoolOfFamily",
             Self::Exhausted(..) => "PoolExhausted",
             Self::InNoPool(_) | Self::NotInPool(..) | Self::Avoided(..) => "AddressNotInPool",
@@ -97,6 +100,10 @@ impl fmt::Display for Refusal {
                 "IPAddressPool {pool} does not admit this Service: admit its namespace and labels in the \
                  pool's serviceAllocation, or ask for another pool"
             ),
+            Self::PoolForEgress(pool) => write!(
+                f,
+                "IPAddressPool {pool} is for EgressPolicies alone: ask for another pool, or set its purpose to Both"
+            ),
             Self::NoSuchFamily(family) => write!(
                 f,
                 "no IPAddressPool that admits this Service has {family} addresses: add a {family} range, \
@@ -129,8 +136,11 @@ impl fmt::Display for Refusal {
                  take this one out of the pool"
             ),
             Self::InUse(address, holder, conflict) => {
-                write!(f, "{address} is held by Service {holder}")?;
+                write!(f, "{address} is held by {holder}")?;
                 match conflict {
+                    _ if holder.service().is_none() => {
+                        write!(f, ", which shares with nobody: ask for another address")
+                    }
                     SharingConflict::Key => write!(
                         f,
                         ": ask for another address, or give both Services the same sharing key"

@@ -8,7 +8,7 @@ use super::Ipam;
 use super::request::Want;
 use super::sharing::{Sharer, first_conflict};
 use crate::ip::Family;
-use crate::model::ObjectKey;
+use crate::model::{Holder, ObjectKey};
 
 impl Ipam {
     /// Gives every Service what records, and then what statuses, say it holds.
@@ -16,15 +16,15 @@ impl Ipam {
     /// Records go first since they are written first; among equals the older Service wins, then the name:
     /// the same objects give the same assignment in whatever order they came.
     pub(super) fn replay(&mut self, now: Duration) {
-        let mut recorded: Vec<(i64, ObjectKey, IpAddr)> = Vec::new();
+        let mut recorded: Vec<(i64, Holder, IpAddr)> = Vec::new();
         for vip in self.virtual_ips.values() {
-            for key in &vip.services {
-                if let Some(state) = self.services.get(key) {
-                    recorded.push((state.service.created, key.clone(), vip.address));
+            for holder in vip.holders() {
+                if let Some((created, holder)) = self.rank_of(&holder) {
+                    recorded.push((created, holder, vip.address));
                 }
             }
         }
-        let mut shown: Vec<(i64, ObjectKey, IpAddr)> = Vec::new();
+        let mut shown: Vec<(i64, Holder, IpAddr)> = Vec::new();
         for (key, state) in &self.services {
             for address in state
                 .service
@@ -32,13 +32,16 @@ impl Ipam {
                 .iter()
                 .filter_map(|entry| entry.address)
             {
-                shown.push((state.service.created, key.clone(), address));
+                shown.push((state.service.created, Holder::Service(key.clone()), address));
             }
         }
         recorded.sort_unstable();
         shown.sort_unstable();
-        for (_, key, address) in recorded.into_iter().chain(shown) {
-            self.claim(&key, address);
+        for (_, holder, address) in recorded.into_iter().chain(shown) {
+            match holder {
+                Holder::Service(key) => self.claim(&key, address),
+                Holder::EgressPolicy(name) => self.claim_for_policy(&name, address),
+            }
         }
         let addresses: Vec<IpAddr> = self.virtual_ips.keys().copied().collect();
         for address in addresses {
@@ -67,16 +70,17 @@ impl Ipam {
             .get(&address)
             .filter(|vip| vip.services.contains(key));
         let recorded_pool = record.map(|vip| vip.pool.clone());
-        let Some(home) = self.home_of(&service, address, recorded_pool.as_ref()) else {
+        let holder = Holder::Service(key.clone());
+        let Some(home) = self.home_of(&holder, address, recorded_pool.as_ref()) else {
             return;
         };
         // With overlapping pools the address may count for one that admits only others of its holders.
         let pool = record
-            .filter(|vip| self.serves(&vip.pool, address, vip.services.iter()))
+            .filter(|vip| self.serves(&vip.pool, address, vip.holders().iter()))
             .map_or(home, |vip| vip.pool.clone());
         let sharer = Sharer::of(&service);
         if let Some(holding) = self.ledger.holding(address)
-            && first_conflict(&holding.holders, key, &sharer).is_some()
+            && first_conflict(&holding.holders, &holder, &sharer).is_some()
         {
             return;
         }
@@ -84,19 +88,18 @@ impl Ipam {
     }
 
     /// The pool that `address` may be kept from: the one on record if it still contains it and admits the
-    /// Service, else another that does, else the one on record if that retains what it no longer contains.
+    /// holder, else another that does, else the one on record if that retains what it no longer contains.
     pub(super) fn home_of(
         &self,
-        service: &crate::model::Service,
+        holder: &Holder,
         address: IpAddr,
         recorded: Option<&Arc<str>>,
     ) -> Option<Arc<str>> {
-        let namespace = self.namespace_labels(service);
         let pools = &self.ledger.pools;
         let fits = |name: &Arc<str>| {
             pools
                 .get(name)
-                .is_some_and(|state| state.contains(address) && state.admits(service, namespace))
+                .is_some_and(|state| state.contains(address) && self.admits(state, holder))
         };
         if let Some(name) = recorded
             && fits(name)
@@ -105,7 +108,7 @@ impl Ipam {
         }
         if let Some(state) = pools
             .containing(address)
-            .find(|state| state.admits(service, namespace))
+            .find(|state| self.admits(state, holder))
         {
             return Some(state.spec.name.clone());
         }
@@ -117,7 +120,7 @@ impl Ipam {
             Some(state) => {
                 // What a pool that cannot be read in full contains is not known: nothing is taken back.
                 (state.spec.retain_assigned || state.spec.flaw.is_some())
-                    && state.admits(service, namespace)
+                    && self.admits(state, holder)
             }
             None => match self.ledger.holding(address) {
                 Some(holding) => holding.pool == *name && holding.retain,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::model::{ObjectKey, Protocol, Service, TrafficPolicy};
+use crate::model::{Holder, Protocol, Service, TrafficPolicy};
 
 /// What of a Service decides whether it may share an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,15 @@ impl Sharer {
         }
     }
 
+    /// Of a policy, which shares with nobody.
+    pub(super) fn alone() -> Self {
+        Self {
+            key: None,
+            backend: Backend::Anywhere,
+            ports: BTreeSet::new(),
+        }
+    }
+
     /// The sharing key.
     pub(super) fn key(&self) -> Option<&str> {
         self.key.as_deref()
@@ -66,14 +75,14 @@ impl Sharer {
     }
 }
 
-/// The first of `holders` other than `key` itself with which the newcomer cannot share.
+/// The first of `holders` other than who asks with which the newcomer cannot share.
 pub(super) fn first_conflict<'a>(
-    holders: &'a BTreeMap<ObjectKey, Sharer>,
-    key: &ObjectKey,
+    holders: &'a BTreeMap<Holder, Sharer>,
+    asking: &Holder,
     newcomer: &Sharer,
-) -> Option<(&'a ObjectKey, SharingConflict)> {
+) -> Option<(&'a Holder, SharingConflict)> {
     holders
         .iter()
-        .filter(|(holder, _)| *holder != key)
+        .filter(|(holder, _)| *holder != asking)
         .find_map(|(holder, sharer)| Some((holder, newcomer.conflict(sharer)?)))
 }

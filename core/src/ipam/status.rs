@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::policy_refusal::PolicyRefusal;
 use crate::ip::Family;
 use crate::model::{Condition, NodeName, ObjectKey, VirtualIp};
 
@@ -25,12 +26,17 @@ pub struct Changes {
     pub services: Vec<ServiceStatus>,
     /// Pool statuses that changed.
     pub pools: Vec<PoolStatus>,
+    /// Egress policies whose addresses, or whose `VirtualIP`s' statuses, may have changed: see [`super::Ipam::allocation`].
+    pub policies: Vec<PolicyChange>,
 }
 
 impl Changes {
     /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
-        self.records.is_empty() && self.services.is_empty() && self.pools.is_empty()
+        self.records.is_empty()
+            && self.services.is_empty()
+            && self.pools.is_empty()
+            && self.policies.is_empty()
     }
 }
 
@@ -43,20 +49,31 @@ pub struct Record {
     pub pool: Arc<str>,
     /// The group it moves with.
     pub group: Arc<str>,
-    /// Who holds it, sorted; nobody while it rests.
+    /// The Services that hold it, sorted; none while it rests.
     pub services: Vec<ObjectKey>,
-    /// Who held it and has it back at once, while it rests.
+    /// The egress policies whose pods leave by it, sorted; none while it rests.
+    pub egress_policies: Vec<Arc<str>>,
+    /// The Services that held it and have it back at once, while it rests.
     pub former: Vec<ObjectKey>,
+    /// The egress policies that held it and have it back at once, while it rests.
+    pub former_policies: Vec<Arc<str>>,
     /// Whether its pool, when last seen, wanted it kept should the pool no longer contain it.
     pub retain: bool,
 }
 
 impl Record {
+    /// Whether anybody holds it.
+    pub fn is_held(&self) -> bool {
+        !self.services.is_empty() || !self.egress_policies.is_empty()
+    }
+
     /// The `VirtualIP` that says so, before any speaker reported on it.
     pub fn virtual_ip(self) -> VirtualIp {
         VirtualIp {
             services: self.services,
+            egress_policies: self.egress_policies,
             former: self.former,
+            former_policies: self.former_policies,
             retain: self.retain,
             ..VirtualIp::unheld(self.address, self.pool, self.group)
         }
@@ -102,6 +119,26 @@ impl ServiceStatus {
     pub fn is_farewell(&self) -> bool {
         self.conditions.is_empty() && self.ingress.as_ref().is_none_or(Vec::is_empty)
     }
+}
+
+/// An egress policy to look at again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyChange {
+    /// Which.
+    pub name: Arc<str>,
+    /// What was taken from it against its will, and why, since it was last named.
+    pub lost: Vec<String>,
+}
+
+/// What an egress policy has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allocation {
+    /// Its addresses, sorted, those whose record was observed to name it.
+    pub addresses: Vec<IpAddr>,
+    /// It has others, whose record is being written.
+    pub pending: bool,
+    /// What it asks for and cannot have for now.
+    pub refusal: Option<PolicyRefusal>,
 }
 
 /// An Event about a transition.

@@ -15,6 +15,7 @@ pub(in crate::ipam) struct World {
     pub(in crate::ipam) now: Duration,
     pub(in crate::ipam) services: BTreeMap<ObjectKey, Service>,
     pub(in crate::ipam) pools: BTreeMap<String, Pool>,
+    pub(in crate::ipam) policies: BTreeMap<String, EgressPolicy>,
     pub(in crate::ipam) namespaces: BTreeMap<String, Labels>,
     pub(in crate::ipam) virtual_ips: BTreeMap<IpAddr, VirtualIp>,
     pub(in crate::ipam) statuses: BTreeMap<String, PoolStatus>,
@@ -70,6 +71,40 @@ pub(in crate::ipam) fn mk_service(name: &str) -> Service {
     }
 }
 
+/// A policy for pods labelled `app: mail` that takes its addresses from there.
+pub(in crate::ipam) fn mk_policy(name: &str, source: EgressSource) -> EgressPolicy {
+    EgressPolicy {
+        name: name.into(),
+        uid: format!("uid-{name}"),
+        generation: 1,
+        created: 0,
+        spec: EgressSpec {
+            namespaces: None,
+            pods: Some(mk_selector("app", "mail")),
+            source,
+            destinations: BTreeSet::new(),
+            excluded: BTreeSet::new(),
+            gateways: None,
+            ports_per_pod: None,
+            ports: None,
+            bandwidth: None,
+            on_appear: OldFlows::Keep,
+            on_delete: OldFlows::Keep,
+            hairpin: false,
+        },
+        status: EgressStatus::default(),
+    }
+}
+
+/// So many addresses of each family that a pool has.
+pub(in crate::ipam) fn of_pool(name: &str, count: usize) -> EgressSource {
+    EgressSource::Pool {
+        name: name.into(),
+        count,
+        families: Vec::new(),
+    }
+}
+
 pub(in crate::ipam) fn mk_selector(key: &str, value: &str) -> LabelSelector {
     LabelSelector::of_labels([(key, value)])
 }
@@ -89,6 +124,7 @@ impl World {
             now: Duration::ZERO,
             services: BTreeMap::new(),
             pools: BTreeMap::new(),
+            policies: BTreeMap::new(),
             namespaces: BTreeMap::from([("default".to_owned(), Labels::new())]),
             virtual_ips: BTreeMap::new(),
             statuses: BTreeMap::new(),
@@ -118,8 +154,11 @@ impl World {
                 labels: labels.clone(),
             })
         });
+        let policies = self.policies.values().cloned();
+        let policies = policies.map(|policy| Object::EgressPolicy(Box::new(policy)));
         services
             .chain(pools)
+            .chain(policies)
             .chain(vips)
             .chain(namespaces)
             .map(Event::Apply)
@@ -257,6 +296,39 @@ impl World {
         self.ipam
             .apply(Event::Delete(ObjectId::Service(key)), self.now);
         self.settle();
+    }
+
+    pub(in crate::ipam) fn policy(&mut self, policy: EgressPolicy) {
+        self.policies
+            .insert(policy.name.to_string(), policy.clone());
+        self.apply(Object::EgressPolicy(Box::new(policy)));
+    }
+
+    pub(in crate::ipam) fn delete_policy(&mut self, name: &str) {
+        self.policies.remove(name);
+        self.ipam
+            .apply(Event::Delete(ObjectId::EgressPolicy(name.into())), self.now);
+        self.settle();
+    }
+
+    /// The addresses that the policy's pods may leave by, as the index tells; they are the ones on record.
+    pub(in crate::ipam) fn egress_of(&self, name: &str) -> Vec<String> {
+        let allocation = self.ipam.allocation(name).unwrap();
+        assert!(!allocation.pending, "nothing is being written");
+        let on_record: Vec<IpAddr> = self
+            .virtual_ips
+            .values()
+            .filter(|vip| vip.egress_policies.iter().any(|policy| **policy == *name))
+            .map(|vip| vip.address)
+            .collect();
+        assert_eq!(allocation.addresses, on_record, "{name}");
+        on_record.iter().map(ToString::to_string).collect()
+    }
+
+    /// Why the policy lacks something; empty if it does not.
+    pub(in crate::ipam) fn refused(&self, name: &str) -> &'static str {
+        let allocation = self.ipam.allocation(name).unwrap();
+        allocation.refusal.map_or("", |refusal| refusal.reason())
     }
 
     pub(in crate::ipam) fn pass(&mut self, seconds: u64) {
