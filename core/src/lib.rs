@@ -3,7 +3,8 @@
 //! ```text
 //!   model   what the sources say (Service, EndpointSlice, Node, pool, advertisement), projected
 //!     │
-//!     ├──> ipam       which Service holds which address          (controller; speaker --manifests)
+//!     ├──> ipam       who holds which address                    (controller; speaker --manifests)
+//!     ├──> egress     whose tenant a pod is, and what it leaves by
 //!     └──> groups     which addresses move together, and where they may be announced   (speaker)
 //!             └──> election   which node announces each group                          (speaker)
 //!   steering   which node each flow of a Service belongs to
@@ -14,6 +15,7 @@
 //! depends on a hasher's seed: two nodes with equal inputs decide alike.
 #![forbid(unsafe_code)]
 
+pub mod egress;
 pub mod election;
 pub mod groups;
 pub mod ip;
