@@ -12,6 +12,7 @@
 mod debug;
 mod desired;
 mod echo;
+mod egress;
 mod hindered;
 pub mod ready;
 mod shown;
@@ -149,6 +150,8 @@ pub struct Speaker {
     quiet: bool,
     /// Some living node with endpoints is not on a VIP's segment.
     needs_tunnel: bool,
+    /// Pods that leave by addresses of their own.
+    plan: egress::Plan,
 }
 
 impl Speaker {
@@ -159,6 +162,7 @@ impl Speaker {
             identity.boot,
             ElectionConfig::default(),
         );
+        let plan = egress::Plan::new(!identity.manifests);
         let mut speaker = Self {
             index: GroupIndex::new(Options {
                 host_endpoints: identity.manifests,
@@ -200,6 +204,7 @@ impl Speaker {
             expected: Expected::new(),
             quiet: false,
             needs_tunnel: false,
+            plan,
             assumes_to_serve: true,
             assumes_until: None,
         };
@@ -221,6 +226,7 @@ impl Speaker {
             Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
             Event::Synced(_) | Event::Unwatched(_) => false,
         };
+        self.plan.source(event.clone());
         self.index.apply(event);
         if self.index.is_synced() {
             self.election.set_synced();
@@ -391,7 +397,7 @@ impl Speaker {
             self.apply_soon(now);
             self.update_expected();
         }
-        if std::mem::take(&mut self.places_stale) {
+        if self.reconcile_egress() | std::mem::take(&mut self.places_stale) {
             self.apply_soon(now);
         }
         let over = |conflict: &Conflict| {
@@ -467,7 +473,8 @@ impl Speaker {
 
     /// When [`Speaker::settle`] should be called next, for what it gathers.
     pub fn apply_due(&self) -> Option<Duration> {
-        self.apply_at.filter(|_| self.index.is_synced())
+        self.apply_at
+            .filter(|_| self.index.is_synced() && self.plan.has_begun())
     }
 
     fn apply_soon(&mut self, now: Duration) {

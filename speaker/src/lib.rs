@@ -17,6 +17,7 @@ pub mod args;
 pub mod cni;
 mod conntrack;
 pub mod datapath;
+pub mod egress;
 pub mod elector;
 pub mod hello;
 pub mod keys;

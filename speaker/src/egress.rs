@@ -1,0 +1,73 @@
+//! What a node is to do for pods that leave by an address of their own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use landfall_core::model::NodeName;
+
+/// A policy's name.
+pub type PolicyName = Arc<str>;
+
+/// All of it. Without a policy nothing is armed, and nothing of it is in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Egress {
+    /// The policies.
+    pub policies: BTreeMap<PolicyName, Policy>,
+    /// The pods' addresses that are judged: this node's, and all tenants of other nodes: whoever becomes the gateway knows
+    /// them already.
+    pub pods: BTreeMap<IpAddr, Pod>,
+    /// Networks that are the cluster's own, besides all VIPs: pods', Services', nodes', link-local, multicast.
+    pub inside: BTreeSet<IpNet>,
+}
+
+/// A pod's address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Where it runs.
+    pub node: NodeName,
+    /// Whose tenant it is, and the address it leaves by; nobody's, if nothing: it leaves as it did.
+    pub tenant: Option<Tenant>,
+}
+
+/// A pod as a policy's tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// The policy.
+    pub policy: PolicyName,
+    /// The address it leaves by, of the pod's family; nothing: it does not leave (no address, or not admitted).
+    pub egress_ip: Option<IpAddr>,
+}
+
+/// A policy, as far as packets go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Destinations that it is for.
+    pub destinations: BTreeSet<IpNet>,
+    /// Destinations of those that it is not for.
+    pub excluded: BTreeSet<IpNet>,
+    /// The gateway; nothing while there is none.
+    pub gateway: Option<Gateway>,
+    /// Most ports of one pod at once, to one remote address, port and protocol.
+    pub ports_per_pod: Option<u32>,
+    /// Most ports of all its pods together.
+    pub ports: Option<u32>,
+    /// Flows are translated to nothing and go by the gateway also to VIPs of this cluster.
+    pub hairpin: bool,
+}
+
+/// Where a policy's packets leave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// The node.
+    pub node: NodeName,
+    /// This node's uplink to it (by name and index), on the segment of the policy's addresses; the tunnel where it is far.
+    pub uplink: Arc<str>,
+    /// Its index.
+    pub interface: u32,
+    /// The Ethernet address of the gateway there; nothing if it is this node.
+    pub mac: Option<[u8; 6]>,
+    /// The epoch of its claim.
+    pub epoch: u64,
+}

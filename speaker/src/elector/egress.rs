@@ -1,0 +1,296 @@
+//! Pods that leave by addresses of their own: what this node is to do for them, from whose tenants they are and who leads
+//! the addresses.
+//!
+//! A change costs what it changes. A gateway stays known after its death until the next one is: rules and routes of the
+//! pods' nodes do not change in a fail-over, only where their packets go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use landfall_core::egress::{EgressIndex, Judged, Options};
+use landfall_core::groups::Group;
+use landfall_core::model::{Event, NodeName};
+use landfall_core::steering::seed;
+use landfall_ebpf_common::tunnel_mac;
+
+use super::Speaker;
+use crate::datapath::NodeId;
+use crate::egress::{Egress, Gateway, Pod, Policy, PolicyName, Tenant};
+use crate::node_rules::TUNNEL;
+
+/// What is known of tenants and policies, and what follows from it.
+#[derive(Debug)]
+pub(super) struct Plan {
+    index: EgressIndex,
+    /// All was listed once: what is known is acted upon.
+    begun: bool,
+    wanted: Egress,
+    /// The pods' addresses that lie in no network of any node.
+    strays: BTreeSet<IpAddr>,
+    /// How many tenants a policy has on each node.
+    hosts: BTreeMap<PolicyName, BTreeMap<NodeName, usize>>,
+    /// As it was last given out.
+    given: Option<Arc<Egress>>,
+}
+
+impl Plan {
+    pub(super) fn new(namespaces_listed: bool) -> Self {
+        Self {
+            index: EgressIndex::new(Options { namespaces_listed }),
+            begun: false,
+            wanted: Egress::default(),
+            strays: BTreeSet::new(),
+            hosts: BTreeMap::new(),
+            given: None,
+        }
+    }
+
+    /// Takes in what the source says.
+    pub(super) fn source(&mut self, event: Event) {
+        self.index.apply(event);
+    }
+
+    /// Whether what is known is all there is, or was once.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Whose tenant a pod's address is.
+    pub(super) fn judged(&self, address: IpAddr) -> Option<&Judged> {
+        self.index.judged().get(&address)
+    }
+
+    /// Draws conclusions; whether anything came of it.
+    fn reconcile(&mut self, me: &NodeName) -> bool {
+        self.begun |= self.index.is_synced();
+        let changed = self.index.reconcile();
+        for policy in &changed.policies {
+            let spec = self.index.policy(policy).map(|policy| &policy.spec);
+            let Some(spec) = spec else {
+                self.wanted.policies.remove(policy);
+                continue;
+            };
+            let gateway = self.wanted.policies.remove(policy);
+            let wanted = Policy {
+                destinations: spec.destinations.clone(),
+                excluded: spec.excluded.clone(),
+                gateway: gateway.and_then(|before| before.gateway),
+                ports_per_pod: spec.ports_per_pod,
+                ports: spec.ports,
+                hairpin: spec.hairpin,
+            };
+            self.wanted.policies.insert(policy.clone(), wanted);
+        }
+        for address in &changed.addresses {
+            let before = self.wanted.pods.remove(address);
+            self.count(before.as_ref(), false);
+            let after = self.judged(*address).and_then(|judged| pod(judged, me));
+            self.count(after.as_ref(), true);
+            if let Some(after) = after {
+                self.wanted.pods.insert(*address, after);
+            }
+            if self.judged(*address).is_some() {
+                self.strays.insert(*address);
+            } else {
+                self.strays.remove(address);
+            }
+        }
+        !changed.addresses.is_empty() || !changed.policies.is_empty()
+    }
+
+    fn count(&mut self, pod: Option<&Pod>, more: bool) {
+        let Some((pod, tenant)) = pod.and_then(|pod| Some((pod, pod.tenant.as_ref()?))) else {
+            return;
+        };
+        let hosts = self.hosts.entry(tenant.policy.clone()).or_default();
+        let count = hosts.entry(pod.node.clone()).or_default();
+        if more {
+            *count += 1;
+            return;
+        }
+        *count -= 1;
+        if *count == 0 {
+            hosts.remove(&pod.node);
+            if hosts.is_empty() {
+                self.hosts.remove(&tenant.policy);
+            }
+        }
+    }
+}
+
+/// A judged pod, if this node has anything to do with it.
+fn pod(judged: &Judged, me: &NodeName) -> Option<Pod> {
+    let node = judged.node.clone()?;
+    let tenant = judged.tenant.as_ref().map(|tenant| Tenant {
+        policy: tenant.policy.clone(),
+        egress_ip: tenant.egress_ip,
+    });
+    (node == *me || tenant.is_some()).then_some(Pod { node, tenant })
+}
+
+/// Networks that are never outside: link-local, multicast, this host, broadcast (RFC 6890).
+fn reserved() -> impl Iterator<Item = IpNet> {
+    let v4 = |address: [u8; 4], prefix| {
+        let network = Ipv4Net::new(Ipv4Addr::from(address), prefix);
+        IpNet::V4(network.expect("the prefixes are short enough"))
+    };
+    let v6 = |first: u16, prefix| {
+        let network = Ipv6Net::new(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0), prefix);
+        IpNet::V6(network.expect("the prefixes are short enough"))
+    };
+    [
+        v4([127, 0, 0, 0], 8),
+        v4([169, 254, 0, 0], 16),
+        v4([224, 0, 0, 0], 4),
+        v4([255, 255, 255, 255], 32),
+        v6(0xfe80, 10),
+        v6(0xff00, 8),
+    ]
+    .into_iter()
+}
+
+impl Speaker {
+    /// Draws conclusions about tenants; whether anything came of it.
+    pub(super) fn reconcile_egress(&mut self) -> bool {
+        self.plan.reconcile(&self.identity.node)
+    }
+
+    /// What this node is to do for tenants; nothing while there is no policy.
+    pub(super) fn egress(&mut self) -> Option<Arc<Egress>> {
+        let names: Vec<PolicyName> = self.plan.wanted.policies.keys().cloned().collect();
+        if names.is_empty() {
+            self.plan.given = None;
+            return None;
+        }
+        for name in names {
+            let found = self.gateway(&name);
+            if let Some(policy) = self.plan.wanted.policies.get_mut(&name) {
+                match found {
+                    Found::Is(gateway) => policy.gateway = Some(gateway),
+                    Found::Unknown => {}
+                    Found::None => policy.gateway = None,
+                }
+            }
+        }
+        self.plan.wanted.inside = self.inside();
+        let wanted = &self.plan.wanted;
+        if self.plan.given.as_deref() != Some(wanted) {
+            self.plan.given = Some(Arc::new(wanted.clone()));
+        }
+        self.plan.given.clone()
+    }
+
+    /// The cluster's own networks.
+    fn inside(&self) -> BTreeSet<IpNet> {
+        let mut inside: BTreeSet<IpNet> = reserved().collect();
+        for node in self.index.nodes().values() {
+            inside.extend(node.pod_cidrs.iter().map(IpNet::trunc));
+            inside.extend(node.addresses.iter().copied().map(IpNet::from));
+        }
+        let networks: Vec<IpNet> = inside.iter().copied().collect();
+        let strays = self.plan.strays.iter();
+        let strays =
+            strays.filter(|stray| !networks.iter().any(|network| network.contains(*stray)));
+        inside.extend(strays.copied().map(IpNet::from));
+        inside
+    }
+
+    /// The group of a policy's addresses.
+    fn group_of(&self, policy: &PolicyName) -> Option<(IpAddr, Arc<Group>)> {
+        let address = self.plan.index.addresses_of(policy).next()?;
+        let group = &self.index.virtual_ip(address)?.group;
+        Some((address, self.index.groups().get(group)?.clone()))
+    }
+
+    /// Where a policy's packets leave.
+    fn gateway(&mut self, policy: &PolicyName) -> Found {
+        let Some((vip, group)) = self.group_of(policy) else {
+            return Found::None;
+        };
+        let Some(view) = self.election.view(&group.id) else {
+            return Found::Unknown;
+        };
+        let Some(leader) = view.leader.clone() else {
+            return if view.eligible == 0 {
+                Found::None
+            } else {
+                Found::Unknown
+            };
+        };
+        let epoch = view.epoch;
+        let me = self.identity.node.clone();
+        self.needs_tunnel_to(policy, &group, &leader);
+        let places = self.election.places(&group);
+        let place = places
+            .get(&vip)
+            .and_then(|place| self.interface(&place.name));
+        if leader == me {
+            return place.map_or(Found::Unknown, |place| {
+                Found::Is(Gateway {
+                    node: leader,
+                    uplink: place.name.clone(),
+                    interface: place.index,
+                    mac: None,
+                    epoch,
+                })
+            });
+        }
+        let near = place.and_then(|place| {
+            let id = NodeId {
+                name: leader.clone(),
+                interface: place.index,
+            };
+            Some((place, self.macs.get(&id)?.0))
+        });
+        if let Some((place, mac)) = near {
+            return Found::Is(Gateway {
+                node: leader,
+                uplink: place.name.clone(),
+                interface: place.index,
+                mac: Some(mac),
+                epoch,
+            });
+        }
+        let Some(interface) = self.tunnel() else {
+            return Found::Unknown;
+        };
+        let mac = tunnel_mac(seed(&leader));
+        Found::Is(Gateway {
+            node: leader,
+            uplink: TUNNEL.into(),
+            interface,
+            mac: Some(mac),
+            epoch,
+        })
+    }
+
+    /// Sees whether a policy needs the tunnel: its gateway, or a node of its tenants, is not on the segment.
+    fn needs_tunnel_to(&mut self, policy: &PolicyName, group: &Group, leader: &NodeName) {
+        if self.needs_tunnel || !self.is_ready() {
+            return;
+        }
+        let hosts = self.plan.hosts.get(policy).into_iter().flatten();
+        let mut nodes: BTreeSet<NodeName> = hosts
+            .map(|(node, _)| node)
+            .filter(|node| self.election.is_alive(node))
+            .cloned()
+            .collect();
+        nodes.insert(leader.clone());
+        if self.election.any_off_segment(group, &nodes) {
+            tracing::info!(%policy, "a node of its pods is not on the segment: it is reached by the tunnel {TUNNEL}");
+            self.needs_tunnel = true;
+        }
+    }
+}
+
+/// What is known of a gateway.
+enum Found {
+    /// It.
+    Is(Gateway),
+    /// There will be one: the last one known goes on.
+    Unknown,
+    /// There is none, and nobody who could be.
+    None,
+}
