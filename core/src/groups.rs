@@ -22,9 +22,10 @@ use xxhash_rust::xxh64::Xxh64;
 
 use crate::ip::Family;
 use crate::model::{
-    Advertisement, EndpointSlice, Event, Kind, Node, NodeName, Object, ObjectId, ObjectKey, Pool,
-    Protocol, Service, ServicePort, TrafficPolicy, VirtualIp,
+    Advertisement, EndpointSlice, Event, Holder, Kind, Node, NodeName, Object, ObjectId, ObjectKey,
+    Pool, Protocol, Service, ServicePort, TrafficPolicy, VirtualIp,
 };
+use crate::selector::LabelSelector;
 use crate::steering::{Distribution, distribution};
 pub use placement::{Admission, EXCLUDE_LABEL, Placement, Refused};
 
@@ -142,19 +143,22 @@ pub struct Group {
     pub vips: Vec<GroupVip>,
     /// The Services that hold them, sorted.
     pub services: Vec<GroupService>,
+    /// The egress policies whose pods leave by them.
+    pub egress: BTreeSet<Arc<str>>,
     /// A digest of every input of the election that comes from the sources: nodes with equal inputs have equal digests.
     pub digest: u64,
 }
 
 impl Group {
-    /// Whether a better node takes the group back when it returns.
+    /// Whether a better node takes the group back when it returns. Never where pods leave by it: each move of a gateway
+    /// puts their flows at risk.
     pub fn failback(&self) -> bool {
-        self.vips.iter().any(|vip| vip.placement.failback)
+        self.egress.is_empty() && self.vips.iter().any(|vip| vip.placement.failback)
     }
 
-    /// Whether an overloaded leader may give the group away.
+    /// Whether an overloaded leader may give the group away; never where pods leave by it.
     pub fn rebalance(&self) -> bool {
-        self.vips.iter().all(|vip| vip.placement.rebalance)
+        self.egress.is_empty() && self.vips.iter().all(|vip| vip.placement.rebalance)
     }
 
     /// Whether packets to its addresses may be steered.
@@ -199,14 +203,19 @@ pub struct GroupIndex {
     advertisements: BTreeMap<Arc<str>, Advertisement>,
     vips: BTreeMap<IpAddr, VirtualIp>,
     members: BTreeMap<GroupId, BTreeSet<IpAddr>>,
-    groups_of: BTreeMap<ObjectKey, BTreeSet<GroupId>>,
+    groups_of: BTreeMap<Holder, BTreeSet<GroupId>>,
     groups: BTreeMap<GroupId, Arc<Group>>,
-    placements: BTreeMap<Vec<Arc<str>>, Arc<Placement>>,
-    unplaced: Option<Arc<Placement>>,
+    /// Which nodes egress policies admit as gateways, of those that say so.
+    gateways: BTreeMap<Arc<str>, LabelSelector>,
+    placements: BTreeMap<PlacedBy, Arc<Placement>>,
     dirty: BTreeSet<GroupId>,
     all_dirty: bool,
     synced: BTreeSet<Kind>,
 }
+
+/// What says where an address may be announced: advertisements by name (none, if none is for it; nothing, if none selects
+/// its pool), and the egress policies that select gateways.
+type PlacedBy = (Option<Vec<Arc<str>>>, Vec<Arc<str>>);
 
 /// The kinds that must be listed before anything may be elected.
 pub const KINDS: [Kind; 7] = [
@@ -299,16 +308,15 @@ impl GroupIndex {
                     self.touch_vip(&vip);
                     let members = self.members.entry(vip.group.clone()).or_default();
                     members.insert(vip.address);
-                    for service in &vip.services {
-                        self.groups_of
-                            .entry(service.clone())
-                            .or_default()
-                            .insert(vip.group.clone());
+                    for holder in named(&vip) {
+                        let groups = self.groups_of.entry(holder).or_default();
+                        groups.insert(vip.group.clone());
                     }
                     self.vips.insert(vip.address, vip);
                 }
             }
-            Object::Namespace(_) | Object::EgressPolicy(_) | Object::Pod(_) => {}
+            Object::EgressPolicy(policy) => self.set_gateways(&policy.name, policy.spec.gateways),
+            Object::Namespace(_) | Object::Pod(_) => {}
         }
     }
 
@@ -337,7 +345,8 @@ impl GroupIndex {
                 self.policy_changed();
             }
             ObjectId::VirtualIp(address) => self.forget_vip(*address),
-            ObjectId::Namespace(_) | ObjectId::EgressPolicy(_) | ObjectId::Pod(_) => {}
+            ObjectId::EgressPolicy(name) => self.set_gateways(name, None),
+            ObjectId::Namespace(_) | ObjectId::Pod(_) => {}
         }
     }
 
@@ -362,20 +371,33 @@ impl GroupIndex {
                 self.members.remove(&old.group);
             }
         }
-        for service in &old.services {
-            // Another address of the group may still be held by the same Service.
+        for holder in named(&old) {
+            // Another address of the group may still be held by the same one.
             let held = self.members.get(&old.group).is_some_and(|members| {
-                members
-                    .iter()
-                    .any(|a| self.vips[a].services.contains(service))
+                let mut holders = members.iter().flat_map(|a| named(&self.vips[a]));
+                holders.any(|other| other == holder)
             });
-            if !held && let Some(groups) = self.groups_of.get_mut(service) {
+            if !held && let Some(groups) = self.groups_of.get_mut(&holder) {
                 groups.remove(&old.group);
                 if groups.is_empty() {
-                    self.groups_of.remove(service);
+                    self.groups_of.remove(&holder);
                 }
             }
         }
+    }
+
+    fn set_gateways(&mut self, policy: &Arc<str>, selector: Option<LabelSelector>) {
+        if self.gateways.get(policy) == selector.as_ref() {
+            return;
+        }
+        match selector {
+            Some(selector) => self.gateways.insert(policy.clone(), selector),
+            None => self.gateways.remove(policy),
+        };
+        self.placements
+            .retain(|(_, policies), _| !policies.contains(policy));
+        let groups = self.groups_of.get(&Holder::EgressPolicy(policy.clone()));
+        self.dirty.extend(groups.into_iter().flatten().cloned());
     }
 
     fn touch_vip(&mut self, vip: &VirtualIp) {
@@ -383,7 +405,7 @@ impl GroupIndex {
     }
 
     fn touch_service(&mut self, key: &ObjectKey) {
-        if let Some(groups) = self.groups_of.get(key) {
+        if let Some(groups) = self.groups_of.get(&Holder::Service(key.clone())) {
             self.dirty.extend(groups.iter().cloned());
         }
     }
@@ -402,7 +424,6 @@ impl GroupIndex {
 
     fn policy_changed(&mut self) {
         self.placements.clear();
-        self.unplaced = None;
         self.all_dirty = true;
     }
 
@@ -475,14 +496,16 @@ impl GroupIndex {
     fn build(&mut self, id: &GroupId) -> Option<Group> {
         let addresses: Vec<IpAddr> = self.members.get(id)?.iter().copied().collect();
         let mut keys = BTreeSet::new();
+        let mut egress = BTreeSet::new();
         let mut vips = Vec::new();
         for address in addresses {
             let vip = self.vips[&address].clone();
-            if vip.services.is_empty() {
+            if !vip.is_held() {
                 continue; // It rests: nobody holds it, nobody announces it.
             }
             let placement = self.placement(&vip);
             keys.extend(vip.services);
+            egress.extend(vip.egress_policies);
             vips.push(GroupVip {
                 address,
                 placement,
@@ -497,11 +520,12 @@ impl GroupIndex {
             .into_iter()
             .map(|key| self.group_service(key, steers))
             .collect();
-        let digest = digest(id, &vips, &services);
+        let digest = digest(id, &vips, &services, &egress);
         Some(Group {
             id: id.clone(),
             vips,
             services,
+            egress,
             digest,
         })
     }
@@ -513,11 +537,15 @@ impl GroupIndex {
             .values()
             .filter(|advertisement| placement::selects_pool(advertisement, &vip.pool, pool))
             .collect();
+        let policies = vip.egress_policies.iter();
+        let policies = policies.filter(|name| self.gateways.contains_key(*name));
+        let policies: Vec<Arc<str>> = policies.cloned().collect();
+        let gateways: Vec<&LabelSelector> =
+            policies.iter().map(|name| &self.gateways[name]).collect();
         if selecting.is_empty() {
-            return self
-                .unplaced
-                .get_or_insert_with(|| Arc::new(Placement::everywhere(&self.nodes)))
-                .clone();
+            let placement = || Arc::new(Placement::everywhere(&self.nodes, &gateways));
+            let placed = self.placements.entry((None, policies.clone()));
+            return placed.or_insert_with(placement).clone();
         }
         let matching: Vec<&Advertisement> = selecting
             .into_iter()
@@ -536,8 +564,8 @@ impl GroupIndex {
             .collect();
         let names: Vec<Arc<str>> = matching.iter().map(|a| a.name.clone()).collect();
         self.placements
-            .entry(names)
-            .or_insert_with(|| Arc::new(Placement::new(&matching, &self.nodes)))
+            .entry((Some(names), policies.clone()))
+            .or_insert_with(|| Arc::new(Placement::new(&matching, &self.nodes, &gateways)))
             .clone()
     }
 
@@ -630,6 +658,13 @@ impl GroupIndex {
     }
 }
 
+/// Everybody that a record names: its Services, and the policies whose pods leave by the address.
+fn named(vip: &VirtualIp) -> impl Iterator<Item = Holder> {
+    let services = vip.services.iter().cloned().map(Holder::Service);
+    let policies = vip.egress_policies.iter().cloned();
+    services.chain(policies.map(Holder::EgressPolicy))
+}
+
 /// A port of a Service, in a family.
 pub type FamilyPort = (Family, Protocol, u16);
 
@@ -665,7 +700,12 @@ impl Counts {
 }
 
 /// Digest of a group's inputs, by xxh64 with seed 0. What is fed to it, and in which order, is part of the protocol.
-fn digest(id: &GroupId, vips: &[GroupVip], services: &[GroupService]) -> u64 {
+fn digest(
+    id: &GroupId,
+    vips: &[GroupVip],
+    services: &[GroupService],
+    egress: &BTreeSet<Arc<str>>,
+) -> u64 {
     let mut hash = Xxh64::new(0);
     let mut text = |value: &str| {
         hash.update(value.as_bytes());
@@ -693,6 +733,9 @@ fn digest(id: &GroupId, vips: &[GroupVip], services: &[GroupService]) -> u64 {
         text(if service.affinity { "a" } else { "" });
         text(if service.udp_ports { "p" } else { "" });
         text("/");
+    }
+    for policy in egress {
+        text(&format!("egress {policy}"));
     }
     hash.digest()
 }

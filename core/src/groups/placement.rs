@@ -7,7 +7,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::model::{Advertisement, CrossSegment, Node, NodeName, Pool, Steering, UnknownPort};
-use crate::selector::Labels;
+use crate::selector::{LabelSelector, Labels};
 
 /// The label that takes a node out of load balancing.
 pub const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
@@ -49,6 +49,8 @@ pub enum Refused {
     Excluded,
     /// Its network is reported unavailable.
     NetworkUnavailable,
+    /// The node selector of an egress policy that uses the address does not match.
+    NotGateway,
 }
 
 impl fmt::Display for Refused {
@@ -58,6 +60,7 @@ impl fmt::Display for Refused {
                 "no L2Advertisement of its pool selects the Service (serviceSelectors)"
             }
             Self::NotSelected => "not selected by any L2Advertisement (nodeSelectors)",
+            Self::NotGateway => "not selected by the EgressPolicy's gateways.nodeSelector",
             Self::Excluded => {
                 "labelled node.kubernetes.io/exclude-from-external-load-balancers (ignoreExcludeLB overrides)"
             }
@@ -98,22 +101,31 @@ impl PartialEq for Placement {
 
 impl Placement {
     /// Of a pool that no advertisement selects: every node, by subnet.
-    pub fn everywhere(nodes: &BTreeMap<NodeName, Node>) -> Self {
-        Self::new(&[&Advertisement::plain("")], nodes)
+    pub fn everywhere(nodes: &BTreeMap<NodeName, Node>, gateways: &[&LabelSelector]) -> Self {
+        Self::new(&[&Advertisement::plain("")], nodes, gateways)
     }
 
-    /// Of these advertisements together.
-    pub fn new(advertisements: &[&Advertisement], nodes: &BTreeMap<NodeName, Node>) -> Self {
+    /// Of these advertisements together, on nodes that all of `gateways` match.
+    pub fn new(
+        advertisements: &[&Advertisement],
+        nodes: &BTreeMap<NodeName, Node>,
+        gateways: &[&LabelSelector],
+    ) -> Self {
         let verdicts: BTreeMap<_, _> = nodes
             .values()
             .map(|node| {
-                let verdict = judge(advertisements, &node.labels, node.network_unavailable);
+                let verdict = judge(
+                    advertisements,
+                    gateways,
+                    &node.labels,
+                    node.network_unavailable,
+                );
                 (node.name.clone(), verdict)
             })
             .collect();
         let failback = advertisements.iter().any(|a| a.failback);
         let rebalance = advertisements.iter().all(|a| a.rebalance);
-        let unknown = judge(advertisements, &Labels::new(), false);
+        let unknown = judge(advertisements, gateways, &Labels::new(), false);
         let steering = advertisements.iter().all(|a| a.steering == Steering::Auto);
         let rejects = advertisements
             .iter()
@@ -164,6 +176,7 @@ pub(super) fn selects_pool(advertisement: &Advertisement, name: &str, pool: Opti
 
 fn judge(
     advertisements: &[&Advertisement],
+    gateways: &[&LabelSelector],
     labels: &Labels,
     network_unavailable: bool,
 ) -> Result<Admission, Refused> {
@@ -181,6 +194,9 @@ fn judge(
         .collect();
     if selecting.is_empty() {
         return Err(Refused::NotSelected);
+    }
+    if !gateways.iter().all(|selector| selector.matches(labels)) {
+        return Err(Refused::NotGateway);
     }
     let excluded = labels.contains_key(EXCLUDE_LABEL);
     let admitting: Vec<_> = selecting

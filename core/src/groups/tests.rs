@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::{EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows};
 use crate::selector::LabelSelector;
 
 fn mk_node(name: &str, labels: &[(&str, &str)]) -> Event {
@@ -133,4 +134,79 @@ fn who_drains_serves_until_a_ready_one_can() {
         nodes(&["new", "other"]),
         "who is ready goes before who is near"
     );
+}
+
+fn mk_egress_vip(address: &str, group: &str, service: Option<&str>) -> Event {
+    let services = service.map(|name| ObjectKey::new("default", name));
+    Event::Apply(Object::VirtualIp(VirtualIp {
+        services: services.into_iter().collect(),
+        egress_policies: vec!["mail".into()],
+        ..VirtualIp::unheld(address.parse().unwrap(), "lan".into(), group.into())
+    }))
+}
+
+fn mk_policy(gateways: Option<LabelSelector>) -> Event {
+    let spec = EgressSpec {
+        namespaces: None,
+        pods: Some(LabelSelector::of_labels([("app", "mail")])),
+        source: EgressSource::Addresses(Vec::new()),
+        destinations: BTreeSet::new(),
+        excluded: BTreeSet::new(),
+        gateways,
+        ports_per_pod: None,
+        ports: None,
+        bandwidth: None,
+        on_appear: OldFlows::Keep,
+        on_delete: OldFlows::Keep,
+        hairpin: false,
+    };
+    Event::Apply(Object::EgressPolicy(Box::new(EgressPolicy {
+        name: "mail".into(),
+        uid: String::new(),
+        generation: 1,
+        created: 0,
+        spec,
+        status: EgressStatus::default(),
+    })))
+}
+
+#[test]
+fn a_policys_addresses_are_a_group_of_its_own_on_its_gateways() {
+    let mut index = mk_index();
+    let mut all = mk_advertisement("all");
+    (all.failback, all.ignore_exclude_lb) = (true, true);
+    index.apply(Event::Apply(Object::Advertisement(all)));
+    index.apply(mk_policy(None));
+    index.apply(mk_egress_vip("10.88.0.201", "e", None));
+    index.reconcile();
+    let group = index.groups()["e"].clone();
+    assert!(group.services.is_empty() && group.egress.contains("mail"));
+    assert!(!group.failback() && !group.rebalance());
+    assert!(index.groups()["g"].failback(), "a Service's is as it was");
+    let of = |index: &GroupIndex, group: &str, node: &str| {
+        let placement = &index.groups()[group].vips[0].placement;
+        placement.admission(&node.into()).map(|_| ())
+    };
+    assert_eq!(
+        (of(&index, "e", "a"), of(&index, "e", "bb")),
+        (Ok(()), Ok(()))
+    );
+    // It names its gateways; the Service's group goes where it went.
+    let rack = Some(LabelSelector::of_labels([("rack", "2")]));
+    index.apply(mk_policy(rack));
+    assert_eq!(index.reconcile(), BTreeSet::from(["e".into()]));
+    assert_eq!(of(&index, "e", "a"), Err(Refused::NotGateway));
+    assert_eq!(of(&index, "e", "bb"), Ok(()));
+    assert_eq!(of(&index, "e", "unknown"), Err(Refused::NotGateway));
+    assert_eq!(of(&index, "g", "a"), Ok(()));
+    // It uses the Service's addresses: its gateways are these addresses' leaders, and all of the group's.
+    index.apply(mk_egress_vip("10.88.0.200", "g", Some("web")));
+    index.reconcile();
+    assert_eq!(of(&index, "g", "a"), Err(Refused::NotGateway));
+    let group = &index.groups()["g"];
+    assert!(!group.failback() && !group.rebalance() && group.services.len() == 1);
+    assert_eq!(group.egress.len(), 1);
+    index.apply(Event::Delete(ObjectId::EgressPolicy("mail".into())));
+    assert_eq!(index.reconcile().len(), 2);
+    assert_eq!(of(&index, "g", "a"), Ok(()));
 }

@@ -104,6 +104,7 @@ impl Speaker {
             "group": group.id,
             "vips": vips,
             "services": services,
+            "egressPolicies": group.egress,
             "leader": view.leader,
             "standby": view.standby,
             "epoch": view.epoch,
