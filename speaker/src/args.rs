@@ -9,6 +9,7 @@ use landfall_runtime::telemetry::LogArgs;
 
 use crate::datapath::{COMPARE, Delivery};
 use crate::keys::KeySource;
+use crate::node_rules;
 
 /// What `--help` shows after the flags.
 const EXAMPLES: &str = "\
@@ -157,6 +158,18 @@ pub struct Args {
     )]
     pub uplink_gateway: Vec<(String, IpAddr)>,
 
+    /// Two neighbouring bits of the packet mark that no CNI of the node uses: what pods send outside under an
+    /// egress policy bears the low one once it was judged, and the high one if it goes to a gateway. The high one is
+    /// used in the connection mark too.
+    #[arg(
+        long,
+        env = "LANDFALL_EGRESS_MARK",
+        default_value = "0x30000000",
+        value_name = "BITS",
+        value_parser = parse_mark
+    )]
+    pub egress_mark: u32,
+
     /// An interface whose driver is to send on by itself what belongs to other nodes, where it can (native XDP);
     /// may be repeated.
     #[arg(
@@ -219,6 +232,20 @@ fn parse_gateway(text: &str) -> Result<(String, IpAddr), String> {
     Ok((interface.to_owned(), address))
 }
 
+/// Two bits beside each other that are not those of the answers' routes.
+fn parse_mark(text: &str) -> Result<u32, String> {
+    let answers = node_rules::Config::default().mark_mask;
+    let mark = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    mark.ok()
+        .filter(|mark| *mark != 0 && mark >> mark.trailing_zeros() == 3 && mark & answers == 0)
+        .ok_or_else(|| {
+            format!("{text:?} is not two bits beside each other outside of {answers:#x}, such as 0x30000000")
+        })
+}
+
 impl Args {
     /// Where the gossip keys come from.
     pub fn key_source(&self) -> anyhow::Result<KeySource> {
@@ -263,6 +290,24 @@ mod tests {
             let variable = arg.get_env().and_then(|variable| variable.to_str());
             let expected = format!("LANDFALL_{}", name.replace('-', "_").to_uppercase());
             assert_eq!(variable, Some(expected.as_str()), "--{name}");
+        }
+    }
+
+    #[test]
+    fn a_mark_is_two_neighbours_of_its_own() {
+        assert_eq!(parse_mark("0x30000000"), Ok(0x3000_0000));
+        assert_eq!(parse_mark("0xc0000000"), Ok(0xc000_0000));
+        assert_eq!(parse_mark("3"), Ok(3));
+        for wrong in [
+            "0",
+            "0x10000000",
+            "0x70000000",
+            "0x3000",
+            "0x1800",
+            "0x50000000",
+            "x",
+        ] {
+            assert!(parse_mark(wrong).is_err(), "{wrong}");
         }
     }
 

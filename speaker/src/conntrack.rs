@@ -12,6 +12,8 @@ use crate::netlink::{DUMP, Requests, find};
 
 /// nfnetlink's number of connection tracking (`NFNL_SUBSYS_CTNETLINK`), in the upper byte of a message's type.
 pub(crate) const CONNTRACK: u16 = 1;
+/// `IPCTNL_MSG_CT_NEW`: a change, of an entry that is there.
+pub(crate) const NEW: u16 = 0;
 /// `IPCTNL_MSG_CT_GET`.
 pub(crate) const GET: u16 = 1;
 /// `IPCTNL_MSG_CT_DELETE`.
@@ -21,9 +23,11 @@ pub(crate) const DELETE: u16 = 2;
 pub(crate) mod attribute {
     pub(crate) const ORIGINAL: u16 = 1;
     pub(crate) const REPLY: u16 = 2;
+    pub(crate) const STATUS: u16 = 3;
+    pub(crate) const MARK: u16 = 8;
     pub(crate) const ID: u16 = 12;
     pub(crate) const ZONE: u16 = 18;
-    pub(super) const STATUS: u16 = 3;
+    pub(crate) const MARK_MASK: u16 = 21;
     pub(super) const PROTOCOL_INFO: u16 = 4;
     pub(super) const TUPLE_IP: u16 = 1;
     pub(super) const TUPLE_PROTOCOL: u16 = 2;
@@ -118,17 +122,27 @@ pub(crate) enum Side {
 /// The protocol of a direction, and the address and port at one of its ends.
 pub(crate) fn end_of(tuple: &[u8], side: Side) -> Option<(u8, SocketAddr)> {
     use attribute as a;
-    let (v4, v6, port) = match side {
-        Side::Source => (a::V4_SOURCE, a::V6_SOURCE, a::SOURCE_PORT),
-        Side::Destination => (a::V4_DESTINATION, a::V6_DESTINATION, a::DESTINATION_PORT),
+    let port = match side {
+        Side::Source => a::SOURCE_PORT,
+        Side::Destination => a::DESTINATION_PORT,
     };
-    let ip = find(tuple, a::TUPLE_IP)?;
-    let address: IpAddr = match find(ip, v4) {
-        Some(octets) => <[u8; 4]>::try_from(octets).ok()?.into(),
-        None => <[u8; 16]>::try_from(find(ip, v6)?).ok()?.into(),
-    };
+    let address = address_of(tuple, side)?;
     let protocol = find(tuple, a::TUPLE_PROTOCOL)?;
     let port = u16::from_be_bytes(find(protocol, port)?.try_into().ok()?);
     let number = *find(protocol, a::NUMBER)?.first()?;
     Some((number, SocketAddr::new(address, port)))
+}
+
+/// The address at one of a direction's ends.
+pub(crate) fn address_of(tuple: &[u8], side: Side) -> Option<IpAddr> {
+    use attribute as a;
+    let (v4, v6) = match side {
+        Side::Source => (a::V4_SOURCE, a::V6_SOURCE),
+        Side::Destination => (a::V4_DESTINATION, a::V6_DESTINATION),
+    };
+    let ip = find(tuple, a::TUPLE_IP)?;
+    Some(match find(ip, v4) {
+        Some(octets) => <[u8; 4]>::try_from(octets).ok()?.into(),
+        None => <[u8; 16]>::try_from(find(ip, v6)?).ok()?.into(),
+    })
 }

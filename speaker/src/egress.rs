@@ -7,6 +7,10 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use landfall_core::model::NodeName;
 
+/// The bits of the packet mark that are used for it unless others are configured: not kube-proxy's (0xc000) nor Cilium's
+/// (0x0f00). Calico may use them (0xffff0000, from the low end on), if it needs that many.
+pub const MARK: u32 = 0x3000_0000;
+
 /// A policy's name.
 pub type PolicyName = Arc<str>;
 

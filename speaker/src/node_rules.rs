@@ -3,6 +3,7 @@
 //! The table guards (what still carries a VIP as destination is not forwarded), delivers Services whose endpoints
 //! are processes of nodes, and marks answers that must leave by a VIP's uplink. It stays when the speaker stops.
 
+mod egress;
 mod kube_proxy;
 mod metrics;
 mod netfilter;
@@ -19,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
-use landfall_core::model::Protocol;
+use landfall_core::model::{NodeName, Protocol};
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -28,6 +29,7 @@ use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
 use crate::announcer::MacAddr;
+use crate::egress::{Egress, Pod};
 
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,6 +47,43 @@ pub struct Rules {
     pub pod_services: BTreeMap<VipPort, Arc<PodTargets>>,
     /// The tunnel to nodes that are not on a VIP's segment, where it is needed.
     pub tunnel: Option<Arc<Tunnel>>,
+    /// Pods that leave by addresses of their own; nothing while there is no policy.
+    pub egress: Option<Arc<Leaving>>,
+}
+
+/// Pods that leave by addresses of their own, and where this node ends for them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// This node.
+    pub node: NodeName,
+    /// Whose pods they are.
+    pub egress: Arc<Egress>,
+    /// The interfaces (by name) to the outside: those at which VIPs are announced, those of default routes, and the
+    /// tunnel where there is one.
+    pub uplinks: BTreeSet<Arc<str>>,
+}
+
+impl Leaving {
+    /// The same pods, and nobody's tenants.
+    fn without_policies(&self) -> Self {
+        let pod = |pod: &Pod| Pod {
+            node: pod.node.clone(),
+            tenant: None,
+        };
+        Self {
+            egress: Arc::new(Egress {
+                policies: BTreeMap::new(),
+                pods: self
+                    .egress
+                    .pods
+                    .iter()
+                    .map(|(address, it)| (*address, pod(it)))
+                    .collect(),
+                inside: self.egress.inside.clone(),
+            }),
+            ..self.clone()
+        }
+    }
 }
 
 /// The name of the tunnel's interface.
@@ -112,6 +151,9 @@ pub struct Config {
     /// The bits of the packet mark that are ours, one run of them; where the eBPF programs translate, those of the
     /// connection mark too.
     pub mark_mask: u32,
+    /// Two more bits of it, for what pods send outside: the low one says that a packet was judged, the high one that it
+    /// leaves by its policy's gateway. Of the connection mark they are ours too.
+    pub egress_mark: u32,
     /// The eBPF programs translate what comes in: connection tracking does not know which connections are a VIP's.
     pub translated: bool,
     /// The number of the first routing table that is ours.
@@ -129,6 +171,7 @@ impl Default for Config {
             gateways: Vec::new(),
             // Free of kube-proxy (0xc000), Cilium (0x0f00) and Calico (0xffff0000).
             mark_mask: 0x3000,
+            egress_mark: crate::egress::MARK,
             translated: false,
             table: 7950,
             priority: 7950,
@@ -157,9 +200,34 @@ impl Config {
 
     /// Whether a routing table is ours.
     fn owns(&self, table: u32) -> bool {
-        table
+        let is_answers = table
             .checked_sub(self.table)
-            .is_some_and(|index| self.mark(index).is_some())
+            .is_some_and(|index| self.mark(index).is_some());
+        is_answers || self.ways().any(|value| self.egress_table(value) == table)
+    }
+
+    /// The marks of what is judged, and of what leaves by a gateway.
+    fn egress_marks(&self) -> (u32, u32) {
+        let judged = 1 << self.egress_mark.trailing_zeros();
+        (judged, judged << 1)
+    }
+
+    /// The values that the bits of the uplinks' mark may have beside the mark of what leaves by a gateway.
+    fn ways(&self) -> impl Iterator<Item = u32> {
+        const MOST: u32 = 16;
+        let shift = self.mark_mask.trailing_zeros();
+        let values = (self.mark_mask >> shift).saturating_add(1).min(MOST);
+        (0..values).map(move |value| value << shift)
+    }
+
+    /// The routing table of what leaves with such a value: in front of those of answers.
+    fn egress_table(&self, value: u32) -> u32 {
+        self.table - 16 + (value >> self.mark_mask.trailing_zeros())
+    }
+
+    /// The priority of the routing rules to those: in front of the answers', which look at fewer bits.
+    fn egress_priority(&self) -> u32 {
+        self.priority - 1
     }
 }
 
@@ -192,6 +260,8 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         routes: None,
         routed: BTreeSet::new(),
         complaints: Vec::new(),
+        leaving: egress::keeper::Routes::default(),
+        before: None,
         own: VecDeque::new(),
     };
     Handle {
@@ -221,11 +291,12 @@ impl NodeRules for Handle {
 
 /// Takes the table and the policy routes away: for uninstalling.
 pub async fn remove(config: &Config) -> Result<(), ToolError> {
-    routes::remove(config).await?;
-    tunnel::remove().await?;
     let text = format!(
         "add table inet {0}\ndelete table inet {0}\n",
         ruleset::TABLE
     );
-    tool::run("nft", &["-f", "-"], &text).await.map(drop)
+    tool::run("nft", &["-f", "-"], &text).await?;
+    egress::routes::prune(&[], config).await?;
+    routes::remove(config).await?;
+    tunnel::remove().await
 }

@@ -93,6 +93,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         node_rules::Config {
             policy_routes: args.policy_routes,
             gateways: args.uplink_gateway.clone(),
+            egress_mark: args.egress_mark,
             tunnel_port: args.tunnel_port,
             translated: args.delivery == datapath::Delivery::Native,
             ..node_rules::Config::default()

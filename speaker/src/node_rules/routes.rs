@@ -17,7 +17,7 @@ use super::{Config, Rules};
 
 /// A default route, as `ip -j route` prints it.
 #[derive(Debug, Deserialize)]
-struct Route {
+pub(super) struct Route {
     dst: String,
     gateway: Option<IpAddr>,
     dev: Option<String>,
@@ -28,11 +28,11 @@ struct Route {
 }
 
 impl Route {
-    fn is_by(&self, interface: &str) -> bool {
+    pub(super) fn is_by(&self, interface: &str) -> bool {
         self.dev.as_deref() == Some(interface)
     }
 
-    fn is_main(&self) -> bool {
+    pub(super) fn is_main(&self) -> bool {
         self.table.is_none()
     }
 
@@ -98,19 +98,7 @@ pub(super) async fn plan(
         if preferred.is_some_and(|route| route.is_by(uplink)) {
             continue;
         }
-        let configured = config
-            .gateways
-            .iter()
-            .find(|(name, gateway)| **name == **uplink && Family::of(*gateway) == *family)
-            .map(|(_, gateway)| *gateway);
-        let routed = || {
-            routes
-                .iter()
-                .filter(|route| route.number().is_none_or(|table| !config.owns(table)))
-                .find(|route| route.is_by(uplink) && route.gateway.is_some())
-                .and_then(|route| route.gateway)
-        };
-        let Some(gateway) = configured.or_else(routed) else {
+        let Some(gateway) = router(uplink, *family, routes, config) else {
             missing.push(format!(
                 "{uplink} has no {family} router: answers to clients beyond it leave by {}; \
                  add a default route with a higher metric on {uplink}, or --uplink-gateway {uplink}=ADDRESS",
@@ -139,6 +127,28 @@ pub(super) async fn plan(
         });
     }
     Ok((wanted, missing))
+}
+
+/// An uplink's own router: the configured one, else that of some default route by it.
+pub(super) fn router(
+    uplink: &str,
+    family: Family,
+    defaults: &[Route],
+    config: &Config,
+) -> Option<IpAddr> {
+    let configured = config
+        .gateways
+        .iter()
+        .find(|(name, gateway)| name == uplink && Family::of(*gateway) == family)
+        .map(|(_, gateway)| *gateway);
+    let routed = || {
+        defaults
+            .iter()
+            .filter(|route| route.number().is_none_or(|table| !config.owns(table)))
+            .find(|route| route.is_by(uplink) && route.gateway.is_some())
+            .and_then(|route| route.gateway)
+    };
+    configured.or_else(routed)
 }
 
 /// The marks by which packets find these routes.
@@ -253,7 +263,7 @@ pub(super) async fn are_there(
     Ok(true)
 }
 
-async fn default_routes(family: Family) -> Result<Vec<Route>, ToolError> {
+pub(super) async fn default_routes(family: Family) -> Result<Vec<Route>, ToolError> {
     let flag = match family {
         Family::V4 => "-4",
         Family::V6 => "-6",

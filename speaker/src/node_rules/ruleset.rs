@@ -8,6 +8,7 @@ use std::sync::Arc;
 use landfall_core::ip::Family;
 use landfall_core::model::Protocol;
 
+use super::egress::{self, Ways};
 use super::{Config, HostTargets, Rules, VipPort, pods};
 
 /// The table's name, in family `inet`.
@@ -45,7 +46,7 @@ add chain inet {TABLE} hide-client {{ type nat hook postrouting priority srcnat 
 }
 
 /// The whole table anew, in one transaction.
-pub(super) fn whole(rules: &Rules, marks: &Marks, config: &Config) -> String {
+pub(super) fn whole(rules: &Rules, marks: &Marks, ways: &Ways, config: &Config) -> String {
     let mut text = skeleton();
     elements(&mut text, "add", "vips", &rules.vips);
     elements(&mut text, "add", "refusing", &rules.refusing());
@@ -64,14 +65,22 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, config: &Config) -> String {
     deliveries(&mut text, rules);
     pods::whole(&mut text, rules);
     tunnel(&mut text, rules, config.tunnel_port);
+    egress::whole(&mut text, rules, ways, config);
     text
 }
 
-/// From `old` to `new`, when only VIPs came or went; `None` when the chains change too.
-pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> {
+/// From `old` to `new`, when only VIPs, pods or policies came or went; `None` when other chains change too.
+pub(super) fn change(
+    old: &Rules,
+    new: &Rules,
+    marks: &Marks,
+    ways: &Ways,
+    config: &Config,
+) -> Option<String> {
     if old.host_services != new.host_services
         || old.tunnel.is_some() != new.tunnel.is_some()
         || old.pod_services.is_empty() != new.pod_services.is_empty()
+        || !egress::is_alike(old, new)
     {
         return None;
     }
@@ -87,6 +96,7 @@ pub(super) fn change(old: &Rules, new: &Rules, marks: &Marks) -> Option<String> 
     }
     pods::change(&mut text, old, new);
     replace(&mut text, "peers", &old.peers(), &new.peers());
+    egress::change(&mut text, old, new, ways, config);
     Some(text)
 }
 

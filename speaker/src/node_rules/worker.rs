@@ -11,13 +11,14 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::egress::flows::{Before, Settling, settling};
 use super::kube_proxy::KubeProxy;
-use super::metrics::{ByFamily, Metrics};
+use super::metrics::{ByFamily, ByReason, Metrics};
 use super::netfilter::{Event, Query, TableFamily, Watch};
 use super::routes::{self, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
-use super::{Config, Rules, Shared, stale, tunnel};
+use super::{Config, Rules, Shared, egress, stale, tunnel};
 use crate::netlink::Listener;
 
 /// How long after a failure to try again.
@@ -42,10 +43,14 @@ pub(super) struct Worker {
     pub(super) arrival_mark: watch::Sender<Option<u32>>,
     /// What the table says now, as far as we wrote it.
     pub(super) written: Option<Rules>,
+    /// What the table said of pods that leave by addresses of their own; nothing while nobody has looked.
+    pub(super) before: Option<Before>,
     /// The policy routes there are; unknown at first, as an earlier speaker may have left some.
     pub(super) routes: Option<BTreeSet<PolicyRoute>>,
     /// What those were planned for.
     pub(super) routed: BTreeSet<(Arc<str>, Family)>,
+    /// The routes of what leaves by policies.
+    pub(super) leaving: egress::keeper::Routes,
     pub(super) complaints: Vec<String>,
     /// The processes that made our last changes.
     pub(super) own: VecDeque<u32>,
@@ -71,6 +76,10 @@ impl Worker {
     async fn work(&mut self, sockets: &mut Sockets) -> io::Result<()> {
         // What happened before these sockets were there is unknown.
         self.written = None;
+        self.before = Some(match self.before {
+            None if !is_armed(&sockets.query) => Before::Unarmed,
+            _ => Before::Unknown,
+        });
         self.read_kube_proxy(&sockets.query)?;
         let mut write = Some(Instant::now());
         let mut look = None;
@@ -93,12 +102,14 @@ impl Worker {
                 }
                 changed = sockets.routes.next() => {
                     changed?;
-                    if self.config.policy_routes {
-                        look.get_or_insert(Instant::now() + ROUTES_SETTLE);
-                    }
+                    look.get_or_insert(Instant::now() + ROUTES_SETTLE);
                 }
                 () = at(look) => {
                     look = None;
+                    let is_written = self.written.is_some(); // else it is about to be
+                    if is_written && !self.leaving.are_right(&self.config).await {
+                        write = self.write_or_retry().await;
+                    }
                     if !self.are_routes_right().await {
                         self.written = None;
                         self.routes = None;
@@ -119,7 +130,11 @@ impl Worker {
         for event in events {
             match event {
                 Event::Taken { table, by } => {
-                    if table == TABLE && !self.own.contains(by) && self.written.take().is_some() {
+                    if table != TABLE || self.own.contains(by) {
+                        continue;
+                    }
+                    self.doubt();
+                    if self.written.take().is_some() {
                         tracing::warn!(
                             process = by,
                             "somebody else took from the nftables table inet {TABLE}; putting it back"
@@ -130,6 +145,7 @@ impl Worker {
                 }
                 Event::Lost => {
                     self.read_kube_proxy(query)?;
+                    self.doubt();
                     disturbed |= self.written.take().is_some();
                 }
                 Event::Table { .. } | Event::Keys { .. } => self.kube_proxy().apply(event),
@@ -156,29 +172,55 @@ impl Worker {
         tracing::error!(%problem, "this node's rules are not what they should be; trying again");
         self.metrics.failures.inc();
         self.written = None;
+        self.doubt();
         Some(Instant::now() + RETRY)
     }
 
-    /// The table is written even if routes cannot be: the guard must not wait for them.
+    /// What the table says of pods, if it says anything, may not be what was written.
+    fn doubt(&mut self) {
+        if !matches!(self.before, Some(Before::Unarmed)) {
+            self.before = Some(Before::Unknown);
+        }
+    }
+
     async fn write(&mut self, rules: Rules) -> Result<(), ToolError> {
+        if let (Some(Before::Armed(old)), None) = (&self.before, &rules.egress) {
+            // Before the last policy's rules go, no connection is left that would leave with a pod's address.
+            let last = Rules {
+                egress: Some(Arc::new(old.without_policies())),
+                ..rules.clone()
+            };
+            self.write_at_once(last).await?;
+        }
+        self.write_at_once(rules).await
+    }
+
+    /// The table is written even if routes cannot be: the guard must not wait for them.
+    async fn write_at_once(&mut self, rules: Rules) -> Result<(), ToolError> {
         if let Some(tunnel) = &rules.tunnel {
             tunnel::ensure(tunnel, self.config.tunnel_port).await?;
         }
         let routed = self.route(&rules).await;
+        let left = self.leaving.make(&rules, &self.config).await;
         let marks = self.routes.as_ref().map(routes::marks).unwrap_or_default();
-        let change = routed
-            .as_ref()
-            .is_ok_and(|changed| !changed)
+        let ways = self.leaving.ways();
+        let is_same = |made: &Result<bool, ToolError>| matches!(made, Ok(false));
+        let change = (is_same(&routed) && is_same(&left))
             .then_some(self.written.as_ref())
             .flatten()
-            .and_then(|written| ruleset::change(written, &rules, &marks));
-        let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, &self.config));
+            .and_then(|written| ruleset::change(written, &rules, &marks, ways, &self.config));
+        let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, ways, &self.config));
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.own.push_front(process);
             self.own.truncate(OWN);
         }
         let shrunk = stale::shrunk(self.written.as_ref(), &rules);
+        let settling = settling(self.before.as_ref(), &rules, &self.config);
+        self.before = Some(match &rules.egress {
+            Some(leaving) => Before::Armed(leaving.clone()),
+            None => Before::Unarmed,
+        });
         self.written = Some(rules);
         let arrival = if marks.is_empty() {
             0
@@ -187,6 +229,9 @@ impl Worker {
         };
         self.arrival_mark.send_replace(Some(arrival));
         end_flows(shrunk).await;
+        settle(settling).await;
+        left?;
+        self.leaving.prune(&self.config).await?;
         routed.map(drop)
     }
 
@@ -229,6 +274,21 @@ impl Worker {
     }
 
     fn read_counters(&self, query: &Query) {
+        if self
+            .written
+            .as_ref()
+            .is_some_and(|rules| rules.egress.is_some())
+        {
+            for reason in egress::REASONS {
+                let name = egress::counter(reason);
+                if let Ok(packets) = query.counter(TableFamily::Inet, TABLE, &name) {
+                    self.metrics
+                        .egress_drops
+                        .get_or_create(&ByReason { reason })
+                        .set(i64::try_from(packets).unwrap_or(i64::MAX));
+                }
+            }
+        }
         for (name, family) in [("guard4", "IPv4"), ("guard6", "IPv6")] {
             if let Ok(packets) = query.counter(TableFamily::Inet, TABLE, name) {
                 self.metrics
@@ -251,6 +311,28 @@ async fn end_flows(kept: stale::Kept) {
             "flows of endpoints that went cannot be ended: some may not move to others before they are silent"
         ),
     }
+}
+
+/// Does to connections of pods what follows from a change of policies.
+async fn settle(settling: Settling) {
+    let ended = spawn_blocking(move || settling.settle()).await;
+    match ended.map_err(io::Error::other).flatten() {
+        Ok(0) => {}
+        Ok(number) => tracing::debug!(
+            number,
+            "ended connections that had no right to their source"
+        ),
+        Err(error) => tracing::warn!(
+            %error,
+            "connections of pods from before a change cannot be read: some are dropped until they end"
+        ),
+    }
+}
+
+/// Whether an earlier process's table judges pods.
+fn is_armed(query: &Query) -> bool {
+    let counter = egress::counter(egress::REASONS[0]);
+    query.counter(TableFamily::Inet, TABLE, &counter).is_ok()
 }
 
 /// What the task listens to.

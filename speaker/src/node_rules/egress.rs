@@ -1,0 +1,414 @@
+//! Pods that leave by an address of their own, as nftables sees them: who is judged, and what is then done.
+//!
+//! ```text
+//!  prerouting ─> egress-replies  frames of a gateway to a tenant get the mark of their way: the reverse path is that
+//!             └> egress-judge    (behind every translation of destinations) from inside to outside:
+//!                  forged ─> drop      answers ─> judged      unknown ─> drop
+//!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
+//!                                               no gateway ─> drop, else: judged, egress, way
+//!                      one for other pods: judged
+//! postrouting ─> egress-null     what leaves with the mark keeps its address, whoever would translate it later
+//! ```
+//!
+//! Inside and outside are told by interface: what would not leave by an uplink stays. Of what would, the networks of
+//! the cluster and its VIPs stay too.
+
+pub(super) mod flows;
+pub(super) mod keeper;
+pub(super) mod routes;
+mod ways;
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use landfall_core::ip::Family;
+
+use super::ruleset::{Element, TABLE, elements, replace};
+use super::{Config, Leaving, Rules};
+use crate::egress::{Policy, PolicyName, Tenant};
+use ways::Way;
+pub(super) use ways::Ways;
+
+/// Why packets are dropped: a counter for each.
+pub(super) const REASONS: [&str; 5] = ["unknown", "forged", "invalid", "no-gateway", "translated"];
+
+/// The name of a reason's counter.
+pub(super) fn counter(reason: &str) -> String {
+    format!("egress-{reason}")
+}
+
+/// Chains, sets and rules, after a skeleton.
+pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Config) {
+    let Some(leaving) = &rules.egress else {
+        return;
+    };
+    skeleton(text, leaving);
+    for (way, value) in ways {
+        replies(text, way, *value, config);
+    }
+    judge(text, leaving, config);
+    for (name, policy) in &leaving.egress.policies {
+        let _ = writeln!(text, "add chain inet {TABLE} {}", chain(name));
+        verdict(text, name, policy, leaving, ways, config);
+    }
+    elements(text, "add", "egress-sources", &sources(leaving));
+    elements(text, "add", "egress-tenants", &tenants(leaving));
+    elements(text, "add", "egress-closed", &closed(leaving));
+    for (way, value) in ways {
+        macs(text, "add", *value, &gateways(leaving, way));
+    }
+}
+
+/// Whether the one follows from the other by elements and policies alone.
+pub(super) fn is_alike(old: &Rules, new: &Rules) -> bool {
+    match (&old.egress, &new.egress) {
+        (None, None) => true,
+        (Some(old), Some(new)) => {
+            old.node == new.node
+                && old.uplinks == new.uplinks
+                && old.egress.inside == new.egress.inside
+        }
+        _ => false,
+    }
+}
+
+/// From `old` to `new`, which are alike, with the same ways.
+pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, config: &Config) {
+    let (Some(old), Some(new)) = (&old.egress, &new.egress) else {
+        return;
+    };
+    if old == new {
+        return;
+    }
+    let (before, after) = (&old.egress.policies, &new.egress.policies);
+    for (name, policy) in after {
+        match before.get(name) {
+            Some(known) if known == policy => continue,
+            Some(_) => {
+                let _ = writeln!(text, "flush chain inet {TABLE} {}", chain(name));
+            }
+            None => {
+                let _ = writeln!(text, "add chain inet {TABLE} {}", chain(name));
+            }
+        }
+        verdict(text, name, policy, new, ways, config);
+    }
+    replace(text, "egress-closed", &closed(old), &closed(new));
+    replace(text, "egress-tenants", &tenants(old), &tenants(new));
+    replace(text, "egress-sources", &sources(old), &sources(new));
+    for (way, value) in ways {
+        let (old, new) = (gateways(old, way), gateways(new, way));
+        macs(text, "delete", *value, &(&old - &new));
+        macs(text, "add", *value, &(&new - &old));
+    }
+    for name in before.keys().filter(|name| !after.contains_key(*name)) {
+        let _ = writeln!(text, "delete chain inet {TABLE} {}", chain(name));
+    }
+}
+
+fn skeleton(text: &mut String, leaving: &Leaving) {
+    for reason in REASONS {
+        let _ = writeln!(text, "add counter inet {TABLE} {}", counter(reason));
+    }
+    for (suffix, kind) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+        let _ = writeln!(
+            text,
+            "add map inet {TABLE} egress-sources{suffix} {{ type {kind} : verdict; }}
+add set inet {TABLE} egress-tenants{suffix} {{ type {kind}; }}
+add set inet {TABLE} egress-closed{suffix} {{ type {kind}; }}
+add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "add set inet {TABLE} egress-uplinks {{ type ifname; }}
+add chain inet {TABLE} egress-replies {{ type filter hook prerouting priority mangle - 10; policy accept; }}
+add chain inet {TABLE} egress-judge {{ type filter hook prerouting priority dstnat + 10; policy accept; }}
+add chain inet {TABLE} egress-null {{ type nat hook postrouting priority srcnat - 10; policy accept; }}
+add chain inet {TABLE} egress-judged
+add chain inet {TABLE} egress-plain
+add chain inet {TABLE} egress-nowhere
+add rule inet {TABLE} egress-nowhere counter name egress-no-gateway drop"
+    );
+    if !leaving.uplinks.is_empty() {
+        let _ = writeln!(
+            text,
+            "add element inet {TABLE} egress-uplinks {{ {} }}",
+            names(&leaving.uplinks)
+        );
+    }
+    let inside = merged(&leaving.egress.inside);
+    for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
+        let inside = of_family(&inside, family);
+        if !inside.is_empty() {
+            let _ = writeln!(
+                text,
+                "add element inet {TABLE} egress-inside{suffix} {{ {} }}",
+                inside.join(", ")
+            );
+        }
+    }
+}
+
+fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
+    let (judged, egress) = config.egress_marks();
+    let rest = !(judged | egress);
+    let mut rule = |rule: &str| {
+        let _ = writeln!(text, "add rule inet {TABLE} {rule}");
+    };
+    rule("egress-judge iifname @egress-uplinks accept");
+    // Nobody's word but this chain's.
+    rule(&format!(
+        "egress-judge meta mark set meta mark and {rest:#x}"
+    ));
+    rule("egress-judge fib daddr type { local, broadcast, anycast, multicast } accept");
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        for set in ["egress-inside", "vips"] {
+            rule(&format!(
+                "egress-judge {family} daddr @{set}{suffix} accept"
+            ));
+        }
+    }
+    if !leaving.uplinks.is_empty() {
+        // What has no route may have one by its policy's uplink.
+        rule(&format!(
+            "egress-judge fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
+            names(&leaving.uplinks)
+        ));
+    }
+    rule("egress-judge fib saddr . iif oif missing counter name egress-forged drop");
+    // Answers to who came from outside, also those of other nodes' pods. A flow of a tenant's that is known only since
+    // its gateway's frame came is none: its connection bears the mark.
+    rule(&format!(
+        "egress-judge ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
+    ));
+    rule("egress-judge ip saddr vmap @egress-sources4");
+    rule("egress-judge ip6 saddr vmap @egress-sources6");
+    rule("egress-judge counter name egress-unknown drop");
+    // It was a tenant's: without its way it would leave with the pod's address.
+    rule(&format!(
+        "egress-plain ct mark and {egress:#x} == {egress:#x} counter name egress-translated drop"
+    ));
+    rule("egress-plain goto egress-judged");
+    rule(&format!(
+        "egress-judged meta mark set meta mark or {judged:#x} accept"
+    ));
+    for family in ["ip", "ip6"] {
+        rule(&format!(
+            "egress-null meta mark and {egress:#x} == {egress:#x} snat {family} to {family} saddr"
+        ));
+    }
+}
+
+/// What comes back by a way: from another node that is a gateway; here, what a program has marked.
+fn replies(text: &mut String, way: &Way, value: u32, config: &Config) {
+    let (judged, egress) = config.egress_marks();
+    let rest = !(judged | egress | config.mark_mask);
+    let mark = egress | value;
+    let from = if way.here {
+        format!("meta mark and {egress:#x} == {egress:#x}")
+    } else {
+        let _ = writeln!(
+            text,
+            "add set inet {TABLE} {} {{ type ether_addr; }}",
+            of_way(value)
+        );
+        format!("ether saddr @{}", of_way(value))
+    };
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        let _ = writeln!(
+            text,
+            "add rule inet {TABLE} egress-replies iifname \"{}\" {from} {family} daddr @egress-tenants{suffix} \
+             meta mark set meta mark and {rest:#x} or {mark:#x} \
+             ct direction original ct mark set ct mark and {:#x} or {egress:#x} accept",
+            way.uplink, !egress
+        );
+    }
+}
+
+/// The rules of a policy's chain.
+fn verdict(
+    text: &mut String,
+    name: &PolicyName,
+    policy: &Policy,
+    leaving: &Leaving,
+    ways: &Ways,
+    config: &Config,
+) {
+    let (judged, egress) = config.egress_marks();
+    let chain = chain(name);
+    let mut rule = |rule: &str| {
+        let _ = writeln!(text, "add rule inet {TABLE} {chain} {rule}");
+    };
+    // It has no direction and is not translated: it would leave with the pod's address.
+    rule("ct state invalid counter name egress-invalid drop");
+    for (nets, matches) in [(&policy.excluded, true), (&policy.destinations, false)] {
+        if nets.is_empty() {
+            continue; // None is excluded; the policy is for all.
+        }
+        let nets = merged(nets);
+        for (family, word, name) in [(Family::V4, "ip", "ipv4"), (Family::V6, "ip6", "ipv6")] {
+            let all = nets
+                .iter()
+                .any(|net| Family::of(net.addr()) == family && net.prefix_len() == 0);
+            let list = of_family(&nets, family);
+            match (list.is_empty() || all, matches) {
+                (true, _) if all == matches => {
+                    rule(&format!("meta nfproto {name} goto egress-judged"));
+                }
+                (true, _) => {}
+                (false, _) => rule(&format!(
+                    "{word} daddr {}{{ {} }} goto egress-judged",
+                    if matches { "" } else { "!= " },
+                    list.join(", ")
+                )),
+            }
+        }
+    }
+    // Flows that began before the policy stay what they are; others that got another source while this table was not
+    // there have no right to it.
+    rule(&format!(
+        "ct status snat ct mark and {judged:#x} == {judged:#x} goto egress-judged"
+    ));
+    rule("ct status snat counter name egress-translated drop");
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        rule(&format!(
+            "{family} saddr @egress-closed{suffix} counter name egress-no-gateway drop"
+        ));
+    }
+    let way = policy
+        .gateway
+        .as_ref()
+        .and_then(|gateway| Way::to(gateway, &leaving.node))
+        .and_then(|way| ways.get(&way));
+    match way {
+        Some(value) => {
+            let rest = !(judged | egress | config.mark_mask);
+            let mark = judged | egress | value;
+            rule(&format!(
+                "meta mark set meta mark and {rest:#x} or {mark:#x} \
+                 ct mark set ct mark and {:#x} or {egress:#x} accept",
+                !egress
+            ));
+        }
+        None => rule("counter name egress-no-gateway drop"),
+    }
+}
+
+/// The chain of a policy. A long name is told by what it begins with and by its hash.
+fn chain(policy: &PolicyName) -> String {
+    const LONGEST: usize = 100;
+    if policy.len() <= LONGEST {
+        return format!("egress-of-{policy}");
+    }
+    let hash = xxhash_rust::xxh64::xxh64(policy.as_bytes(), 0);
+    let start: String = policy.chars().take(LONGEST - 20).collect();
+    format!("egress-of-{start}/{hash:016x}")
+}
+
+/// The set of the Ethernet addresses of a way's gateways.
+fn of_way(value: u32) -> String {
+    format!("egress-gateways-{value:x}")
+}
+
+fn names(names: &BTreeSet<Arc<str>>) -> String {
+    let list: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
+    list.join(", ")
+}
+
+/// Networks as intervals that do not overlap.
+fn merged(nets: &BTreeSet<IpNet>) -> Vec<IpNet> {
+    let nets: Vec<IpNet> = nets.iter().map(IpNet::trunc).collect();
+    IpNet::aggregate(&nets)
+}
+
+fn of_family(nets: &[IpNet], family: Family) -> Vec<String> {
+    nets.iter()
+        .filter(|net| Family::of(net.addr()) == family)
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// The Ethernet addresses of the gateways that a way leads to.
+fn gateways(leaving: &Leaving, way: &Way) -> BTreeSet<[u8; 6]> {
+    let policies = leaving.egress.policies.values();
+    policies
+        .filter_map(|policy| policy.gateway.as_ref())
+        .filter(|gateway| Way::to(gateway, &leaving.node).as_ref() == Some(way))
+        .filter_map(|gateway| gateway.mac)
+        .collect()
+}
+
+fn macs(text: &mut String, verb: &str, value: u32, macs: &BTreeSet<[u8; 6]>) {
+    if macs.is_empty() {
+        return;
+    }
+    let list: Vec<String> = macs
+        .iter()
+        .map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":"))
+        .collect();
+    let _ = writeln!(
+        text,
+        "{verb} element inet {TABLE} {} {{ {} }}",
+        of_way(value),
+        list.join(", ")
+    );
+}
+
+/// A pod's address, and the chain that judges it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Source {
+    address: IpAddr,
+    chain: String,
+}
+
+impl Element for Source {
+    fn vip(&self) -> IpAddr {
+        self.address
+    }
+
+    fn text(&self) -> String {
+        format!("{} : goto {}", self.address, self.chain)
+    }
+}
+
+/// This node's pods.
+fn sources(leaving: &Leaving) -> BTreeSet<Source> {
+    own(leaving)
+        .map(|(address, tenant)| Source {
+            address,
+            chain: match tenant {
+                None => "egress-plain".to_owned(),
+                Some(Tenant { policy, .. }) if leaving.egress.policies.contains_key(policy) => {
+                    chain(policy)
+                }
+                Some(_) => "egress-nowhere".to_owned(),
+            },
+        })
+        .collect()
+}
+
+/// Those of them that are tenants.
+pub(super) fn tenants(leaving: &Leaving) -> BTreeSet<IpAddr> {
+    own(leaving)
+        .filter_map(|(address, tenant)| tenant.map(|_| address))
+        .collect()
+}
+
+/// Those of these that have no address to leave by.
+fn closed(leaving: &Leaving) -> BTreeSet<IpAddr> {
+    own(leaving)
+        .filter(|(_, tenant)| tenant.is_some_and(|tenant| tenant.egress_ip.is_none()))
+        .map(|(address, _)| address)
+        .collect()
+}
+
+/// The addresses of this node's pods.
+pub(super) fn own(leaving: &Leaving) -> impl Iterator<Item = (IpAddr, Option<&Tenant>)> {
+    let pods = leaving.egress.pods.iter();
+    pods.filter(|(_, pod)| pod.node == leaving.node)
+        .map(|(address, pod)| (*address, pod.tenant.as_ref()))
+}

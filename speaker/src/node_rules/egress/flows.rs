@@ -1,0 +1,308 @@
+//! Connections that are tracked already when it changes whose tenant a pod is. Connection tracking goes on with the source
+//! that a connection got with its first packet, whatever the rules say now.
+//!
+//! - A pod becomes a tenant: what was translated before stays so until it ends, and is marked to be known for that.
+//! - A pod is a tenant no more: what kept the pod's address by our word would leave with it, and is ended.
+//! - The table was gone for a while, or an address is a new pod's: what somebody else translated is ended.
+//!
+//! What is ended begins anew with its next packet. Meanwhile the rules drop it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+
+use super::super::{Config, Leaving, Rules};
+use super::{merged, own, tenants};
+use crate::conntrack::{CONNTRACK, DELETE, GET, NEW, Side, address_of, attribute};
+use crate::netlink::{DUMP, NESTED, Requests, find, put};
+
+/// `IPS_SRC_NAT` (`linux/netfilter/nf_conntrack_common.h`): it has another source than its pod.
+const OTHER_SOURCE: u32 = 1 << 4;
+
+/// What the rules said before they were written anew.
+#[derive(Clone, Debug)]
+pub(in super::super) enum Before {
+    /// An earlier process's word, or somebody else has changed them.
+    Unknown,
+    /// Nothing was there.
+    Unarmed,
+    /// This.
+    Armed(Arc<Leaving>),
+}
+
+/// What is to be done with connections of pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Settling {
+    /// What was translated before stays.
+    keep: BTreeSet<IpAddr>,
+    /// What was translated by others ends.
+    end: BTreeSet<IpAddr>,
+    /// What kept its address ends.
+    free: BTreeSet<IpAddr>,
+    /// Of all pods.
+    free_all: bool,
+    inside: Vec<IpNet>,
+    vips: BTreeSet<IpAddr>,
+    judged: u32,
+    egress: u32,
+}
+
+/// What follows from a change.
+pub(in super::super) fn settling(
+    before: Option<&Before>,
+    now: &Rules,
+    config: &Config,
+) -> Settling {
+    let (judged, egress) = config.egress_marks();
+    let mut settling = Settling {
+        judged,
+        egress,
+        vips: now.vips.clone(),
+        ..Settling::default()
+    };
+    let Some(leaving) = &now.egress else {
+        settling.free_all = !matches!(before, Some(Before::Unarmed));
+        return settling;
+    };
+    settling.inside = merged(&leaving.egress.inside);
+    let tenants = tenants(leaving);
+    match before {
+        None | Some(Before::Unknown) => settling.end = tenants,
+        Some(Before::Unarmed) => settling.keep = tenants,
+        Some(Before::Armed(old)) if Arc::ptr_eq(old, leaving) => {}
+        Some(Before::Armed(old)) => {
+            let were = super::tenants(old);
+            let known: BTreeSet<IpAddr> = own(old).map(|(address, _)| address).collect();
+            for (address, tenant) in own(leaving) {
+                match (tenant.is_some(), known.contains(&address)) {
+                    (true, true) if !were.contains(&address) => settling.keep.insert(address),
+                    (true, false) => settling.end.insert(address),
+                    (false, true) if were.contains(&address) => settling.free.insert(address),
+                    (false, false) => settling.free.insert(address),
+                    (true | false, true) => false,
+                };
+            }
+        }
+    }
+    settling
+}
+
+/// What is to be done with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Marked,
+    Ended,
+}
+
+/// A connection, as far as it matters.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Who began it, with whom.
+    from: IpAddr,
+    to: IpAddr,
+    /// Who answers.
+    peer: IpAddr,
+    status: u32,
+    mark: u32,
+}
+
+impl Settling {
+    fn is_empty(&self) -> bool {
+        self.keep.is_empty() && self.end.is_empty() && self.free.is_empty() && !self.free_all
+    }
+
+    fn fate(&self, known: &Known) -> Option<Fate> {
+        let ours = known.mark & self.egress != 0;
+        let freed = |address| self.free_all || self.free.contains(address);
+        if ours && (freed(&known.from) || freed(&known.to)) {
+            return Some(Fate::Ended);
+        }
+        let translated = known.status & OTHER_SOURCE != 0 && known.mark & self.judged == 0;
+        if !translated || self.is_inside(known.peer) {
+            return None;
+        }
+        if self.end.contains(&known.from) {
+            return Some(Fate::Ended);
+        }
+        self.keep.contains(&known.from).then_some(Fate::Marked)
+    }
+
+    fn is_inside(&self, address: IpAddr) -> bool {
+        self.vips.contains(&address) || self.inside.iter().any(|net| net.contains(&address))
+    }
+
+    /// Does it; how many connections were ended.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub(in super::super) fn settle(&self) -> io::Result<usize> {
+        const ANY_FAMILY: [u8; 4] = [0; 4];
+        if self.is_empty() {
+            return Ok(0);
+        }
+        let requests = Requests::open(NETLINK_NETFILTER)?;
+        let mut orders = Vec::new();
+        let read = requests.ask(CONNTRACK << 8 | GET, DUMP, &ANY_FAMILY, |entry| {
+            orders.extend(self.order(entry));
+        });
+        match read {
+            // Entries came or went meanwhile; those that were read are right.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => read?,
+        }
+        let mut ended = 0;
+        for (fate, body) in orders {
+            let kind = match fate {
+                Fate::Marked => NEW,
+                Fate::Ended => DELETE,
+            };
+            match requests.ask(CONNTRACK << 8 | kind, 0, &body, |_| {}) {
+                Ok(()) => ended += usize::from(fate == Fate::Ended),
+                // It has ended by itself.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(ended)
+    }
+
+    /// The request that an entry calls for.
+    fn order(&self, entry: &[u8]) -> Option<(Fate, Vec<u8>)> {
+        let (header, attributes) = entry.split_first_chunk::<4>()?;
+        let original = find(attributes, attribute::ORIGINAL)?;
+        let number = |kind| {
+            let bytes = find(attributes, kind).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u32::from_be_bytes)
+        };
+        let fate = self.fate(&Known {
+            from: address_of(original, Side::Source)?,
+            to: address_of(original, Side::Destination)?,
+            peer: address_of(find(attributes, attribute::REPLY)?, Side::Source)?,
+            status: number(attribute::STATUS),
+            mark: number(attribute::MARK),
+        })?;
+        let mut body = header.to_vec();
+        put(&mut body, attribute::ORIGINAL | NESTED, original);
+        if let Some(zone) = find(attributes, attribute::ZONE) {
+            put(&mut body, attribute::ZONE, zone);
+        }
+        match fate {
+            Fate::Marked => {
+                let mark = self.judged.to_be_bytes();
+                put(&mut body, attribute::MARK, &mark);
+                put(&mut body, attribute::MARK_MASK, &mark);
+            }
+            Fate::Ended => {
+                if let Some(id) = find(attributes, attribute::ID) {
+                    put(&mut body, attribute::ID, id);
+                }
+            }
+        }
+        Some((fate, body))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::egress::{Egress, Pod, Tenant};
+
+    const JUDGED: u32 = 0x1000_0000;
+    const EGRESS: u32 = 0x2000_0000;
+
+    fn mk_address(last: u8) -> IpAddr {
+        [10, 244, 1, last].into()
+    }
+
+    /// Pods by the last number of their address, and whether they are tenants.
+    fn mk_rules(pods: &[(u8, bool)]) -> Rules {
+        let pod = |(last, tenant): &(u8, bool)| {
+            let tenant = tenant.then(|| Tenant {
+                policy: "mail".into(),
+                egress_ip: Some([192, 0, 2, 250].into()),
+            });
+            let node = "here".into();
+            (mk_address(*last), Pod { node, tenant })
+        };
+        Rules {
+            egress: Some(Arc::new(Leaving {
+                node: "here".into(),
+                egress: Arc::new(Egress {
+                    pods: pods.iter().map(pod).collect(),
+                    inside: ["10.0.0.0/8".parse().unwrap()].into(),
+                    ..Egress::default()
+                }),
+                uplinks: BTreeSet::new(),
+            })),
+            ..Rules::default()
+        }
+    }
+
+    fn mk_known(from: u8, peer: [u8; 4], status: u32, mark: u32) -> Known {
+        Known {
+            from: mk_address(from),
+            to: peer.into(),
+            peer: peer.into(),
+            status,
+            mark,
+        }
+    }
+
+    fn set(of: &[u8]) -> BTreeSet<IpAddr> {
+        of.iter().map(|last| mk_address(*last)).collect()
+    }
+
+    #[test]
+    fn what_is_done_follows_from_who_was_whose() {
+        let config = Config::default();
+        let old = mk_rules(&[(1, true), (2, false), (3, true), (4, false)]);
+        let new = mk_rules(&[(1, true), (2, true), (3, false), (5, true), (6, false)]);
+        let before = Before::Armed(old.egress.clone().unwrap());
+        let change = settling(Some(&before), &new, &config);
+        assert_eq!(
+            (change.keep, change.end, change.free),
+            (set(&[2]), set(&[5]), set(&[3, 6]))
+        );
+        let first = settling(Some(&Before::Unarmed), &new, &config);
+        assert_eq!((first.keep, first.end), (set(&[1, 2, 5]), set(&[])));
+        let again = settling(Some(&Before::Unknown), &new, &config);
+        assert_eq!((again.keep, again.end), (set(&[]), set(&[1, 2, 5])));
+        let last = settling(Some(&before), &Rules::default(), &config);
+        assert!(last.free_all);
+        assert!(settling(Some(&before), &old, &config).is_empty());
+    }
+
+    #[test]
+    fn connections_within_the_cluster_and_those_of_their_own_source_go_on() {
+        let outside = [198, 51, 100, 7];
+        let config = Config::default();
+        let new = mk_rules(&[(1, true)]);
+        let kept = settling(Some(&Before::Unarmed), &new, &config);
+        let ended = settling(Some(&Before::Unknown), &new, &config);
+        for (known, if_kept, if_ended) in [
+            (
+                mk_known(1, outside, OTHER_SOURCE, 0),
+                Some(Fate::Marked),
+                Some(Fate::Ended),
+            ),
+            (mk_known(1, outside, OTHER_SOURCE, JUDGED), None, None),
+            (mk_known(1, outside, 0, EGRESS), None, None),
+            (mk_known(1, [10, 96, 0, 1], OTHER_SOURCE, 0), None, None),
+            (mk_known(2, outside, OTHER_SOURCE, 0), None, None),
+        ] {
+            assert_eq!(kept.fate(&known), if_kept, "{known:?}");
+            assert_eq!(ended.fate(&known), if_ended, "{known:?}");
+        }
+        let before = Before::Armed(new.egress.unwrap());
+        let freed = settling(Some(&before), &Rules::default(), &config);
+        assert_eq!(
+            freed.fate(&mk_known(1, outside, 0, EGRESS)),
+            Some(Fate::Ended)
+        );
+        assert_eq!(freed.fate(&mk_known(1, outside, OTHER_SOURCE, 0)), None);
+    }
+}
