@@ -12,6 +12,7 @@
 //! [`uninstall`] is what removes it.
 
 mod driver;
+mod egress;
 mod flows;
 mod layout;
 mod metrics;
@@ -34,6 +35,7 @@ use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
 use prometheus_client::registry::Registry;
 
+pub use egress::Leaving;
 pub use pins::{Removed, uninstall};
 pub use worker::Worker;
 
@@ -133,6 +135,8 @@ pub enum Change {
     Holders(PortId, u16, BucketHolders),
     /// The bits of the packet mark by which the packet filter knows what was given to an endpoint; 0 for none.
     Mark(u32),
+    /// Pods that leave by addresses of their own, all of them; nothing while there is no policy.
+    Egress(Option<Arc<Leaving>>),
     /// All has been said at least once: what an earlier process has left besides is to be forgotten.
     Complete,
 }

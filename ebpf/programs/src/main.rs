@@ -11,6 +11,7 @@
 //!
 //! tunnel  ──> steer            what comes from nodes that are not on the segment
 //! answers ──> packet, flows    what leaves, and answers a flow that was translated
+//! egress_out ──> guard         what leaves and is a pod's, where pods have addresses of their own
 //!      native, answers ──> translate   addresses, ports and checksums
 //! ```
 //!
@@ -27,6 +28,7 @@ mod answers;
 mod context;
 mod echo;
 mod flows;
+mod guard;
 mod maps;
 mod native;
 mod packet;
@@ -118,6 +120,16 @@ pub fn landfall_answers(context: TcContext) -> i32 {
         answers::answer(&context);
     }
     NEXT
+}
+
+/// Behind the one for answers: what answers a client carries the VIP's address by then.
+#[classifier]
+pub fn landfall_egress_out(context: TcContext) -> i32 {
+    if is_untagged(&context) {
+        guard::guard(&context)
+    } else {
+        NEXT
+    }
 }
 
 #[cfg(not(test))]

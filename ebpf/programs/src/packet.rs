@@ -83,6 +83,40 @@ impl Frame {
     }
 }
 
+/// Who sent an IP packet, and to whom.
+pub(crate) struct Ends {
+    pub(crate) source: VipKey,
+    pub(crate) destination: VipKey,
+}
+
+impl Ends {
+    /// Whether a frame is an IP packet; nothing else has them.
+    #[inline(always)]
+    pub(crate) fn has(context: &impl Context) -> bool {
+        matches!(
+            context.ethertype().map(u16::from_be),
+            Some(ETH_P_IP | ETH_P_IPV6)
+        )
+    }
+
+    /// Those of an IP packet; nothing, if they cannot be read.
+    #[inline(always)]
+    pub(crate) fn of(context: &impl Context) -> Option<Self> {
+        if context.ethertype().map(u16::from_be) == Some(ETH_P_IP) {
+            let [source, destination]: [u32; 2] = context.load(ETH_HEADER + IPV4_SOURCE)?;
+            return Some(Self {
+                source: mapped(source),
+                destination: mapped(destination),
+            });
+        }
+        let [source, destination]: [[u8; 16]; 2] = context.load(ETH_HEADER + IPV6_SOURCE)?;
+        Some(Self {
+            source: VipKey(source),
+            destination: VipKey(destination),
+        })
+    }
+}
+
 /// An IPv4 header without options and the ports behind it, as in the frame.
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -1,6 +1,7 @@
 //! What the pinned maps look like: by that a map is known for one of this layout.
 
 use aya::maps::MapType;
+use landfall_ebpf_common::egress::guard;
 use landfall_ebpf_common::{self as common, map};
 
 /// The shape of a map.
@@ -27,7 +28,7 @@ const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
 type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
-pub(super) const SHAPES: [Shape; 20] = [
+pub(super) const SHAPES: [Shape; 26] = [
     shape::<common::VipKey, common::Vip>(map::VIPS, MapType::Hash, common::MAX_VIPS),
     shape::<u32, common::VipCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_VIPS),
     shape::<common::PortKey, common::Port>(map::PORTS, MapType::Hash, common::MAX_PORTS),
@@ -60,4 +61,14 @@ pub(super) const SHAPES: [Shape; 20] = [
     ),
     shape::<u32, u64>(map::VERDICTS, MapType::PerCpuArray, common::Verdict::COUNT),
     shape::<u32, common::Settings>(map::SETTINGS, MapType::Array, 1),
+    shape::<common::VipKey, guard::Tenant>(guard::map::TENANTS, MapType::Hash, guard::MAX_TENANTS),
+    shape::<u32, guard::Gateway>(guard::map::GATEWAYS, MapType::Array, guard::MAX_GATEWAYS),
+    shape::<Prefix<[u8; 16]>, u32>(guard::map::INSIDE, MapType::LpmTrie, guard::MAX_INSIDE),
+    shape::<u32, u32>(guard::map::OUTSIDE, MapType::Hash, guard::MAX_OUTSIDE),
+    shape::<u32, guard::Marks>(guard::map::MARKS, MapType::Array, 1),
+    shape::<u32, u64>(
+        guard::map::GUARDED,
+        MapType::PerCpuArray,
+        guard::Guarded::COUNT,
+    ),
 ];

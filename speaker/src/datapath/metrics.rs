@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use landfall_ebpf_common::Verdict;
+use landfall_ebpf_common::egress::guard::Guarded;
 
 use super::Attachment;
 use super::tables::Tables;
@@ -96,6 +97,7 @@ impl Collector for Counters {
         let tables = lock(&self.0);
         let counts = tables.as_ref().map(Tables::counts).unwrap_or_default();
         let verdicts = tables.as_ref().map(Tables::verdicts).unwrap_or_default();
+        let guarded = tables.as_ref().map(Tables::guarded).unwrap_or_default();
         drop(tables);
         let mut family = encoder.encode_descriptor(
             "datapath_packets",
@@ -105,6 +107,16 @@ impl Collector for Counters {
         )?;
         for (verdict, count) in Verdict::ALL.iter().zip(verdicts) {
             let labels = [("verdict", verdict.word())];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
+        let mut family = encoder.encode_descriptor(
+            "egress_guarded_packets",
+            "Packets of pods on their way outside, by what the guard at the uplinks did with them, in packets",
+            None,
+            MetricType::Counter,
+        )?;
+        for (what, count) in Guarded::ALL.iter().zip(guarded) {
+            let labels = [("verdict", what.word())];
             ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
         }
         let mut packets = encoder.encode_descriptor(

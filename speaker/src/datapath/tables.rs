@@ -20,9 +20,12 @@ use ipnet::IpNet;
 use landfall_core::steering::seed;
 use landfall_ebpf_common::{Settings, VipKey, map, routed_prefix};
 
+use super::egress::guard::Guard;
 use super::{Change, VipCount};
 
 pub(super) use local::endpoint;
+pub(super) use nodes::{Nodes, forget};
+pub(super) use numbers::Numbers;
 pub(super) use ports::key as port_key;
 
 /// Why the maps do not hold what they should.
@@ -39,7 +42,8 @@ pub(super) enum TablesError {
 /// The maps, and what this process knows to be in them.
 pub(super) struct Tables {
     vips: vips::Vips,
-    nodes: nodes::Nodes,
+    nodes: Nodes,
+    guard: Guard,
     ports: ports::Ports,
     settings: Array<MapData, Settings>,
     verdicts: PerCpuArray<MapData, u64>,
@@ -72,7 +76,8 @@ impl Tables {
     pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
         Ok(Self {
             vips: vips::Vips::adopt(ebpf)?,
-            nodes: nodes::Nodes::adopt(ebpf)?,
+            nodes: Nodes::adopt(ebpf)?,
+            guard: Guard::adopt(ebpf)?,
             ports: ports::Ports::adopt(ebpf)?,
             settings: taken(ebpf, map::SETTINGS)?,
             verdicts: taken(ebpf, map::VERDICTS)?,
@@ -93,6 +98,7 @@ impl Tables {
             Change::Holders(id, page, holders) => {
                 self.ports.holders(*id, *page, holders, &mut self.nodes)
             }
+            Change::Egress(leaving) => self.guard.set(leaving.as_deref(), &mut self.nodes),
             Change::Mark(mark) => self.settle(|settings| settings.mark = *mark),
             Change::Complete => {
                 self.ports.sweep()?;
@@ -102,8 +108,9 @@ impl Tables {
         }
     }
 
-    /// Forgets what is past.
+    /// Forgets what is past, and takes in what changes without a word.
     pub(super) fn expire(&mut self) -> Result<(), TablesError> {
+        self.guard.refresh(&mut self.nodes)?;
         self.ports.expire(ports::HISTORY)
     }
 
@@ -138,6 +145,11 @@ impl Tables {
     /// The counts of the VIPs.
     pub(super) fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
         self.vips.counts()
+    }
+
+    /// How many packets of pods the guard sent on and dropped, in the order of `Guarded::ALL`.
+    pub(super) fn guarded(&self) -> Vec<u64> {
+        self.guard.counts()
     }
 
     /// How many packets met each fate, all CPUs together, in the order of `Verdict::ALL`.

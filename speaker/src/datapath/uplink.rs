@@ -13,6 +13,7 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
+use landfall_ebpf_common::egress::guard;
 use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
@@ -29,6 +30,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"
 
 /// The clsact filter's place and name: "LF", 1.
 const CLSACT_PRIORITY: u16 = 1;
+/// The guard's.
+const CLSACT_SECOND: u16 = 2;
 const CLSACT_HANDLE: TcHandle = TcHandle::new(0x4c46, 1);
 
 /// Why the program is not loaded or attached.
@@ -82,15 +85,17 @@ pub(super) enum Side {
     Egress,
     /// What comes in by the tunnel.
     Tunnel,
+    /// What leaves, behind the other: the guard, while pods have addresses of their own.
+    Guard,
 }
 
 impl Side {
-    pub(super) const ALL: [Self; 3] = [Self::Ingress, Self::Egress, Self::Tunnel];
+    pub(super) const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::Tunnel, Self::Guard];
 
     /// Those that have something to do.
     const fn wanted(delivery: Delivery) -> &'static [Self] {
         match delivery {
-            Delivery::KubeProxy => &[Self::Ingress, Self::Tunnel],
+            Delivery::KubeProxy => &[Self::Ingress, Self::Tunnel, Self::Guard],
             Delivery::Native => &Self::ALL,
         }
     }
@@ -101,20 +106,28 @@ impl Side {
             Self::Ingress => UPLINK_INGRESS,
             Self::Egress => UPLINK_EGRESS,
             Self::Tunnel => TUNNEL_INGRESS,
+            Self::Guard => guard::PROGRAM,
         }
     }
 
     pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::Ingress | Self::Tunnel => TcAttachType::Ingress,
-            Self::Egress => TcAttachType::Egress,
+            Self::Egress | Self::Guard => TcAttachType::Egress,
+        }
+    }
+
+    const fn priority(self) -> u16 {
+        match self {
+            Self::Ingress | Self::Egress | Self::Tunnel => CLSACT_PRIORITY,
+            Self::Guard => CLSACT_SECOND,
         }
     }
 
     const fn hook(self) -> tcx::Hook {
         match self {
             Self::Ingress | Self::Tunnel => tcx::Hook::Ingress,
-            Self::Egress => tcx::Hook::Egress,
+            Self::Egress | Self::Guard => tcx::Hook::Egress,
         }
     }
 
@@ -123,6 +136,7 @@ impl Side {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
             Self::Tunnel => "tunnel",
+            Self::Guard => "guard",
         }
     }
 }
@@ -196,12 +210,35 @@ impl Uplink {
         FlowMaps::taken(&mut self.ebpf)
     }
 
-    /// The interfaces that carry programs, as far as this process knows.
+    /// The interfaces that carry programs, as far as this process knows; the guard apart.
     pub(super) fn attached(&self) -> BTreeSet<u32> {
-        self.attached
-            .iter()
+        let places = self.attached.iter();
+        places
+            .filter(|(_, side)| *side != Side::Guard)
             .map(|(interface, _)| *interface)
             .collect()
+    }
+
+    /// The interfaces that carry the guard.
+    pub(super) fn guarded(&self) -> BTreeSet<u32> {
+        let places = self.attached.iter();
+        places
+            .filter(|(_, side)| *side == Side::Guard)
+            .map(|(interface, _)| *interface)
+            .collect()
+    }
+
+    /// Sees to it that the guard is at the interface, in front of all programs but ours.
+    pub(super) fn guard(
+        &mut self,
+        interface: u32,
+    ) -> Result<(Attachment, Option<Restored>), UplinkError> {
+        self.ensure_at((interface, Side::Guard))
+    }
+
+    /// Takes it off.
+    pub(super) fn unguard(&mut self, interface: u32) {
+        self.detach_from((interface, Side::Guard));
     }
 
     /// Sees to it that the programs are attached to the interface, each in front of all others.
@@ -214,7 +251,7 @@ impl Uplink {
             .ids
             .keys()
             .copied()
-            .filter(|side| (*side == Side::Tunnel) == is_tunnel)
+            .filter(|side| *side != Side::Guard && (*side == Side::Tunnel) == is_tunnel)
             .collect();
         // An earlier process may have wanted more; a filter is known only where it is looked for.
         if !self.attached().contains(&interface) && !sides.contains(&Side::Egress) {
@@ -237,7 +274,7 @@ impl Uplink {
             Ok(programs) => self.ensure_tcx(place, &programs),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.ensure_clsact(place),
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
-                self.detach(interface);
+                self.detach_from(place);
                 Err(UplinkError::NoInterface(interface))
             }
             Err(error) => Err(UplinkError::Attach(
@@ -267,7 +304,7 @@ impl Uplink {
 
     /// Takes the programs off the interface.
     pub(super) fn detach(&mut self, interface: u32) {
-        for side in Side::ALL {
+        for side in [Side::Ingress, Side::Egress, Side::Tunnel] {
             self.detach_from((interface, side));
         }
     }
@@ -291,8 +328,13 @@ impl Uplink {
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
         let (interface, side) = place;
         let id = self.ids.get(&side);
+        let first = (side == Side::Guard && self.attached.contains(&(interface, Side::Egress)))
+            .then(|| self.ids.get(&Side::Egress).copied())
+            .flatten()
+            .filter(|first| programs.first() == Some(first));
+        let wanted = usize::from(first.is_some());
         let restored = match programs.iter().position(|other| Some(other) == id) {
-            Some(0) => {
+            Some(place_there) if place_there == wanted => {
                 self.attached.insert(place);
                 return Ok((Attachment::Tcx, None));
             }
@@ -304,8 +346,15 @@ impl Uplink {
         let pin = self.pins.link(interface, side.word());
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(&pin);
+        // The one before was there when the programs were listed; if it went meanwhile, that is an
+        // error, and the next look finds the place anew.
+        let order = if first.is_some() {
+            LinkOrder::after_program(classifier(&mut self.ebpf, Side::Egress.program())?)?
+        } else {
+            LinkOrder::first()
+        };
+        let options = TcAttachOptions::TcxOrder(order);
         let program = classifier(&mut self.ebpf, side.program())?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program
             .attach_with_options(&name, side.attach_type(), options)
             .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;
@@ -325,7 +374,7 @@ impl Uplink {
         qdisc::ensure(self.pins.root(), interface, &name);
         let program = classifier(&mut self.ebpf, side.program())?;
         let options = TcAttachOptions::Netlink(NlOptions {
-            priority: CLSACT_PRIORITY,
+            priority: side.priority(),
             handle: CLSACT_HANDLE,
             classid: None,
         });
@@ -401,7 +450,7 @@ fn clsact_link(name: &str, side: Side) -> io::Result<SchedClassifierLink> {
     SchedClassifierLink::attached(
         name,
         side.attach_type(),
-        CLSACT_PRIORITY,
+        side.priority(),
         CLSACT_HANDLE,
         None,
     )

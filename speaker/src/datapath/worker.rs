@@ -15,8 +15,8 @@ use super::pins::Pins;
 use super::tables::{Tables, TablesError};
 use super::uplink::{Restored, Uplink};
 use super::{
-    Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, NodeId, NodeState,
-    PortId, PortState, VipCount, VipState,
+    Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
+    NodeState, PortId, PortState, VipCount, VipState,
 };
 
 /// How long to wait before a data path that could not be loaded is tried again.
@@ -70,6 +70,7 @@ impl Worker {
             fresh: false,
             not_retired: None,
             last_reason: None,
+            unguarded: BTreeMap::new(),
         };
         let thread = thread::Builder::new()
             .name("datapath".to_owned())
@@ -142,6 +143,7 @@ struct Wanted {
     ports: BTreeMap<PortId, PortState>,
     holders: BTreeMap<(PortId, u16), BucketHolders>,
     mark: Option<u32>,
+    egress: Option<Arc<Leaving>>,
     complete: bool,
 }
 
@@ -156,6 +158,7 @@ impl Wanted {
                 keep(&mut self.holders, &(*id, *page), some);
             }
             Change::Mark(mark) => self.mark = Some(*mark),
+            Change::Egress(leaving) => self.egress.clone_from(leaving),
             Change::Complete => self.complete = true,
         }
     }
@@ -178,6 +181,7 @@ impl Wanted {
                     .map(|(vip, state)| Change::Vip(*vip, Some(*state))),
             )
             .chain(self.mark.map(Change::Mark))
+            .chain(self.egress.clone().map(|it| Change::Egress(Some(it))))
             .chain(self.complete.then_some(Change::Complete))
             .collect()
     }
@@ -207,6 +211,8 @@ struct Task {
     /// The pins, until what lies beside them has been removed.
     not_retired: Option<Pins>,
     last_reason: Option<String>,
+    /// The interfaces where the guard should be and cannot, and why.
+    unguarded: BTreeMap<u32, String>,
 }
 
 /// What the loop wants now.
@@ -235,6 +241,7 @@ impl Task {
             self.fresh &= !(self.wanted.complete && self.flows.has_compared());
             if !self.fresh {
                 self.attach(&interfaces);
+                self.guard();
                 self.retire_others();
                 self.attach_drivers();
             }
@@ -264,7 +271,7 @@ impl Task {
             Change::Vip(vip, state) => self.flows.vip(*vip, state.is_some()),
             Change::Port(id, state) => self.flows.port(*id, state.as_ref()),
             Change::Node(id, Some(state)) if state.here => self.flows.here(&id.name),
-            Change::Node(..) | Change::Holders(..) | Change::Mark(_) => {}
+            Change::Node(..) | Change::Holders(..) | Change::Mark(_) | Change::Egress(_) => {}
             Change::Complete => self.flows.complete(),
         }
     }
@@ -361,6 +368,43 @@ impl Task {
             attachments.insert(interface, attachment);
         }
         self.report(attachments);
+    }
+
+    /// Attaches the guard where pods leave, while there are policies. Before all is known it stays where an earlier process
+    /// has left it.
+    fn guard(&mut self) {
+        let Some(uplink) = self.uplink.as_mut() else {
+            return;
+        };
+        let nowhere = BTreeSet::new();
+        let wanted = match &self.wanted.egress {
+            Some(leaving) => &leaving.outside,
+            None if self.wanted.complete => &nowhere,
+            None => return,
+        };
+        for gone in uplink.guarded().difference(wanted) {
+            uplink.unguard(*gone);
+        }
+        let mut unguarded = BTreeMap::new();
+        for interface in wanted {
+            match uplink.guard(*interface) {
+                Ok((_, Some(restored))) => count_restored(&self.metrics, *interface, restored),
+                Ok((_, None)) => {}
+                Err(error) => {
+                    unguarded.insert(*interface, error.to_string());
+                }
+            }
+        }
+        if unguarded != self.unguarded {
+            for (interface, reason) in &unguarded {
+                tracing::warn!(
+                    interface = interface_name(*interface),
+                    reason,
+                    "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
+                );
+            }
+            self.unguarded = unguarded;
+        }
     }
 
     /// The same for the drivers of those uplinks that carry the program and whose drivers the user has named. After

@@ -22,7 +22,7 @@ struct Known {
     routed: BTreeSet<(u32, Routed)>,
 }
 
-pub(super) struct Nodes {
+pub(in super::super) struct Nodes {
     map: Array<MapData, Node>,
     peers: HashMap<MapData, PeerKey, Peer>,
     routed: LpmTrie<MapData, Routed, u32>,
@@ -77,7 +77,11 @@ impl Nodes {
     }
 
     /// The number of a node, which it gets if it has none: it is not alive until more is said of it.
-    pub(super) fn place(&mut self, name: &NodeName, interface: u32) -> Result<u16, TablesError> {
+    pub(in super::super) fn place(
+        &mut self,
+        name: &NodeName,
+        interface: u32,
+    ) -> Result<u16, TablesError> {
         if let Some(number) = self.by_name.get(&(seed(name), interface)) {
             return Ok(*number);
         }
@@ -178,7 +182,7 @@ impl Nodes {
 }
 
 /// It is no error that what is to go is not there.
-fn forget(outcome: Result<(), MapError>) -> Result<(), MapError> {
+pub(in super::super) fn forget(outcome: Result<(), MapError>) -> Result<(), MapError> {
     match outcome {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))

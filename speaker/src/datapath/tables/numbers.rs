@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 /// The numbers below a bound that are in use.
 #[derive(Debug)]
-pub(super) struct Numbers {
+pub(in super::super) struct Numbers {
     below: u32,
     next: u32,
     free: BTreeSet<u32>,
@@ -12,7 +12,7 @@ pub(super) struct Numbers {
 
 impl Numbers {
     /// From `first` up to and without `below`, less those in use.
-    pub(super) fn new(first: u32, below: u32, used: &BTreeSet<u32>) -> Self {
+    pub(in super::super) fn new(first: u32, below: u32, used: &BTreeSet<u32>) -> Self {
         let next = used.last().map_or(first, |last| last + 1).max(first);
         Self {
             below,
@@ -24,7 +24,7 @@ impl Numbers {
     }
 
     /// The lowest that is free; nothing when all are in use.
-    pub(super) fn take(&mut self) -> Option<u32> {
+    pub(in super::super) fn take(&mut self) -> Option<u32> {
         if let Some(number) = self.free.pop_first() {
             return Some(number);
         }
@@ -36,7 +36,7 @@ impl Numbers {
     }
 
     /// It is free again.
-    pub(super) fn give(&mut self, number: u32) {
+    pub(in super::super) fn give(&mut self, number: u32) {
         self.free.insert(number);
     }
 }

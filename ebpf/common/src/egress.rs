@@ -1,0 +1,3 @@
+//! Pods that leave by an address of their own.
+
+pub mod guard;

@@ -1,0 +1,157 @@
+//! What leaves by an uplink and is a pod's: the second line behind the packet filter's, which may be taken away.
+//!
+//! ```text
+//!  tenant    judged, and not for its gateway ─> leaves      for the cluster ─> leaves
+//!            else ─> its gateway's Ethernet address, out of the interface to it; without a gateway ─> dropped
+//!  another   this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
+//!            else ─> dropped
+//! ```
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::guard::{
+    Gateway, Guarded, MAX_GATEWAYS, MAX_INSIDE, MAX_OUTSIDE, MAX_TENANTS, Marks, Tenant,
+    gateway_flag, tenant_flag,
+};
+
+use crate::packet::Ends;
+use crate::{DROP, NEXT, maps, tunnel};
+
+#[map]
+static TENANTS: HashMap<VipKey, Tenant> = HashMap::with_max_entries(MAX_TENANTS, BPF_F_NO_PREALLOC);
+#[map]
+static GATEWAYS: Array<Gateway> = Array::with_max_entries(MAX_GATEWAYS, 0);
+#[map]
+static INSIDE: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(MAX_INSIDE, BPF_F_NO_PREALLOC);
+#[map]
+static OUTSIDE: HashMap<u32, u32> = HashMap::with_max_entries(MAX_OUTSIDE, BPF_F_NO_PREALLOC);
+#[map]
+static MARKS: Array<Marks> = Array::with_max_entries(1, 0);
+#[map]
+static GUARDED: PerCpuArray<u64> = PerCpuArray::with_max_entries(Guarded::COUNT, 0);
+
+/// What the kernel says of a frame beside what is in it.
+struct Told {
+    mark: u32,
+    /// The interface it came in by; 0 for what this node has made.
+    from: u32,
+    /// The one it leaves by.
+    here: u32,
+}
+
+/// What becomes of a frame that is about to leave.
+#[inline(always)]
+pub(crate) fn guard(context: &TcContext) -> i32 {
+    let Some(marks) = MARKS.get(0).filter(|marks| marks.egress != 0) else {
+        return NEXT;
+    };
+    if !Ends::has(context) {
+        return NEXT;
+    }
+    let Some(ends) = Ends::of(context) else {
+        return refuse(Guarded::Unjudged);
+    };
+    let skb = context.skb.skb;
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+    let told = unsafe {
+        Told {
+            mark: (*skb).mark,
+            from: (*skb).ingress_ifindex,
+            here: (*skb).ifindex,
+        }
+    };
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    match unsafe { TENANTS.get(&ends.source) } {
+        Some(tenant) if tenant.flags & tenant_flag::HERE != 0 => {
+            of_tenant(context, &told, marks, &ends, tenant)
+        }
+        _ => of_another(&told, marks, &ends),
+    }
+}
+
+#[inline(always)]
+fn of_another(told: &Told, marks: &Marks, ends: &Ends) -> i32 {
+    let is_ours = told.from == 0 || told.mark & marks.judged != 0;
+    if is_ours || is_outside(told.from) || is_inside(&ends.destination) {
+        return NEXT;
+    }
+    refuse(Guarded::Unjudged)
+}
+
+#[inline(always)]
+fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenant: &Tenant) -> i32 {
+    let leaves = told.mark & marks.egress != 0;
+    if !leaves && (told.mark & marks.judged != 0 || is_inside(&ends.destination)) {
+        return NEXT;
+    }
+    if !leaves && is_outside(told.from) {
+        return refuse(Guarded::Forged);
+    }
+    if tenant.flags & tenant_flag::OPEN == 0 {
+        return refuse(Guarded::NoGateway);
+    }
+    let Some(gateway) = GATEWAYS.get(tenant.policy) else {
+        return refuse(Guarded::NoGateway);
+    };
+    let at_it = gateway.interface == told.here;
+    match gateway.flags & (gateway_flag::KNOWN | gateway_flag::HERE) {
+        gateway_flag::KNOWN => {}
+        flags if flags & gateway_flag::KNOWN == 0 => return refuse(Guarded::NoGateway),
+        _ if at_it => return NEXT,
+        _ => return refuse(Guarded::Unsendable),
+    }
+    if lead(context, gateway, at_it).is_none() {
+        return refuse(Guarded::Unsendable);
+    }
+    note(if leaves {
+        Guarded::Led
+    } else {
+        Guarded::LedUnjudged
+    });
+    if at_it {
+        return NEXT;
+    }
+    // SAFETY: it takes numbers only; the frame is sent when the program has returned. There it comes by here again.
+    unsafe { bpf_redirect(gateway.interface, 0) as i32 }
+}
+
+/// Addresses a frame to a gateway.
+#[inline(always)]
+fn lead(context: &TcContext, gateway: &Gateway, at_it: bool) -> Option<()> {
+    if at_it && gateway.flags & gateway_flag::TUNNEL != 0 {
+        context.store(0, &gateway.mac, 0).ok()?;
+        return (tunnel::landfall_enter(context.skb.skb, gateway.node) == 0).then_some(());
+    }
+    context.store(0, &gateway.mac, 0).ok()?;
+    context.store(6, &gateway.source, 0).ok()
+}
+
+#[inline(always)]
+fn is_outside(interface: u32) -> bool {
+    OUTSIDE.get_ptr(&interface).is_some()
+}
+
+/// Whether an address is the cluster's own.
+#[inline(always)]
+fn is_inside(address: &VipKey) -> bool {
+    maps::vip(address).is_some() || INSIDE.get(Key::new(128, address.0)).is_some()
+}
+
+#[inline(always)]
+fn refuse(why: Guarded) -> i32 {
+    note(why);
+    DROP
+}
+
+#[inline(always)]
+fn note(what: Guarded) {
+    if let Some(count) = GUARDED.get_ptr_mut(what as u32) {
+        // SAFETY: the map gave the pointer, to this CPU's value, and nothing else runs on it meanwhile.
+        unsafe { *count += 1 };
+    }
+}

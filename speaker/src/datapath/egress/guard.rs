@@ -1,0 +1,306 @@
+//! What the guard knows: tenants, their policies' gateways, the cluster's networks, the interfaces to the outside.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use ipnet::IpNet;
+use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::guard::{
+    Gateway, MAX_GATEWAYS, Marks, Tenant, gateway_flag, map, tenant_flag,
+};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::if_nametoindex;
+use xxhash_rust::xxh64::xxh64;
+
+use super::super::tables::{Nodes, Numbers, TablesError, forget, taken};
+use super::Leaving;
+use crate::egress::{Policy, PolicyName};
+use crate::node_rules::TUNNEL;
+
+type Network = (u32, [u8; 16]);
+
+/// The guard's maps, and what this process knows to be in them.
+pub(in super::super) struct Guard {
+    tenants: HashMap<MapData, VipKey, Tenant>,
+    gateways: Array<MapData, Gateway>,
+    inside: LpmTrie<MapData, [u8; 16], u32>,
+    outside: HashMap<MapData, u32, u32>,
+    marks: Array<MapData, Marks>,
+    guarded: PerCpuArray<MapData, u64>,
+    known: Known,
+    numbers: Numbers,
+    /// What was said last.
+    leaving: Option<Leaving>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    tenants: BTreeMap<IpAddr, Tenant>,
+    gateways: BTreeMap<u32, Gateway>,
+    inside: BTreeSet<Network>,
+    outside: BTreeSet<u32>,
+}
+
+impl Guard {
+    /// Takes the maps, and reads what an earlier process has left in them.
+    pub(in super::super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+        let tenants: HashMap<_, VipKey, Tenant> = taken(ebpf, map::TENANTS)?;
+        let gateways: Array<_, Gateway> = taken(ebpf, map::GATEWAYS)?;
+        let inside: LpmTrie<_, [u8; 16], u32> = taken(ebpf, map::INSIDE)?;
+        let outside: HashMap<_, u32, u32> = taken(ebpf, map::OUTSIDE)?;
+        let mut known = Known::default();
+        for entry in &tenants {
+            let (key, tenant) = entry?;
+            known.tenants.insert(key.address(), tenant);
+        }
+        for (number, gateway) in (0..).zip(gateways.iter()) {
+            let gateway = gateway?;
+            if gateway.seed != 0 {
+                known.gateways.insert(number, gateway);
+            }
+        }
+        for entry in &inside {
+            let (key, _) = entry?;
+            known.inside.insert((key.prefix_len(), key.data()));
+        }
+        for entry in &outside {
+            known.outside.insert(entry?.0);
+        }
+        let used = known.gateways.keys().copied().collect();
+        Ok(Self {
+            tenants,
+            gateways,
+            inside,
+            outside,
+            marks: taken(ebpf, map::MARKS)?,
+            guarded: taken(ebpf, map::GUARDED)?,
+            numbers: Numbers::new(0, MAX_GATEWAYS, &used),
+            known,
+            leaving: None,
+        })
+    }
+
+    /// Makes the maps say this and nothing else. A tenant is told after its policy's gateway, and a network of the
+    /// cluster goes last: whatever comes between is dropped and not let out.
+    pub(in super::super) fn set(
+        &mut self,
+        leaving: Option<&Leaving>,
+        nodes: &mut Nodes,
+    ) -> Result<(), TablesError> {
+        self.leaving = leaving.cloned();
+        let Some(leaving) = leaving else {
+            return self.clear();
+        };
+        let judged = 1 << leaving.mark.trailing_zeros();
+        let marks = Marks {
+            judged,
+            egress: judged << 1,
+        };
+        if self.marks.get(&0, 0)? != marks {
+            self.marks.set(0, marks, 0)?;
+        }
+        for index in leaving.outside.difference(&self.known.outside) {
+            self.outside.insert(*index, 1, 0)?;
+        }
+        for index in self.known.outside.difference(&leaving.outside) {
+            forget(self.outside.remove(index))?;
+        }
+        self.known.outside.clone_from(&leaving.outside);
+        let numbers = self.lead(leaving, nodes)?;
+        self.tell_tenants(leaving, &numbers)?;
+        self.forget_gateways(&numbers.values().copied().collect())?;
+        self.tell_inside(leaving.egress.inside.iter().map(network).collect())
+    }
+
+    /// Takes in what may have changed without a word: this node's own Ethernet addresses.
+    pub(in super::super) fn refresh(&mut self, nodes: &mut Nodes) -> Result<(), TablesError> {
+        match self.leaving.take() {
+            None => Ok(()),
+            Some(leaving) => {
+                let led = self.lead(&leaving, nodes);
+                self.leaving = Some(leaving);
+                led.map(drop)
+            }
+        }
+    }
+
+    /// How many packets met each fate, all CPUs together, in the order of `Guarded::ALL`.
+    pub(in super::super) fn counts(&self) -> Vec<u64> {
+        self.guarded
+            .iter()
+            .map(|values| values.map_or(0, |values| values.iter().sum()))
+            .collect()
+    }
+
+    /// Writes the gateways; the numbers of their policies.
+    fn lead(
+        &mut self,
+        leaving: &Leaving,
+        nodes: &mut Nodes,
+    ) -> Result<BTreeMap<PolicyName, u32>, TablesError> {
+        let macs = own_macs();
+        let by_seed: BTreeMap<u64, u32> = self
+            .known
+            .gateways
+            .iter()
+            .map(|(number, gateway)| (gateway.seed, *number))
+            .collect();
+        let mut numbers = BTreeMap::new();
+        for (name, policy) in &leaving.egress.policies {
+            let seed = xxh64(name.as_bytes(), 0).max(1);
+            let number = match by_seed.get(&seed) {
+                Some(number) => *number,
+                None => self
+                    .numbers
+                    .take()
+                    .ok_or(TablesError::Full(MAX_GATEWAYS, "policies"))?,
+            };
+            let gateway = gateway(seed, policy, leaving, &macs, nodes)?;
+            if self.known.gateways.get(&number) != Some(&gateway) {
+                self.gateways.set(number, gateway, 0)?;
+                self.known.gateways.insert(number, gateway);
+            }
+            numbers.insert(name.clone(), number);
+        }
+        Ok(numbers)
+    }
+
+    fn tell_tenants(
+        &mut self,
+        leaving: &Leaving,
+        numbers: &BTreeMap<PolicyName, u32>,
+    ) -> Result<(), TablesError> {
+        let mut wanted = BTreeMap::new();
+        for (address, pod) in &leaving.egress.pods {
+            let Some(tenant) = &pod.tenant else { continue };
+            let egress_ip = tenant.egress_ip;
+            let mut flags = 0;
+            if pod.node == leaving.node {
+                flags |= tenant_flag::HERE;
+            }
+            if egress_ip.is_some() && numbers.contains_key(&tenant.policy) {
+                flags |= tenant_flag::OPEN;
+            }
+            let tenant = Tenant {
+                policy: numbers.get(&tenant.policy).copied().unwrap_or(u32::MAX),
+                flags,
+                address: egress_ip.map_or(VipKey([0; 16]), VipKey::from_address),
+            };
+            wanted.insert(*address, tenant);
+        }
+        for (address, tenant) in &wanted {
+            if self.known.tenants.get(address) != Some(tenant) {
+                self.tenants
+                    .insert(VipKey::from_address(*address), tenant, 0)?;
+                self.known.tenants.insert(*address, *tenant);
+            }
+        }
+        let gone = |address: &IpAddr| !wanted.contains_key(address);
+        for (address, _) in self
+            .known
+            .tenants
+            .extract_if(.., |address, _| gone(address))
+        {
+            forget(self.tenants.remove(&VipKey::from_address(address)))?;
+        }
+        Ok(())
+    }
+
+    fn forget_gateways(&mut self, used: &BTreeSet<u32>) -> Result<(), TablesError> {
+        for (number, _) in self
+            .known
+            .gateways
+            .extract_if(.., |number, _| !used.contains(number))
+        {
+            self.gateways.set(number, Gateway::default(), 0)?;
+            self.numbers.give(number);
+        }
+        Ok(())
+    }
+
+    fn tell_inside(&mut self, wanted: BTreeSet<Network>) -> Result<(), TablesError> {
+        for (length, address) in wanted.difference(&self.known.inside) {
+            self.inside.insert(&Key::new(*length, *address), 0, 0)?;
+        }
+        for (length, address) in self.known.inside.difference(&wanted) {
+            forget(self.inside.remove(&Key::new(*length, *address)))?;
+        }
+        self.known.inside = wanted;
+        Ok(())
+    }
+
+    fn clear(&mut self) -> Result<(), TablesError> {
+        for address in std::mem::take(&mut self.known.tenants).into_keys() {
+            forget(self.tenants.remove(&VipKey::from_address(address)))?;
+        }
+        self.forget_gateways(&BTreeSet::new())?;
+        for index in std::mem::take(&mut self.known.outside) {
+            forget(self.outside.remove(&index))?;
+        }
+        self.tell_inside(BTreeSet::new())?;
+        self.marks.set(0, Marks::default(), 0)?;
+        Ok(())
+    }
+}
+
+/// A policy's gateway, as the maps say it.
+fn gateway(
+    seed: u64,
+    policy: &Policy,
+    leaving: &Leaving,
+    macs: &BTreeMap<u32, [u8; 6]>,
+    nodes: &mut Nodes,
+) -> Result<Gateway, TablesError> {
+    let unknown = Gateway {
+        seed,
+        ..Gateway::default()
+    };
+    let Some(known) = &policy.gateway else {
+        return Ok(unknown);
+    };
+    if known.node == leaving.node {
+        return Ok(Gateway {
+            interface: known.interface,
+            flags: gateway_flag::KNOWN | gateway_flag::HERE,
+            ..unknown
+        });
+    }
+    let (Some(mac), Some(source)) = (known.mac, macs.get(&known.interface)) else {
+        return Ok(unknown);
+    };
+    let is_tunnel = *known.uplink == *TUNNEL;
+    Ok(Gateway {
+        interface: known.interface,
+        flags: gateway_flag::KNOWN | if is_tunnel { gateway_flag::TUNNEL } else { 0 },
+        node: if is_tunnel {
+            u32::from(nodes.place(&known.node, known.interface)?)
+        } else {
+            0
+        },
+        mac,
+        source: *source,
+        ..unknown
+    })
+}
+
+/// A network as in a longest-prefix match: its prefix's length in bits, and its address.
+fn network(net: &IpNet) -> Network {
+    let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
+    let length = mapped + u32::from(net.prefix_len());
+    (length, VipKey::from_address(net.network()).0)
+}
+
+/// The Ethernet addresses of this node's interfaces, by index.
+fn own_macs() -> BTreeMap<u32, [u8; 6]> {
+    let Ok(all) = getifaddrs() else {
+        return BTreeMap::new();
+    };
+    all.filter_map(|it| {
+        let mac = it.address.as_ref()?.as_link_addr()?.addr()?;
+        Some((if_nametoindex(&*it.interface_name).ok()?, mac))
+    })
+    .collect()
+}
