@@ -29,8 +29,8 @@ use std::time::Duration;
 use landfall_core::election::{
     BootId, Change, Config as ElectionConfig, Elector, HeldPort, InterfaceFact, Outgoing,
 };
-use landfall_core::groups::{Group, GroupId, GroupIndex, Options};
-use landfall_core::model::{Event, NodeName, Object, ObjectId};
+use landfall_core::groups::{self, Group, GroupId, GroupIndex, Options};
+use landfall_core::model::{Event, Kind, NodeName, Object, ObjectId};
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
 use crate::datapath::{DataPath, Delivery, Held, NodeId};
@@ -56,6 +56,12 @@ const STRANGER_EVERY: Duration = Duration::from_mins(1);
 /// A conflict that is not seen again is over after this long.
 const CONFLICT_LASTS: Duration = Duration::from_secs(30);
 
+/// The kinds of objects that the loop is told of.
+pub const KINDS: [Kind; 9] = {
+    let [a, b, c, d, e, f, g] = groups::KINDS;
+    [a, b, c, d, e, f, g, Kind::Namespace, Kind::Pod]
+};
+
 /// What the loop drives.
 #[derive(Clone)]
 pub struct Parts {
@@ -80,6 +86,8 @@ pub struct Identity {
     pub manifests: bool,
     /// Who delivers to endpoints that are pods.
     pub delivery: Delivery,
+    /// The bits of the packet mark by which egress is judged.
+    pub egress_mark: u32,
     /// Where to gossip.
     pub gossip: SocketAddr,
     /// Other speakers that were named.

@@ -11,7 +11,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use landfall_core::election::BootId;
-use landfall_core::groups::KINDS;
 use landfall_core::model::{Event, Kind, NodeName};
 use landfall_runtime::source::{self, Source};
 use landfall_runtime::{admin, shutdown};
@@ -22,7 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::announcer::AnnouncerEvent;
 use crate::args::Args;
-use crate::elector::{Identity, Parts, Speaker};
+use crate::elector::{Identity, KINDS, Parts, Speaker};
 use crate::keys::KeySource;
 use crate::manifests::Allocator;
 use crate::membership::gossip::{self, Counters};
@@ -120,6 +119,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         boot,
         manifests: args.manifests.is_some(),
         delivery: args.delivery,
+        egress_mark: args.egress_mark,
         gossip: address,
         peers: peers(&args).await?,
     };

@@ -159,11 +159,14 @@ impl Speaker {
                 .names()
                 .filter_map(|name| Some(self.interface(name)?.index)),
         );
+        let leaving = self.leaving(&uplinks);
         let rules = Rules {
             tunnel: self.tunnel_rules(),
+            egress: leaving.as_ref().map(|it| it.rules.clone()),
             ..self.desired.rules.clone()
         };
         self.parts.rules.apply(rules);
+        self.tell_leaving(leaving.map(|it| it.programs));
         self.parts.datapath.attach(Interfaces {
             uplinks: uplinks.clone(),
             tunnel: self.tunnel(),

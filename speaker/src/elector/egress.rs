@@ -16,9 +16,9 @@ use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
 use super::Speaker;
-use crate::datapath::NodeId;
+use crate::datapath::{self, Change as Told, NodeId};
 use crate::egress::{Egress, Gateway, Pod, Policy, PolicyName, Tenant};
-use crate::node_rules::TUNNEL;
+use crate::node_rules::{self, TUNNEL};
 
 /// What is known of tenants and policies, and what follows from it.
 #[derive(Debug)]
@@ -33,6 +33,10 @@ pub(super) struct Plan {
     hosts: BTreeMap<PolicyName, BTreeMap<NodeName, usize>>,
     /// As it was last given out.
     given: Option<Arc<Egress>>,
+    /// What the programs were told last.
+    told: Option<Arc<datapath::Leaving>>,
+    /// They were told anything.
+    has_told: bool,
 }
 
 impl Plan {
@@ -44,6 +48,8 @@ impl Plan {
             strays: BTreeSet::new(),
             hosts: BTreeMap::new(),
             given: None,
+            told: None,
+            has_told: false,
         }
     }
 
@@ -151,7 +157,50 @@ fn reserved() -> impl Iterator<Item = IpNet> {
     .into_iter()
 }
 
+/// What follows for the packet filter and for the programs.
+pub(super) struct Leaving {
+    pub(super) rules: Arc<node_rules::Leaving>,
+    pub(super) programs: Arc<datapath::Leaving>,
+}
+
 impl Speaker {
+    /// What follows from it for this node, that has uplinks (by index) to segments with VIPs.
+    pub(super) fn leaving(&mut self, uplinks: &BTreeSet<u32>) -> Option<Leaving> {
+        let egress = self.egress()?;
+        let outside = self.interfaces.iter().filter(|interface| {
+            uplinks.contains(&interface.index)
+                || interface.default_route.0
+                || interface.default_route.1
+                || &*interface.name == TUNNEL
+        });
+        let (names, outside) = outside
+            .map(|interface| (interface.name.clone(), interface.index))
+            .unzip();
+        let node = self.identity.node.clone();
+        Some(Leaving {
+            rules: Arc::new(node_rules::Leaving {
+                node: node.clone(),
+                egress: egress.clone(),
+                uplinks: names,
+            }),
+            programs: Arc::new(datapath::Leaving {
+                node,
+                egress,
+                outside,
+                mark: self.identity.egress_mark,
+            }),
+        })
+    }
+
+    /// Tells the programs, if it is another thing than before.
+    pub(super) fn tell_leaving(&mut self, leaving: Option<Arc<datapath::Leaving>>) {
+        if !self.plan.has_told || self.plan.told != leaving {
+            self.plan.has_told = true;
+            self.plan.told.clone_from(&leaving);
+            self.parts.datapath.change(vec![Told::Egress(leaving)]);
+        }
+    }
+
     /// Draws conclusions about tenants; whether anything came of it.
     pub(super) fn reconcile_egress(&mut self) -> bool {
         self.plan.reconcile(&self.identity.node)

@@ -5,7 +5,6 @@ mod suspected;
 
 use std::sync::{Mutex, PoisonError};
 
-use landfall_core::groups::KINDS;
 use landfall_core::model::{
     Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectKey, Pool, Protocol, Service,
     ServicePort, VirtualIp,
@@ -196,6 +195,7 @@ impl World {
             boot: BootId(boot),
             manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
+            egress_mark: crate::egress::MARK,
             gossip: "10.88.0.1:7950".parse().unwrap(),
             peers: Vec::new(),
         };
