@@ -1,5 +1,6 @@
 //! The loop's owner with all four seams in memory, under virtual time.
 
+mod egress;
 mod steered;
 mod suspected;
 
@@ -100,6 +101,12 @@ struct World {
     hub: Hub,
     hosts: BTreeMap<NodeName, Host>,
     objects: Vec<Object>,
+}
+
+/// The Ethernet address of a node called n and its number.
+fn mac_of(name: &NodeName) -> MacAddr {
+    let number = name.0.trim_start_matches('n').parse().unwrap();
+    mk_interface(number).mac
 }
 
 fn mk_interface(node: u8) -> Interface {
@@ -242,7 +249,7 @@ impl World {
                 if *to != from {
                     let event = AnnouncerEvent::Hello {
                         interface: 2,
-                        from: MacAddr([2; 6]),
+                        from: mac_of(&from),
                         payload: payload.clone(),
                     };
                     host.speaker.announcer(event, self.now);

@@ -1,0 +1,199 @@
+//! What nodes are told of pods that leave by addresses of their own.
+
+use landfall_core::model::{
+    EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows, Pod, Purpose,
+};
+use landfall_core::selector::LabelSelector;
+
+use super::*;
+use crate::egress::{Egress, Gateway};
+
+const VIP: &str = "10.88.0.240";
+
+fn mk_policy() -> Object {
+    Object::EgressPolicy(Box::new(EgressPolicy {
+        name: "mail".into(),
+        uid: String::new(),
+        generation: 0,
+        created: 0,
+        spec: EgressSpec {
+            namespaces: None,
+            pods: Some(LabelSelector::of_labels([("app", "mta")])),
+            source: EgressSource::Pool {
+                name: "out".into(),
+                count: 1,
+                families: Vec::new(),
+            },
+            destinations: BTreeSet::new(),
+            excluded: BTreeSet::new(),
+            gateways: None,
+            ports_per_pod: None,
+            ports: None,
+            bandwidth: None,
+            on_appear: OldFlows::Keep,
+            on_delete: OldFlows::Keep,
+            hairpin: false,
+        },
+        status: EgressStatus::default(),
+    }))
+}
+
+fn mk_pod(name: &str, node: &str, app: &str, address: &str) -> Object {
+    Object::Pod(Pod {
+        key: ObjectKey::new("default", name),
+        uid: String::new(),
+        labels: BTreeMap::from([("app".into(), app.into())]),
+        addresses: vec![address.parse().unwrap()],
+        node: Some(node.into()),
+        host_network: false,
+        created: 0,
+        terminating: false,
+    })
+}
+
+fn mk_world() -> World {
+    let mut world = World::new(0);
+    let mut pool = world.objects.iter().find_map(|object| match object {
+        Object::Pool(pool) => Some(pool.clone()),
+        _ => None,
+    });
+    let pool = Pool {
+        name: "out".into(),
+        purpose: Purpose::Egress,
+        ..pool.take().unwrap()
+    };
+    world.tell(&Object::Pool(pool));
+    world.run(Duration::from_secs(2));
+    world
+}
+
+fn tell_policy(world: &mut World) {
+    let address: IpAddr = VIP.parse().unwrap();
+    world.tell(&Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        ..VirtualIp::unheld(address, "out".into(), VIP.into())
+    }));
+    world.tell(&mk_policy());
+    world.tell(&mk_pod("mta", "n1", "mta", "10.244.1.5"));
+    world.tell(&mk_pod("web", "n1", "web", "10.244.1.6"));
+    world.tell(&mk_pod("far", "n3", "mta", "10.244.3.5"));
+    world.tell(&mk_pod("away", "n3", "web", "10.244.3.6"));
+}
+
+fn egress(world: &World, node: &str) -> Option<Arc<Egress>> {
+    let rules = world.hosts[&NodeName::from(node)].lower.rules();
+    rules.egress.map(|leaving| leaving.egress.clone())
+}
+
+fn gateway(world: &World, node: &str) -> Option<Gateway> {
+    egress(world, node)?.policies["mail"].gateway.clone()
+}
+
+fn leader(world: &World) -> String {
+    world.announcers()[&VIP.parse::<IpAddr>().unwrap()][0].clone()
+}
+
+#[test]
+fn tenants_go_where_their_address_is_led() {
+    let mut world = mk_world();
+    assert_eq!(
+        egress(&world, "n1"),
+        None,
+        "nothing is armed without a policy"
+    );
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let leader = leader(&world);
+    for node in ["n1", "n2", "n3"] {
+        let gateway = gateway(&world, node).unwrap();
+        let known: (&str, &str, u32) = (&gateway.node.0, &gateway.uplink, gateway.interface);
+        assert_eq!(known, (leader.as_str(), "eth0", 2));
+        let mac = (leader != node).then(|| mac_of(&gateway.node).0);
+        assert_eq!(gateway.mac, mac, "as {node} sees {leader}");
+    }
+    // A node knows its own pods, and whom it may have to be the gateway of.
+    let pods = |node: &str| {
+        let egress = egress(&world, node).unwrap();
+        let pods = egress.pods.iter().map(|(address, pod)| {
+            let by = pod.tenant.as_ref().map(|tenant| tenant.egress_ip.unwrap());
+            (address.to_string(), by.map(|by| by.to_string()))
+        });
+        pods.collect::<Vec<_>>()
+    };
+    let by = || Some(VIP.to_owned());
+    let (mta, far) = (("10.244.1.5".into(), by()), ("10.244.3.5".into(), by()));
+    let (web, away) = (("10.244.1.6".into(), None), ("10.244.3.6".into(), None));
+    assert_eq!(pods("n1"), [mta.clone(), web, far.clone()]);
+    assert_eq!(pods("n2"), [mta.clone(), far.clone()]);
+    assert_eq!(pods("n3"), [mta, far, away]);
+    // Pods that lie in no node's network are inside all the same.
+    let inside = egress(&world, "n2").unwrap().inside.clone();
+    for one in [
+        "10.244.1.6/32",
+        "10.88.0.11/32",
+        "169.254.0.0/16",
+        "ff00::/8",
+    ] {
+        assert!(
+            inside.contains(&one.parse().unwrap()),
+            "{one} in {inside:?}"
+        );
+    }
+}
+
+#[test]
+fn a_gateway_stays_known_until_the_next_one_is() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let first = leader(&world);
+    let epoch = gateway(&world, &first).unwrap().epoch;
+    world.hosts.remove(&NodeName::from(first.as_str()));
+    world.hub.lose(&first.as_str().into());
+    let others: Vec<String> = world.hosts.keys().map(ToString::to_string).collect();
+    for _ in 0..150 {
+        world.step();
+        for other in &others {
+            assert!(gateway(&world, other).is_some(), "no rule is to change");
+        }
+    }
+    let second = leader(&world);
+    assert_ne!(first, second);
+    for other in &others {
+        let gateway = gateway(&world, other).unwrap();
+        assert_eq!(*gateway.node.0, *second);
+        assert!(gateway.epoch > epoch);
+    }
+}
+
+#[test]
+fn programs_are_told_once_of_each_change_and_of_the_end() {
+    let mut world = mk_world();
+    let told = |world: &World| -> Vec<Option<usize>> {
+        let host = &world.hosts[&NodeName::from("n1")];
+        let told = host.lower.told.lock().unwrap();
+        told.iter()
+            .filter_map(|change| match change {
+                Told::Egress(leaving) => Some(leaving.as_ref().map(|it| it.egress.pods.len())),
+                _ => None,
+            })
+            .collect()
+    };
+    assert_eq!(told(&world), [None], "what an earlier process left goes");
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let some = told(&world).len();
+    assert_eq!(told(&world).last(), Some(&Some(3)));
+    world.run(Duration::from_secs(5));
+    assert_eq!(told(&world).len(), some, "nothing is said twice");
+    world.tell(&mk_pod("more", "n1", "web", "10.244.1.7"));
+    world.run(Duration::from_secs(1));
+    assert_eq!(told(&world).last(), Some(&Some(4)));
+    for host in world.hosts.values_mut() {
+        let policy = ObjectId::EgressPolicy("mail".into());
+        host.speaker.source(Event::Delete(policy));
+    }
+    world.run(Duration::from_secs(1));
+    assert_eq!(told(&world).last(), Some(&None));
+    assert_eq!(egress(&world, "n1"), None);
+}
