@@ -1,5 +1,6 @@
-//! The task of a leader: the one owner of the allocator and of the writer.
+//! The task of a leader: the one owner of the indexes and of the writer.
 
+mod policies;
 #[cfg(test)]
 mod tests;
 
@@ -14,31 +15,39 @@ use tokio::time::Instant;
 
 use crate::lease::Term;
 use crate::metrics::Metrics;
-use crate::writer::{Sink, Writer, sleep_until};
+use crate::writer::{Sink, Write, Writer, sleep_until};
+use policies::Policies;
 
 /// So many events are taken in before writes are begun.
 const BATCH: usize = 512;
 
-/// What others may look at: the index of the current term, if there is one.
+/// What is known in a term.
+#[derive(Debug)]
+struct Known {
+    ipam: Ipam,
+    policies: Policies,
+}
+
+/// What others may look at: the indexes of the current term, if there is one.
 #[derive(Clone, Debug, Default)]
-pub struct Shared(Arc<Mutex<Option<Ipam>>>);
+pub struct Shared(Arc<Mutex<Option<Known>>>);
 
 impl Shared {
-    fn with<T>(&self, look: impl FnOnce(&mut Option<Ipam>) -> T) -> T {
+    fn with<T>(&self, look: impl FnOnce(&mut Option<Known>) -> T) -> T {
         // A panic while it was held leaves at worst an index that is thrown away with its term.
         look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether this process leads and has replayed what it found.
     pub fn is_ready(&self) -> bool {
-        self.with(|ipam| ipam.as_ref().is_some_and(Ipam::is_ready))
+        self.with(|known| known.as_ref().is_some_and(|known| known.ipam.is_ready()))
     }
 
     /// Who holds what, as JSON for `/debug/state`.
     pub fn debug_state(&self) -> Value {
-        self.with(|ipam| match ipam {
+        self.with(|known| match known {
             None => json!({ "leader": false }),
-            Some(ipam) => json!({
+            Some(Known { ipam, policies }) => json!({
                 "leader": true,
                 "ready": ipam.is_ready(),
                 "services": ipam.service_count(),
@@ -60,6 +69,7 @@ impl Shared {
                     "reason": refusal.reason(),
                     "message": refusal.to_string(),
                 })).collect::<Vec<_>>(),
+                "policies": policies.debug(),
                 "pools": ipam.pool_statuses().map(|status| json!({
                     "name": &*status.name,
                     "ipv4": { "total": status.v4.total.to_string(), "assigned": status.v4.assigned.to_string(),
@@ -102,7 +112,12 @@ pub async fn run<S: Sink>(
         settings.concurrency,
         settings.write_timeout,
     );
-    shared.with(|ipam| *ipam = Some(Ipam::new(settings.ipam)));
+    shared.with(|known| {
+        *known = Some(Known {
+            ipam: Ipam::new(settings.ipam),
+            policies: Policies::default(),
+        });
+    });
     let mut wake: Option<Instant> = None;
     loop {
         tokio::select! {
@@ -126,7 +141,7 @@ pub async fn run<S: Sink>(
         writer.dispatch();
     }
     writer.finish().await;
-    shared.with(|ipam| *ipam = None);
+    shared.with(|known| *known = None);
     metrics.clear();
 }
 
@@ -139,13 +154,15 @@ fn advance<S: Sink>(
     origin: Instant,
 ) -> Option<Instant> {
     let now = origin.elapsed();
-    let (changes, wake) = shared.with(|ipam| {
-        let ipam = ipam.as_mut()?;
+    let (changes, statuses, wake) = shared.with(|known| {
+        let Known { ipam, policies } = known.as_mut()?;
         let was_ready = ipam.is_ready();
         for event in batch {
+            policies.apply(&event);
             ipam.apply(event, now);
         }
         let changes = ipam.reconcile(now);
+        let statuses = policies.reconcile(ipam, &changes.policies);
         if ipam.is_ready() && !was_ready {
             tracing::info!(
                 services = ipam.service_count(),
@@ -153,9 +170,12 @@ fn advance<S: Sink>(
             );
         }
         metrics.known_services(ipam.service_count());
-        Some((changes, ipam.next_wakeup()))
+        Some((changes, statuses, ipam.next_wakeup()))
     })?;
     metrics.decided(&changes);
     writer.submit_all(changes);
+    for status in statuses {
+        writer.submit(Write::Policy(status));
+    }
     wake.map(|wake| origin + wake)
 }

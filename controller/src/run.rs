@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
 use landfall_core::ipam::Config;
+use landfall_core::model::Kind;
 use landfall_runtime::source::{Ignored, Options};
 use landfall_runtime::{admin, shutdown, source};
 use prometheus_client::registry::Registry;
@@ -91,7 +92,8 @@ async fn lead(
     ignored: Ignored,
 ) {
     metrics.lead(true);
-    let kinds: Vec<_> = settings.ipam.kinds.iter().copied().collect();
+    let of_allocation = settings.ipam.kinds.iter().copied();
+    let kinds: Vec<_> = of_allocation.chain([Kind::Pod]).collect();
     let source = source::kubernetes(&client, &kinds, Options::default(), &ignored);
     let sink = Arc::new(Kubernetes::new(client, identity.to_owned()));
     index::run(source, sink, settings, term, shared, metrics.clone()).await;

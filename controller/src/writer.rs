@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use landfall_core::ipam::{Changes, Notice, PoolStatus, RecordChange, ServiceStatus};
-use landfall_core::model::ObjectKey;
+use landfall_core::model::{EgressStatus, Holder, ObjectKey};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
@@ -30,8 +30,8 @@ use crate::metrics::Metrics;
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 /// The longest wait after a failed write.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
-/// A pool's status is written at most this often.
-const POOL_INTERVAL: Duration = Duration::from_secs(1);
+/// The status of a pool, or of an egress policy, is written at most this often.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where writes go. Its twin in tests keeps them in memory.
 pub trait Sink: Send + Sync + 'static {
@@ -59,18 +59,35 @@ pub enum Write {
     Service(ServiceStatus),
     /// Write a pool's status.
     Pool(PoolStatus),
+    /// Write an egress policy's status.
+    Policy(PolicyStatus),
     /// Record an Event.
     Event(EventNote),
 }
 
-/// An Event to record about a Service.
+/// What an egress policy's status should say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyStatus {
+    /// Which policy.
+    pub name: Arc<str>,
+    /// Its UID.
+    pub uid: String,
+    /// What it should say.
+    pub status: EgressStatus,
+    /// Since when a condition is what it is, by type, in seconds since the Unix epoch; of others it has just become so.
+    pub since: BTreeMap<String, i64>,
+    /// Events to record once the status is written.
+    pub notices: Vec<Notice>,
+}
+
+/// An Event to record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventNote {
     /// The Event's name, given once: however often it is sent, it exists once.
     pub name: String,
-    /// Which Service it is about.
-    pub key: ObjectKey,
-    /// The Service's UID.
+    /// What it is about.
+    pub about: Holder,
+    /// Its UID.
     pub uid: String,
     /// What it says.
     pub notice: Notice,
@@ -84,7 +101,18 @@ enum Target {
     Record(IpAddr),
     Service(ObjectKey),
     Pool(Arc<str>),
+    Policy(Arc<str>),
     Event(String),
+}
+
+impl Target {
+    /// Whether it is written at most once in [`STATUS_INTERVAL`].
+    fn is_paced(&self) -> bool {
+        match self {
+            Self::Pool(_) | Self::Policy(_) => true,
+            Self::Record(_) | Self::Service(_) | Self::Event(_) => false,
+        }
+    }
 }
 
 impl Write {
@@ -93,6 +121,7 @@ impl Write {
             Self::Record(change) => Target::Record(change.address()),
             Self::Service(status) => Target::Service(status.key.clone()),
             Self::Pool(status) => Target::Pool(status.name.clone()),
+            Self::Policy(status) => Target::Policy(status.name.clone()),
             Self::Event(note) => Target::Event(note.name.clone()),
         }
     }
@@ -103,6 +132,7 @@ impl Write {
             Self::Record(_) => "virtualip",
             Self::Service(_) => "service",
             Self::Pool(_) => "ipaddresspool",
+            Self::Policy(_) => "egresspolicy",
             Self::Event(_) => "event",
         }
     }
@@ -113,7 +143,46 @@ impl Write {
             (Self::Service(a), Self::Service(b)) => {
                 a.ingress == b.ingress && a.conditions == b.conditions && a.uid == b.uid
             }
+            (Self::Policy(a), Self::Policy(b)) => a.status == b.status && a.uid == b.uid,
             (a, b) => a == b,
+        }
+    }
+
+    /// Takes over the Events of an older write about the same object that this one takes the place of.
+    fn inherit(&mut self, older: Self) {
+        match (self, older) {
+            (Self::Service(status), Self::Service(older)) if status.notice.is_none() => {
+                status.notice = older.notice;
+            }
+            (Self::Policy(status), Self::Policy(older)) => {
+                status.notices = older
+                    .notices
+                    .into_iter()
+                    .chain(std::mem::take(&mut status.notices))
+                    .collect();
+            }
+            _ => {}
+        }
+    }
+
+    /// The Events to record once it is done.
+    fn notes(self) -> Vec<EventNote> {
+        match self {
+            Self::Service(status) => {
+                let about = Holder::Service(status.key);
+                let notices = status.notice.into_iter();
+                notices
+                    .map(|notice| EventNote::new(&about, &status.uid, notice))
+                    .collect()
+            }
+            Self::Policy(status) => {
+                let about = Holder::EgressPolicy(status.name);
+                let notices = status.notices.into_iter();
+                notices
+                    .map(|notice| EventNote::new(&about, &status.uid, notice))
+                    .collect()
+            }
+            Self::Record(_) | Self::Pool(_) | Self::Event(_) => Vec::new(),
         }
     }
 }
@@ -140,8 +209,8 @@ pub struct Writer<S> {
     delayed: BTreeMap<(Instant, u64), Target>,
     flights: JoinSet<(Target, Result<(), WriteError>)>,
     sequence: u64,
-    /// When a pool's status may be written again.
-    pool_gates: HashMap<Arc<str>, Instant>,
+    /// When what is paced may be written again.
+    gates: HashMap<Target, Instant>,
 }
 
 impl<S: Sink> Writer<S> {
@@ -164,7 +233,7 @@ impl<S: Sink> Writer<S> {
             delayed: BTreeMap::new(),
             flights: JoinSet::new(),
             sequence: 0,
-            pool_gates: HashMap::new(),
+            gates: HashMap::new(),
         }
     }
 
@@ -179,6 +248,7 @@ impl<S: Sink> Writer<S> {
         for status in changes.pools {
             self.submit(Write::Pool(status));
         }
+        // `changes.policies` is for whoever knows their pods too: see `index::policies`.
         self.metrics.queued(self.slots.len());
     }
 
@@ -186,16 +256,11 @@ impl<S: Sink> Writer<S> {
     pub fn submit(&mut self, mut write: Write) {
         let target = write.target();
         let slot = self.slots.entry(target.clone()).or_default();
-        if let Target::Pool(name) = &target
-            && slot.gate.is_none()
-        {
-            slot.gate = self.pool_gates.get(name).copied();
+        if slot.gate.is_none() {
+            slot.gate = self.gates.get(&target).copied();
         }
-        let superseded = slot.wanted.take();
-        if let (Write::Service(status), Some(Write::Service(before))) = (&mut write, superseded)
-            && status.notice.is_none()
-        {
-            status.notice = before.notice;
+        if let Some(superseded) = slot.wanted.take() {
+            write.inherit(superseded);
         }
         if let Some(flying) = &slot.flying {
             // What is in flight comes back as an event of its source; there the index compares anew.
@@ -286,21 +351,19 @@ impl<S: Sink> Writer<S> {
             return;
         };
         self.metrics.written(&write, &result);
-        let mut note = None;
+        let mut notes = Vec::new();
         match result {
             Ok(()) => {
                 slot.failures = 0;
                 slot.gate = None;
-                if let Target::Pool(name) = &target {
-                    let gate = Instant::now() + POOL_INTERVAL;
+                if target.is_paced() {
+                    let now = Instant::now();
+                    let gate = now + STATUS_INTERVAL;
                     slot.gate = Some(gate);
-                    self.pool_gates.insert(name.clone(), gate);
+                    self.gates.retain(|_, gate| *gate > now);
+                    self.gates.insert(target.clone(), gate);
                 }
-                if let Write::Service(status) = write
-                    && let Some(notice) = status.notice
-                {
-                    note = Some(EventNote::new(status.key, status.uid, notice));
-                }
+                notes = write.notes();
             }
             Err(WriteError::Gone) => slot.failures = 0,
             Err(WriteError::Failed(error)) => {
@@ -309,14 +372,9 @@ impl<S: Sink> Writer<S> {
                 tracing::warn!(%error, kind = write.kind(), target = ?target, ?wait, "a write failed, will try again");
                 slot.gate = Some(Instant::now() + wait);
                 // A newer wish takes its place, but not its Event.
-                match (&mut slot.wanted, write) {
-                    (Some(Write::Service(newer)), Write::Service(failed)) => {
-                        if newer.notice.is_none() {
-                            newer.notice = failed.notice;
-                        }
-                    }
-                    (Some(_), _) => {}
-                    (wanted @ None, write) => *wanted = Some(write),
+                match &mut slot.wanted {
+                    Some(newer) => newer.inherit(write),
+                    wanted @ None => *wanted = Some(write),
                 }
             }
         }
@@ -331,7 +389,7 @@ impl<S: Sink> Writer<S> {
                 self.slots.remove(&target);
             }
         }
-        if let Some(note) = note {
+        for note in notes {
             self.submit(Write::Event(note));
         }
     }
@@ -355,14 +413,26 @@ impl<S: Sink> Writer<S> {
 }
 
 impl EventNote {
-    fn new(key: ObjectKey, uid: String, notice: Notice) -> Self {
+    fn new(about: &Holder, uid: &str, notice: Notice) -> Self {
         let at = jiff::Timestamp::now();
+        let name = match about {
+            Holder::Service(key) => &key.name,
+            Holder::EgressPolicy(name) => name,
+        };
         Self {
-            name: format!("{}.{:x}", key.name, at.as_nanosecond()),
-            key,
-            uid,
+            name: format!("{name}.{:x}", at.as_nanosecond()),
+            about: about.clone(),
+            uid: uid.to_owned(),
             notice,
             at,
+        }
+    }
+
+    /// Where it is recorded: what is in no namespace is told of in `default`.
+    pub fn namespace(&self) -> &str {
+        match &self.about {
+            Holder::Service(key) => &key.namespace,
+            Holder::EgressPolicy(_) => "default",
         }
     }
 }

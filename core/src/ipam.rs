@@ -283,6 +283,11 @@ impl Ipam {
             .map(|state| self.pool_status(state))
     }
 
+    /// The record of an address, as last observed.
+    pub fn virtual_ip(&self, address: IpAddr) -> Option<&VirtualIp> {
+        self.virtual_ips.get(&address)
+    }
+
     /// How many Services of type `LoadBalancer` are known.
     pub fn service_count(&self) -> usize {
         self.services.len()

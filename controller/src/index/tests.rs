@@ -70,7 +70,7 @@ impl Objects {
                 service.conditions = status.conditions;
                 self.put_service(service);
             }
-            Write::Pool(_) => {}
+            Write::Pool(_) | Write::Policy(_) => {}
             Write::Event(_) => self.events += 1,
         }
     }

@@ -7,10 +7,10 @@ use jiff::Timestamp;
 use landfall_api::conditions::POOL_READY;
 use landfall_core::ip::virtual_ip_name;
 use landfall_core::ipam::{Counts, Overlap, PoolStatus, Record, ServiceStatus};
-use landfall_core::model::{Condition, ObjectKey};
+use landfall_core::model::{Condition, Holder, ObjectKey};
 use serde_json::{Value, json};
 
-use super::EventNote;
+use super::{EventNote, PolicyStatus};
 
 /// The field manager of everything the controller writes.
 pub const FIELD_MANAGER: &str = "landfall-controller";
@@ -129,6 +129,36 @@ pub fn pool_status(status: &PoolStatus, now: Timestamp) -> Value {
     })
 }
 
+/// An egress policy with its status.
+pub fn policy_status(policy: &PolicyStatus, now: Timestamp) -> Value {
+    let status = &policy.status;
+    let conditions = status.conditions.iter().map(|wanted| {
+        let since = policy.since.get(&wanted.kind);
+        let since = since.and_then(|since| Timestamp::from_second(*since).ok());
+        let mut condition = condition(wanted, since.unwrap_or(now));
+        condition["observedGeneration"] = status.generation.into();
+        condition
+    });
+    let mut said = json!({
+        "addresses": status.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "matchedPods": status.matched_pods.min(MAX_NUMBER),
+        "hostNetworkPods": status.host_network_pods.min(MAX_NUMBER),
+        "portsInUse": status.ports_in_use.min(MAX_NUMBER),
+        "conditions": conditions.collect::<Vec<_>>(),
+    });
+    if let Some(gateway) = &status.gateway {
+        said["gateway"] = gateway.to_string().into();
+    }
+    if let Some(standby) = &status.standby {
+        said["standby"] = standby.to_string().into();
+    }
+    let mut metadata = json!({ "name": &*policy.name });
+    if !policy.uid.is_empty() {
+        metadata["uid"] = policy.uid.as_str().into();
+    }
+    json!({ "apiVersion": API_VERSION, "kind": "EgressPolicy", "metadata": metadata, "status": said })
+}
+
 /// The condition that says whether a pool can be read, and whether anything else claims its addresses.
 pub fn ready_condition(status: &PoolStatus) -> Condition {
     if let Some(flaw) = &status.flaw {
@@ -188,10 +218,25 @@ pub fn event(note: &EventNote, instance: &str) -> Value {
             .unwrap_or(0);
         text = &text[..end];
     }
+    let regarding = match &note.about {
+        Holder::Service(key) => json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "namespace": &*key.namespace,
+            "name": &*key.name,
+            "uid": note.uid,
+        }),
+        Holder::EgressPolicy(name) => json!({
+            "apiVersion": API_VERSION,
+            "kind": "EgressPolicy",
+            "name": &**name,
+            "uid": note.uid,
+        }),
+    };
     json!({
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": { "name": note.name, "namespace": &*note.key.namespace },
+        "metadata": { "name": note.name, "namespace": note.namespace() },
         "eventTime": note.at.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string(),
         "reportingController": "landfall.dev/controller",
         "reportingInstance": instance,
@@ -199,12 +244,6 @@ pub fn event(note: &EventNote, instance: &str) -> Value {
         "reason": note.notice.reason,
         "note": text,
         "type": if note.notice.warning { "Warning" } else { "Normal" },
-        "regarding": {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "namespace": &*note.key.namespace,
-            "name": &*note.key.name,
-            "uid": note.uid,
-        },
+        "regarding": regarding,
     })
 }

@@ -61,11 +61,17 @@ impl Sink for Kubernetes {
                 &params,
                 &Patch::Apply(body::pool_status(status, now)),
             ),
+            Write::Policy(status) => ours("egresspolicies").patch_subresource(
+                "status",
+                &status.name,
+                &params,
+                &Patch::Apply(body::policy_status(status, now)),
+            ),
             Write::Event(note) => {
                 let body: Value = body::event(note, &self.identity);
                 Request::new(format!(
                     "/apis/events.k8s.io/v1/namespaces/{}/events",
-                    note.key.namespace
+                    note.namespace()
                 ))
                 .create(&PostParams::default(), body.to_string().into_bytes())
             }
@@ -103,13 +109,14 @@ async fn exists(client: &Client, status: &ServiceStatus) -> Result<bool, WriteEr
 fn judge(write: &Write, code: u16, message: &str) -> Result<(), WriteError> {
     match (write, code) {
         (Write::Record(RecordChange::Remove(_)), 404) | (Write::Event(_), 409) => Ok(()),
-        // The Service of this UID is no more: there is none, or another one of its name.
-        (Write::Service(_), 404 | 409) | (Write::Pool(_) | Write::Event(_), 404) => {
+        // The object of this UID is no more: there is none, or another one of its name.
+        (Write::Service(_) | Write::Policy(_), 404 | 409)
+        | (Write::Pool(_) | Write::Event(_), 404)
+        // No Event can be made in a namespace that is going away.
+        | (Write::Event(_), 403) => Err(WriteError::Gone),
+        (Write::Service(_) | Write::Policy(_), 422) if message.contains("metadata.uid") => {
             Err(WriteError::Gone)
         }
-        (Write::Service(_), 422) if message.contains("metadata.uid") => Err(WriteError::Gone),
-        // No Event can be made in a namespace that is going away.
-        (Write::Event(_), 403) => Err(WriteError::Gone),
         (_, code) => Err(WriteError::Failed(format!("{code}: {message}"))),
     }
 }

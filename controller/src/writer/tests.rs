@@ -1,15 +1,15 @@
 //! The writer against a sink in memory, on tokio's paused clock.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use landfall_core::ipam::{Notice, Record, RecordChange, ServiceStatus};
-use landfall_core::model::ObjectKey;
+use landfall_core::model::{EgressStatus, ObjectKey};
 
-use super::{Sink, Write, WriteError, Writer};
+use super::{PolicyStatus, Sink, Write, WriteError, Writer};
 use crate::lease::Term;
 use crate::metrics::Metrics;
 
@@ -37,6 +37,7 @@ fn describe(write: &Write) -> String {
         Write::Record(RecordChange::Remove(address)) => format!("remove {address}"),
         Write::Service(status) => format!("{} {:?}", status.key.name, status.ingress),
         Write::Pool(status) => format!("pool {}", status.name),
+        Write::Policy(status) => format!("policy {} {}", status.name, status.status.matched_pods),
         Write::Event(note) => format!("event {}", note.notice.reason),
     }
 }
@@ -180,4 +181,53 @@ async fn nothing_begins_after_the_term_and_what_flies_is_awaited() {
     writer.dispatch();
     writer.finish().await;
     assert_eq!(memory.log().len(), 2);
+}
+
+fn mk_policy_status(pods: u64, notices: &[&str]) -> Write {
+    let notice = |reason: &&str| Notice {
+        warning: false,
+        action: "ProvideEgress",
+        reason: (*reason).into(),
+        message: String::new(),
+    };
+    Write::Policy(PolicyStatus {
+        name: "mail".into(),
+        uid: "u".into(),
+        status: EgressStatus {
+            matched_pods: pods,
+            ..EgressStatus::default()
+        },
+        since: BTreeMap::new(),
+        notices: notices.iter().map(notice).collect(),
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policys_status_is_written_once_a_second_however_its_pods_come_and_go() {
+    let (mut writer, memory) = mk_writer(&Term::unlimited());
+    let begun = tokio::time::Instant::now();
+    for pods in 1..=40 {
+        let notices: &[&str] = match pods {
+            1 => &["First"],
+            7 => &["Second", "Third"],
+            _ => &[],
+        };
+        writer.submit(mk_policy_status(pods, notices));
+        writer.dispatch();
+        let next = tokio::time::Instant::now() + Duration::from_millis(50);
+        while tokio::time::timeout_at(next, writer.progress())
+            .await
+            .is_ok()
+        {
+            writer.dispatch();
+        }
+    }
+    until_idle(&mut writer).await;
+    let log = memory.log();
+    let (statuses, events): (Vec<_>, Vec<_>) =
+        log.iter().partition(|line| line.starts_with("policy"));
+    assert_eq!(begun.elapsed().as_secs(), 2, "40 in 50 ms each");
+    assert_eq!(statuses.len(), 3, "{statuses:?}");
+    assert_eq!(*statuses[2], "policy mail 40");
+    assert_eq!(events, ["event First", "event Second", "event Third"]);
 }

@@ -61,6 +61,7 @@ pub(super) fn mk_policy(
             hairpin: false,
         },
         status: EgressStatus::default(),
+        since: BTreeMap::new(),
     }
 }
 

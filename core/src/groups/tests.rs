@@ -167,6 +167,7 @@ fn mk_policy(gateways: Option<LabelSelector>) -> Event {
         created: 0,
         spec,
         status: EgressStatus::default(),
+        since: BTreeMap::new(),
     })))
 }
 

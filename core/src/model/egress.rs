@@ -1,6 +1,6 @@
 //! Pods that leave by addresses of their own, and what holds an address.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -137,6 +137,8 @@ pub struct EgressSpec {
 /// `EgressPolicy.status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EgressStatus {
+    /// The policy's generation that it tells of.
+    pub generation: i64,
     /// The addresses that its pods leave by, sorted.
     pub addresses: Vec<IpAddr>,
     /// The node that they leave at.
@@ -168,4 +170,6 @@ pub struct EgressPolicy {
     pub spec: EgressSpec,
     /// What it was last said to have.
     pub status: EgressStatus,
+    /// Since when each of its conditions is what it is, by type, in seconds since the Unix epoch.
+    pub since: BTreeMap<String, i64>,
 }

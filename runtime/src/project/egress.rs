@@ -53,6 +53,11 @@ impl Project for EgressPolicy {
             destinations = everywhere();
         }
         let status = self.status.unwrap_or_default();
+        let since = status.conditions.iter().map(|condition| {
+            let at = condition.last_transition_time.0.as_second();
+            (condition.type_.clone(), at)
+        });
+        let since = since.collect();
         Ok(model::Object::EgressPolicy(Box::new(model::EgressPolicy {
             name: name.into(),
             uid: meta.uid.clone().unwrap_or_default(),
@@ -85,6 +90,12 @@ impl Project for EgressPolicy {
                 hairpin: spec.hairpin,
             },
             status: model::EgressStatus {
+                generation: status
+                    .conditions
+                    .iter()
+                    .filter_map(|condition| condition.observed_generation)
+                    .min()
+                    .unwrap_or_default(),
                 addresses: status
                     .addresses
                     .iter()
@@ -97,6 +108,7 @@ impl Project for EgressPolicy {
                 ports_in_use: count(status.ports_in_use),
                 conditions: conditions(Some(status.conditions)),
             },
+            since,
         })))
     }
 }

@@ -93,6 +93,7 @@ pub(in crate::ipam) fn mk_policy(name: &str, source: EgressSource) -> EgressPoli
             hairpin: false,
         },
         status: EgressStatus::default(),
+        since: BTreeMap::new(),
     }
 }
 
