@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::events::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use landfall_api::{IPAddressPool, VirtualIP};
+use landfall_api::{EgressPolicy, IPAddressPool, VirtualIP};
 use landfall_tests::PATIENCE;
 use landfall_tests::chart::NAMESPACE;
 use serde_json::{Value, json};
@@ -64,6 +64,8 @@ impl Env {
             }
         }
         let gone = DeleteParams::default();
+        let policies: Api<EgressPolicy> = Api::all(self.client.clone());
+        policies.delete_collection(&gone, &all).await.unwrap();
         self.pools().delete_collection(&gone, &all).await.unwrap();
         self.virtual_ips()
             .delete_collection(&gone, &all)
