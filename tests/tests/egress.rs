@@ -18,6 +18,8 @@ mod objects;
 mod plane;
 #[path = "egress/pods.rs"]
 mod pods;
+#[path = "egress/reports.rs"]
+mod reports;
 
 use env::Env;
 
@@ -41,11 +43,13 @@ fn policies() {
         addresses::what_pools_are_for,
         addresses::of_a_service,
         addresses::rest,
+        reports::of_the_leader,
         pods::counted,
         pods::overlap,
         pods::tenancy,
         pods::of_a_services_namespace,
         pods::churn,
+        reports::without_the_kind,
     ];
     let only = std::env::var("LANDFALL_SCENARIO").ok();
     Env::run(move |env| async move {
