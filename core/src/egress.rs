@@ -21,6 +21,7 @@ mod choice;
 mod judge;
 mod lookup;
 mod matching;
+mod namespaces;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]
@@ -48,6 +49,30 @@ pub struct Tenant {
     pub policy: Arc<str>,
     /// The address it leaves by, of the family of its own; nothing if there is none that it may have.
     pub egress_ip: Option<IpAddr>,
+}
+
+/// The kinds that it reads; pods only while there is a policy, namespaces where they are listed.
+pub const KINDS: [Kind; 5] = [
+    Kind::Namespace,
+    Kind::Pool,
+    Kind::VirtualIp,
+    Kind::EgressPolicy,
+    Kind::Pod,
+];
+
+/// Whether the index looks at such an object.
+fn matters(id: &ObjectId) -> bool {
+    match id {
+        ObjectId::Namespace(_)
+        | ObjectId::Pool(_)
+        | ObjectId::VirtualIp(_)
+        | ObjectId::EgressPolicy(_)
+        | ObjectId::Pod(_) => true,
+        ObjectId::Service(_)
+        | ObjectId::EndpointSlice(_)
+        | ObjectId::Node(_)
+        | ObjectId::Advertisement(_) => false,
+    }
 }
 
 /// What is known of a pod's address.
@@ -210,6 +235,18 @@ impl EgressIndex {
     /// The addresses that are on record for a policy.
     pub fn addresses_of(&self, policy: &str) -> impl Iterator<Item = IpAddr> {
         self.addresses_of.get(policy).into_iter().flatten().copied()
+    }
+
+    /// Takes in an event that is another's too, if it matters.
+    pub fn apply_shared(&mut self, event: &Event) {
+        let about = match event {
+            Event::Apply(object) => matters(&object.id()),
+            Event::Delete(id) => matters(id),
+            Event::Synced(kind) | Event::Unwatched(kind) => KINDS.contains(kind),
+        };
+        if about {
+            self.apply(event.clone());
+        }
     }
 
     /// Takes an event in.
@@ -379,47 +416,6 @@ impl EgressIndex {
         self.seekers.remove(name);
         self.changed_policies.insert(name.clone());
         self.readdressed.remove(name);
-    }
-
-    fn pods_of(&self, namespace: &Arc<str>) -> Vec<ObjectKey> {
-        let from = ObjectKey::new(namespace.clone(), "");
-        self.pods
-            .range(from..)
-            .take_while(|(key, _)| key.namespace == *namespace)
-            .map(|(key, _)| key.clone())
-            .collect()
-    }
-
-    /// Notes a namespace's labels, or that it has no object (any more).
-    fn set_namespace(&mut self, name: &Arc<str>, labels: Option<Labels>) {
-        let pods = self.pods_of(name);
-        let labels = match labels {
-            None if self.options.namespaces_listed || pods.is_empty() => None,
-            labels => {
-                let mut labels = labels.unwrap_or_default();
-                let named = labels.entry(NAME_LABEL.to_owned());
-                named.or_insert_with(|| name.to_string());
-                Some(labels)
-            }
-        };
-        if self.namespaces.get(name) == labels.as_ref() {
-            return;
-        }
-        if let Some(before) = self.namespaces.remove(name) {
-            self.namespace_carriers.remove(&before, name);
-        }
-        if let Some(labels) = labels {
-            self.namespace_carriers.insert(&labels, name);
-            self.namespaces.insert(name.clone(), labels);
-        }
-        for key in &pods {
-            // Pools may admit it now, or no longer.
-            let claims = &self.pods[key].claims;
-            self.changed_policies.extend(claims.iter().cloned());
-            let addresses = self.pods[key].pod.addresses.iter();
-            self.dirty_addresses.extend(addresses.copied());
-        }
-        self.dirty_pods.extend(pods);
     }
 
     /// Brings all judgements up to date and returns what changed.

@@ -26,6 +26,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use landfall_core::egress::{self as egress_index, EgressIndex};
 use landfall_core::election::{
     BootId, Change, Config as ElectionConfig, Elector, HeldPort, InterfaceFact, Outgoing,
 };
@@ -56,11 +57,13 @@ const STRANGER_EVERY: Duration = Duration::from_mins(1);
 /// A conflict that is not seen again is over after this long.
 const CONFLICT_LASTS: Duration = Duration::from_secs(30);
 
-/// The kinds of objects that the loop is told of.
-pub const KINDS: [Kind; 9] = {
-    let [a, b, c, d, e, f, g] = groups::KINDS;
-    [a, b, c, d, e, f, g, Kind::Namespace, Kind::Pod]
-};
+/// The kinds of objects that the loop is told of: what elections need, and what tells whose tenants pods are.
+pub fn kinds() -> BTreeSet<Kind> {
+    groups::KINDS
+        .into_iter()
+        .chain(egress_index::KINDS)
+        .collect()
+}
 
 /// What the loop drives.
 #[derive(Clone)]
@@ -111,6 +114,8 @@ pub struct Speaker {
     parts: Parts,
     metrics: Metrics,
     index: GroupIndex,
+    /// Whose tenants pods are.
+    egress: EgressIndex,
     election: Elector,
     keys: Keys,
     opener: Opener,
@@ -170,11 +175,13 @@ impl Speaker {
             identity.boot,
             ElectionConfig::default(),
         );
-        let plan = egress::Plan::new(!identity.manifests);
         let mut speaker = Self {
             index: GroupIndex::new(Options {
                 host_endpoints: identity.manifests,
                 pod_endpoints: identity.delivery == Delivery::Native,
+            }),
+            egress: EgressIndex::new(egress_index::Options {
+                namespaces_listed: !identity.manifests,
             }),
             identity,
             parts,
@@ -212,7 +219,7 @@ impl Speaker {
             expected: Expected::new(),
             quiet: false,
             needs_tunnel: false,
-            plan,
+            plan: egress::Plan::default(),
             assumes_to_serve: true,
             assumes_until: None,
         };
@@ -234,7 +241,7 @@ impl Speaker {
             Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
             Event::Synced(_) | Event::Unwatched(_) => false,
         };
-        self.plan.source(event.clone());
+        self.egress.apply_shared(&event);
         self.index.apply(event);
         if self.index.is_synced() {
             self.election.set_synced();
@@ -648,6 +655,11 @@ impl Speaker {
     /// The index, for those who write statuses.
     pub fn index(&self) -> &GroupIndex {
         &self.index
+    }
+
+    /// Whose tenants pods are, and which addresses they leave by.
+    pub fn egress(&self) -> &EgressIndex {
+        &self.egress
     }
 
     /// Who else answers for an address.

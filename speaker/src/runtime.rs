@@ -21,7 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::announcer::AnnouncerEvent;
 use crate::args::Args;
-use crate::elector::{Identity, KINDS, Parts, Speaker};
+use crate::elector::{self, Identity, Parts, Speaker};
 use crate::keys::KeySource;
 use crate::manifests::Allocator;
 use crate::membership::gossip::{self, Counters};
@@ -163,10 +163,9 @@ fn objects(
     ignored: &source::Ignored,
 ) -> anyhow::Result<(Objects, Vec<Event>)> {
     if let Some(directory) = &args.manifests {
-        let kinds: Vec<Kind> = KINDS
-            .into_iter()
-            .filter(|kind| *kind != Kind::VirtualIp)
-            .collect();
+        let mut kinds = elector::kinds();
+        kinds.remove(&Kind::VirtualIp);
+        let kinds: Vec<Kind> = kinds.into_iter().collect();
         let (source, problems) = source::manifests(directory, &kinds)?;
         let (allocator, early) = Allocator::new(args.class_less, args.state_dir.as_deref())?;
         let objects = Objects {
@@ -176,9 +175,10 @@ fn objects(
         };
         return Ok((objects, early));
     }
+    let kinds: Vec<Kind> = elector::kinds().into_iter().collect();
     let client = client.context("a client is there whenever --manifests is not given")?;
     let objects = Objects {
-        source: source::kubernetes(client, &KINDS, source::Options::default(), ignored),
+        source: source::kubernetes(client, &kinds, source::Options::default(), ignored),
         allocator: None,
         problems: None,
     };

@@ -71,14 +71,7 @@ impl Policies {
             }
             Event::Apply(_) | Event::Delete(_) | Event::Synced(_) | Event::Unwatched(_) => {}
         }
-        let about = match event {
-            Event::Apply(object) => matters(&object.id()),
-            Event::Delete(id) => matters(id),
-            Event::Synced(_) | Event::Unwatched(_) => true,
-        };
-        if about {
-            self.index.apply(event.clone());
-        }
+        self.index.apply_shared(event);
     }
 
     /// The statuses that should be written and were not asked for yet. Nothing before all is listed that they tell of.
@@ -206,21 +199,6 @@ impl Policies {
             })
         };
         self.index.policies().map(policy).collect()
-    }
-}
-
-/// Whether the index of pods looks at such an object.
-fn matters(id: &ObjectId) -> bool {
-    match id {
-        ObjectId::Namespace(_)
-        | ObjectId::Pool(_)
-        | ObjectId::VirtualIp(_)
-        | ObjectId::EgressPolicy(_)
-        | ObjectId::Pod(_) => true,
-        ObjectId::Service(_)
-        | ObjectId::EndpointSlice(_)
-        | ObjectId::Node(_)
-        | ObjectId::Advertisement(_) => false,
     }
 }
 

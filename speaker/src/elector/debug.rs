@@ -10,14 +10,17 @@
 //!  "steering": {"nodes": [{"name": "n2", "interface": 2, "alive": true, "suspected": false, "steers": true,
 //!                           "mac": "…"}],
 //!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}},
-//!               "tables": {"10.88.0.200:80/TCP": {"generation": 7, "digest": "7b4db4129cec6df2"}}}}
+//!               "tables": {"10.88.0.200:80/TCP": {"generation": 7, "digest": "7b4db4129cec6df2"}}},
+//!  "egress": {"synced": true, "judged": 2, "policies": {"mail": {"10.244.1.7": "10.88.0.230"}}}}
 //! ```
 //! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that
 //! could not lead, with why. `steering` is what the data path was told: a port's nodes with their weights.
 //! The `digest` of these is the same on all nodes whose tables are; the `generation` is this node's own count, which grows
-//! with every change of the table, and begins anew with the speaker.
+//! with every change of the table, and begins anew with the speaker. `egress` has the tenants of each policy with the
+//! address that each leaves by, of `judged` pods' addresses.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use landfall_core::groups::Group;
 use serde_json::{Value, json};
@@ -63,6 +66,26 @@ impl Speaker {
             "peers": peers,
             "interfaces": interfaces,
             "steering": self.told.debug(),
+            "egress": self.debug_egress(),
+        })
+    }
+
+    /// Each policy with the pods' addresses that are its tenants, and what they leave by.
+    fn debug_egress(&self) -> Value {
+        let mut policies: BTreeMap<&str, BTreeMap<String, Option<IpAddr>>> = BTreeMap::new();
+        for policy in self.egress.policies() {
+            policies.entry(&policy.name).or_default();
+        }
+        for (address, judged) in self.egress.judged() {
+            if let Some(tenant) = &judged.tenant {
+                let tenants = policies.entry(&tenant.policy).or_default();
+                tenants.insert(address.to_string(), tenant.egress_ip);
+            }
+        }
+        json!({
+            "synced": self.egress.is_synced(),
+            "judged": self.egress.judged().len(),
+            "policies": policies,
         })
     }
 

@@ -9,9 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use landfall_core::egress::{EgressIndex, Judged, Options};
+use landfall_core::egress::{EgressIndex, Judged};
 use landfall_core::groups::Group;
-use landfall_core::model::{Event, NodeName};
+use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
@@ -20,10 +20,9 @@ use crate::datapath::{self, Change as Told, NodeId};
 use crate::egress::{Egress, Gateway, Pod, Policy, PolicyName, Tenant};
 use crate::node_rules::{self, TUNNEL};
 
-/// What is known of tenants and policies, and what follows from it.
-#[derive(Debug)]
+/// What follows from what is known of tenants and policies.
+#[derive(Debug, Default)]
 pub(super) struct Plan {
-    index: EgressIndex,
     /// All was listed once: what is known is acted upon.
     begun: bool,
     wanted: Egress,
@@ -40,40 +39,17 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn new(namespaces_listed: bool) -> Self {
-        Self {
-            index: EgressIndex::new(Options { namespaces_listed }),
-            begun: false,
-            wanted: Egress::default(),
-            strays: BTreeSet::new(),
-            hosts: BTreeMap::new(),
-            given: None,
-            told: None,
-            has_told: false,
-        }
-    }
-
-    /// Takes in what the source says.
-    pub(super) fn source(&mut self, event: Event) {
-        self.index.apply(event);
-    }
-
     /// Whether what is known is all there is, or was once.
     pub(super) fn has_begun(&self) -> bool {
         self.begun
     }
 
-    /// Whose tenant a pod's address is.
-    pub(super) fn judged(&self, address: IpAddr) -> Option<&Judged> {
-        self.index.judged().get(&address)
-    }
-
     /// Draws conclusions; whether anything came of it.
-    fn reconcile(&mut self, me: &NodeName) -> bool {
-        self.begun |= self.index.is_synced();
-        let changed = self.index.reconcile();
+    fn reconcile(&mut self, index: &mut EgressIndex, me: &NodeName) -> bool {
+        self.begun |= index.is_synced();
+        let changed = index.reconcile();
         for policy in &changed.policies {
-            let spec = self.index.policy(policy).map(|policy| &policy.spec);
+            let spec = index.policy(policy).map(|policy| &policy.spec);
             let Some(spec) = spec else {
                 self.wanted.policies.remove(policy);
                 continue;
@@ -92,12 +68,13 @@ impl Plan {
         for address in &changed.addresses {
             let before = self.wanted.pods.remove(address);
             self.count(before.as_ref(), false);
-            let after = self.judged(*address).and_then(|judged| pod(judged, me));
+            let judged = index.judged().get(address);
+            let after = judged.and_then(|judged| pod(judged, me));
             self.count(after.as_ref(), true);
             if let Some(after) = after {
                 self.wanted.pods.insert(*address, after);
             }
-            if self.judged(*address).is_some() {
+            if judged.is_some() {
                 self.strays.insert(*address);
             } else {
                 self.strays.remove(address);
@@ -166,7 +143,7 @@ pub(super) struct Leaving {
 impl Speaker {
     /// What follows from it for this node, that has uplinks (by index) to segments with VIPs.
     pub(super) fn leaving(&mut self, uplinks: &BTreeSet<u32>) -> Option<Leaving> {
-        let egress = self.egress()?;
+        let egress = self.wanted_egress()?;
         let outside = self.interfaces.iter().filter(|interface| {
             uplinks.contains(&interface.index)
                 || interface.default_route.0
@@ -203,11 +180,11 @@ impl Speaker {
 
     /// Draws conclusions about tenants; whether anything came of it.
     pub(super) fn reconcile_egress(&mut self) -> bool {
-        self.plan.reconcile(&self.identity.node)
+        self.plan.reconcile(&mut self.egress, &self.identity.node)
     }
 
     /// What this node is to do for tenants; nothing while there is no policy.
-    pub(super) fn egress(&mut self) -> Option<Arc<Egress>> {
+    fn wanted_egress(&mut self) -> Option<Arc<Egress>> {
         let names: Vec<PolicyName> = self.plan.wanted.policies.keys().cloned().collect();
         if names.is_empty() {
             self.plan.given = None;
@@ -248,7 +225,7 @@ impl Speaker {
 
     /// The group of a policy's addresses.
     fn group_of(&self, policy: &PolicyName) -> Option<(IpAddr, Arc<Group>)> {
-        let address = self.plan.index.addresses_of(policy).next()?;
+        let address = self.egress.addresses_of(policy).next()?;
         let group = &self.index.virtual_ip(address)?.group;
         Some((address, self.index.groups().get(group)?.clone()))
     }

@@ -211,7 +211,7 @@ impl World {
         for object in &self.objects {
             speaker.source(Event::Apply(object.clone()));
         }
-        for kind in KINDS {
+        for kind in kinds() {
             speaker.source(Event::Synced(kind));
         }
         let interfaces: Arc<[Interface]> = Arc::new([mk_interface(n)]);

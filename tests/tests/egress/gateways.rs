@@ -22,6 +22,25 @@ fn gateways() {
     println!("who answers for {address}: {answers:?}");
     let who: Vec<&String> = answers.keys().collect();
     assert_eq!(who, [&moved], "its gateway announces it");
+    // Every node knows whose tenants the pods are, of its own and of others.
+    let mut pods: Vec<String> = cluster
+        .lab()
+        .pods()
+        .flat_map(|pod| pod.addresses.iter().filter(|address| address.is_ipv4()))
+        .map(ToString::to_string)
+        .collect();
+    pods.sort();
+    for node in cluster.lab().nodes() {
+        let state = cluster.lab().speaker_state(&node.name).unwrap();
+        let tenants = state["egress"]["policies"]["mail"].as_object().unwrap();
+        let mut leaving: Vec<String> = tenants
+            .iter()
+            .filter(|(_, egress)| **egress == json!(address))
+            .map(|(pod, _)| pod.clone())
+            .collect();
+        leaving.sort();
+        assert_eq!(leaving, pods, "{}: {tenants:?}", node.name);
+    }
 }
 
 /// Returns the policy's address and its last gateway.
@@ -53,7 +72,10 @@ async fn follow_the_labels(cluster: &Cluster) -> (std::net::IpAddr, String) {
         let policy = policies.get_status(name).await.unwrap();
         policy.status.unwrap_or_default()
     };
-    let gateways = json!({"gateways": {"nodeSelector": {"matchLabels": {"gateway": "yes"}}}});
+    let gateways = json!({
+        "podSelector": {"matchLabels": {"app": "echo"}},
+        "gateways": {"nodeSelector": {"matchLabels": {"gateway": "yes"}}},
+    });
     apply_policy(&policies, "mail", json!({"pool": "out"}), gateways.clone()).await;
     // Nobody is selected, and each node says so.
     let said = eventually(
@@ -90,6 +112,8 @@ async fn follow_the_labels(cluster: &Cluster) -> (std::net::IpAddr, String) {
     )
     .await;
     assert_ne!(first, second);
+    let pods = || async { status("mail").await.matched_pods };
+    eventually("all pods", pods, |pods| *pods == 3).await;
     // One is selected no more, and the other takes over; selected again, it takes nothing back.
     label(&first, false).await;
     eventually(

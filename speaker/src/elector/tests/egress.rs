@@ -34,6 +34,7 @@ fn mk_policy() -> Object {
             on_delete: OldFlows::Keep,
             hairpin: false,
         },
+        since: BTreeMap::new(),
         status: EgressStatus::default(),
     }))
 }
