@@ -3,6 +3,9 @@
 //! Every speaker computes the same assignment from the same files. What it assigned goes back into its own
 //! index as `VirtualIp` events, and to a small file if there is a state directory.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};

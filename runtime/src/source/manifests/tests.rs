@@ -240,3 +240,62 @@ async fn a_misspelt_field_is_reported_with_its_line() {
         "{problem}"
     );
 }
+
+const POLICY: &str = "\
+apiVersion: landfall.dev/v1alpha1
+kind: EgressPolicy
+metadata: {name: mail}
+spec:
+  podSelector: {matchLabels: {app: mail}}
+  egressIPs: {pool: lan}
+  quota: {portsPerPod: 100}
+";
+
+const POD: &str = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: mx, namespace: shop, labels: {app: mail}}
+spec: {nodeName: node1, containers: []}
+status: {phase: Running, podIPs: [{ip: 10.244.1.7}, {ip: 'fd00:244::7'}]}
+";
+
+#[tokio::test]
+async fn policies_and_their_pods_are_read() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("egress.yaml");
+    fs::write(&file, format!("{POLICY}---\n{POD}")).unwrap();
+    let (mut source, problems) =
+        manifests(directory.path(), &[Kind::EgressPolicy, Kind::Pod]).unwrap();
+    let (policy, pod) = (next(&mut source).await, next(&mut source).await);
+    assert!(
+        matches!(&policy, Event::Apply(Object::EgressPolicy(policy)) if policy.spec.ports_per_pod == Some(100))
+    );
+    assert!(matches!(&pod, Event::Apply(Object::Pod(pod)) if pod.addresses.len() == 2));
+    // What an API server would refuse is refused with its line, and the policy stays as it was.
+    let wrong = POLICY.replace("{pool: lan}", "{pool: lan, addresses: [192.0.2.1]}");
+    fs::write(&file, format!("# one line\n---\n{wrong}---\n{POD}")).unwrap();
+    let found = problem(&problems).await;
+    assert_eq!(found.line, Some(3), "{found}");
+    assert!(found.message.contains("exactly one of"), "{found}");
+    let wrong = POLICY.replace("portsPerPod", "portPerPod");
+    fs::write(&file, format!("{wrong}---\n{POD}")).unwrap();
+    for _ in 0..2000 {
+        if problems.list()[0].message.contains("portPerPod") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let found = problem(&problems).await;
+    assert!(found.message.contains("spec.quota.portPerPod"), "{found}");
+    assert_eq!(found.line, Some(7), "{found}");
+    // The pod ends.
+    let ended = POD.replace("Running", "Succeeded");
+    fs::write(&file, format!("{POLICY}---\n{ended}")).unwrap();
+    loop {
+        match next(&mut source).await {
+            Event::Synced(_) => {}
+            Event::Apply(Object::Pod(pod)) => break assert!(pod.addresses.is_empty()),
+            other => panic!("only the pod has changed: {other:?}"),
+        }
+    }
+}
