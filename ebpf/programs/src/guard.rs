@@ -2,21 +2,22 @@
 //!
 //! ```text
 //!  tenant    judged, and not for its gateway ─> leaves      for the cluster ─> leaves
+//!            (but what was led while nobody judged goes on so: connection tracking may take it for an answer)
 //!            else ─> its gateway's Ethernet address, out of the interface to it; without a gateway ─> dropped
 //!  another   this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
 //!            else ─> dropped
 //! ```
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_redirect};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::guard::{
-    Gateway, Guarded, MAX_GATEWAYS, MAX_INSIDE, MAX_OUTSIDE, MAX_TENANTS, Marks, Tenant,
-    gateway_flag, tenant_flag,
+    Gateway, Guarded, LED_FOR, MAX_GATEWAYS, MAX_INSIDE, MAX_LED, MAX_OUTSIDE, MAX_TENANTS, Marks,
+    Pair, Tenant, gateway_flag, tenant_flag,
 };
 
 use crate::packet::Ends;
@@ -32,6 +33,8 @@ static INSIDE: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(MAX_INSIDE, BP
 static OUTSIDE: HashMap<u32, u32> = HashMap::with_max_entries(MAX_OUTSIDE, BPF_F_NO_PREALLOC);
 #[map]
 static MARKS: Array<Marks> = Array::with_max_entries(1, 0);
+#[map]
+static LED: LruHashMap<Pair, u64> = LruHashMap::with_max_entries(MAX_LED, 0);
 #[map]
 static GUARDED: PerCpuArray<u64> = PerCpuArray::with_max_entries(Guarded::COUNT, 0);
 
@@ -86,7 +89,8 @@ fn of_another(told: &Told, marks: &Marks, ends: &Ends) -> i32 {
 #[inline(always)]
 fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenant: &Tenant) -> i32 {
     let leaves = told.mark & marks.egress != 0;
-    if !leaves && (told.mark & marks.judged != 0 || is_inside(&ends.destination)) {
+    let judged = told.mark & marks.judged != 0;
+    if !leaves && (judged && !was_led(ends) || is_inside(&ends.destination)) {
         return NEXT;
     }
     if !leaves && is_outside(told.from) {
@@ -107,6 +111,9 @@ fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenan
     }
     if lead(context, gateway, at_it).is_none() {
         return refuse(Guarded::Unsendable);
+    }
+    if !leaves && !judged {
+        remember(ends);
     }
     note(if leaves {
         Guarded::Led
@@ -129,6 +136,34 @@ fn lead(context: &TcContext, gateway: &Gateway, at_it: bool) -> Option<()> {
     }
     context.store(0, &gateway.mac, 0).ok()?;
     context.store(6, &gateway.source, 0).ok()
+}
+
+/// Keeps in mind that a tenant's packet was led which nobody had judged.
+#[inline(always)]
+fn remember(ends: &Ends) {
+    // SAFETY: it takes nothing.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // The least recently used goes if there is no room.
+    let _ = LED.insert(&pair(ends), &now, 0);
+}
+
+/// Whether one was, not long ago.
+#[inline(always)]
+fn was_led(ends: &Ends) -> bool {
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    let Some(at) = (unsafe { LED.get(&pair(ends)) }) else {
+        return false;
+    };
+    // SAFETY: it takes nothing.
+    unsafe { bpf_ktime_get_ns() }.wrapping_sub(*at) < LED_FOR
+}
+
+#[inline(always)]
+fn pair(ends: &Ends) -> Pair {
+    Pair {
+        tenant: ends.source,
+        peer: ends.destination,
+    }
 }
 
 #[inline(always)]

@@ -28,7 +28,7 @@ const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
 type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
-pub(super) const SHAPES: [Shape; 26] = [
+pub(super) const SHAPES: [Shape; 27] = [
     shape::<common::VipKey, common::Vip>(map::VIPS, MapType::Hash, common::MAX_VIPS),
     shape::<u32, common::VipCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_VIPS),
     shape::<common::PortKey, common::Port>(map::PORTS, MapType::Hash, common::MAX_PORTS),
@@ -66,6 +66,7 @@ pub(super) const SHAPES: [Shape; 26] = [
     shape::<Prefix<[u8; 16]>, u32>(guard::map::INSIDE, MapType::LpmTrie, guard::MAX_INSIDE),
     shape::<u32, u32>(guard::map::OUTSIDE, MapType::Hash, guard::MAX_OUTSIDE),
     shape::<u32, guard::Marks>(guard::map::MARKS, MapType::Array, 1),
+    shape::<guard::Pair, u64>(guard::map::LED, MapType::LruHash, guard::MAX_LED),
     shape::<u32, u64>(
         guard::map::GUARDED,
         MapType::PerCpuArray,

@@ -1,7 +1,7 @@
 //! Pods that leave by an address of their own, as nftables sees them: who is judged, and what is then done.
 //!
 //! ```text
-//!  prerouting ─> egress-replies  frames of a gateway to a tenant get the mark of their way: the reverse path is that
+//!  prerouting ─> egress-replies  frames of a gateway get the mark of their way: the reverse path is that
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
 //!                  forged ─> drop      answers ─> judged      unknown ─> drop
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
@@ -55,7 +55,6 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
         verdict(text, name, policy, leaving, ways, config);
     }
     elements(text, "add", "egress-sources", &sources(leaving));
-    elements(text, "add", "egress-tenants", &tenants(leaving));
     elements(text, "add", "egress-closed", &closed(leaving));
     for (way, value) in ways {
         macs(text, "add", *value, &gateways(leaving, way));
@@ -97,7 +96,6 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
         verdict(text, name, policy, new, ways, config);
     }
     replace(text, "egress-closed", &closed(old), &closed(new));
-    replace(text, "egress-tenants", &tenants(old), &tenants(new));
     replace(text, "egress-sources", &sources(old), &sources(new));
     for (way, value) in ways {
         let (old, new) = (gateways(old, way), gateways(new, way));
@@ -117,7 +115,6 @@ fn skeleton(text: &mut String, leaving: &Leaving) {
         let _ = writeln!(
             text,
             "add map inet {TABLE} egress-sources{suffix} {{ type {kind} : verdict; }}
-add set inet {TABLE} egress-tenants{suffix} {{ type {kind}; }}
 add set inet {TABLE} egress-closed{suffix} {{ type {kind}; }}
 add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}"
         );
@@ -203,7 +200,11 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
     }
 }
 
-/// What comes back by a way: from another node that is a gateway; here, what a program has marked.
+/// What comes back by a way: from another node that is a gateway; here, what a program has marked. It is nobody's answer,
+/// whatever connection tracking takes it for: so the connection is marked, whoever's the pod is by now.
+///
+/// A gateway may also lead a VIP. What it sends on as that carries the VIP, or the mark of the programs that have
+/// translated it.
 fn replies(text: &mut String, way: &Way, value: u32, config: &Config) {
     let (judged, egress) = config.egress_marks();
     let rest = !(judged | egress | config.mark_mask);
@@ -218,10 +219,20 @@ fn replies(text: &mut String, way: &Way, value: u32, config: &Config) {
         );
         format!("ether saddr @{}", of_way(value))
     };
+    let arrived = if config.translated {
+        format!(
+            "meta mark and {:#x} != {:#x} ",
+            config.mark_mask,
+            config.arrival()
+        )
+    } else {
+        String::new()
+    };
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         let _ = writeln!(
             text,
-            "add rule inet {TABLE} egress-replies iifname \"{}\" {from} {family} daddr @egress-tenants{suffix} \
+            "add rule inet {TABLE} egress-replies iifname \"{}\" {from} {arrived}\
+             {family} saddr != @egress-inside{suffix} {family} daddr != @vips{suffix} fib daddr type != local \
              meta mark set meta mark and {rest:#x} or {mark:#x} \
              ct direction original ct mark set ct mark and {:#x} or {egress:#x} accept",
             way.uplink, !egress

@@ -59,7 +59,7 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, ways: &Ways, config: &Config) 
         );
     }
     if config.translated {
-        translated(&mut text, marks, config);
+        translated(&mut text, rules, marks, config);
     }
     answers(&mut text, rules, marks, config.mark_mask);
     deliveries(&mut text, rules);
@@ -207,7 +207,7 @@ fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
 
 /// The same for what the eBPF programs translate: connection tracking sees the pod's address only. What comes in by the
 /// uplink bears a mark of theirs, and by it the connection gets the uplink's.
-fn translated(text: &mut String, marks: &Marks, config: &Config) {
+fn translated(text: &mut String, rules: &Rules, marks: &Marks, config: &Config) {
     let (mask, arrival) = (config.mark_mask, config.arrival());
     let rest = !mask;
     for (uplink, mark) in marks {
@@ -217,7 +217,7 @@ fn translated(text: &mut String, marks: &Marks, config: &Config) {
              ct mark set ct mark and {rest:#x} or {mark:#x}"
         );
     }
-    if !marks.is_empty() {
+    if is_arrival_asked(rules, marks) {
         // It is no route's mark.
         let _ = writeln!(
             text,
@@ -237,6 +237,11 @@ fn translated(text: &mut String, marks: &Marks, config: &Config) {
             );
         }
     }
+}
+
+/// Whether the rules have to know what the programs have translated.
+pub(super) fn is_arrival_asked(rules: &Rules, marks: &Marks) -> bool {
+    !marks.is_empty() || rules.egress.is_some()
 }
 
 fn deliveries(text: &mut String, rules: &Rules) {

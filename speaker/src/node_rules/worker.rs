@@ -221,12 +221,12 @@ impl Worker {
             Some(leaving) => Before::Armed(leaving.clone()),
             None => Before::Unarmed,
         });
-        self.written = Some(rules);
-        let arrival = if marks.is_empty() {
-            0
-        } else {
+        let arrival = if ruleset::is_arrival_asked(&rules, &marks) {
             self.config.arrival()
+        } else {
+            0
         };
+        self.written = Some(rules);
         self.arrival_mark.send_replace(Some(arrival));
         end_flows(shrunk).await;
         settle(settling).await;

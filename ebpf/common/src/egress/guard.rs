@@ -14,6 +14,21 @@ pub const MAX_INSIDE: u32 = 16_384;
 /// How many uplinks.
 pub const MAX_OUTSIDE: u32 = 256;
 
+/// How many pairs that were led unjudged are remembered.
+pub const MAX_LED: u32 = 16_384;
+/// How long, in nanoseconds: when connection tracking has seen a gateway's frame, nftables knows by itself.
+pub const LED_FOR: u64 = 300_000_000_000;
+
+/// A tenant, and whom it sent something to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The pod.
+    pub tenant: VipKey,
+    /// The other.
+    pub peer: VipKey,
+}
+
 /// A pod that is a policy's tenant, by its address ([`VipKey`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +146,9 @@ pub mod map {
     pub const OUTSIDE: &str = "OUTSIDE";
     /// One [`Marks`](super::Marks).
     pub const MARKS: &str = "MARKS";
+    /// From [`Pair`](super::Pair) to when a packet was led that nobody had judged, in nanoseconds since the start of the
+    /// system.
+    pub const LED: &str = "LED";
     /// How many packets met each fate, by CPU, at the place of a [`Guarded`](super::Guarded).
     pub const GUARDED: &str = "GUARDED";
 }
@@ -141,6 +159,7 @@ mod pod {
     unsafe impl aya::Pod for super::Tenant {}
     unsafe impl aya::Pod for super::Gateway {}
     unsafe impl aya::Pod for super::Marks {}
+    unsafe impl aya::Pod for super::Pair {}
 }
 
 #[cfg(test)]
@@ -155,7 +174,8 @@ mod tests {
             size_of::<Tenant>(),
             size_of::<Gateway>(),
             size_of::<Marks>(),
+            size_of::<Pair>(),
         ];
-        assert_eq!(sizes, [4 + 4 + 16, 8 + 4 + 4 + 4 + 6 + 6, 4 + 4]);
+        assert_eq!(sizes, [4 + 4 + 16, 8 + 4 + 4 + 4 + 6 + 6, 4 + 4, 16 + 16]);
     }
 }

@@ -1,0 +1,155 @@
+//! Policies come and go under living flows: a flow keeps the source it began with, or ends; none leaves with the pod's own
+//! address.
+
+use std::time::Duration;
+
+use super::cni::Cni;
+use super::flow::{Datagrams, Pair, remote, seen_as};
+use super::node::{Cluster, POLICY, Plan, until};
+
+fn is_armed(cluster: &Cluster) -> bool {
+    cluster.table().contains("egress-judge")
+}
+
+fn comes_and_goes(cni: Cni) {
+    let mut cluster = Cluster::build(&Plan {
+        cni,
+        ..Plan::default()
+    });
+    let (pod, outside) = (cluster.pod(0).netns.share(), cluster.lab.remote().share());
+    let open = || -> Vec<Pair> {
+        let of = |remote| Pair::open(&pod, &outside, remote).unwrap();
+        remote().into_iter().map(of).collect()
+    };
+    let (node, egress) = (cluster.node_ips(), cluster.egress_ips());
+    let mut early = open();
+    let egress_of = cluster.egress.clone();
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    let mut later = open();
+    for family in 0..2 {
+        assert_eq!(
+            (early[family].seen_as, later[family].seen_as),
+            (node[family], egress[family])
+        );
+    }
+    let speak = |flows: &mut Vec<Pair>, what: &str, cluster: &Cluster| {
+        for flow in flows {
+            for _ in 0..3 {
+                flow.pod_speaks()
+                    .and_then(|()| flow.outside_speaks())
+                    .unwrap_or_else(|error| panic!("{what}: {error}\n{}", cluster.state()));
+            }
+        }
+    };
+    speak(&mut early, "from before the policy", &cluster);
+    speak(&mut later, "from after it came", &cluster);
+
+    // The pod is another's for a while: what left by the policy ends, what did not goes on.
+    let mut plain = cluster.egress.clone();
+    cluster.place(&mut plain, 0, None);
+    cluster.egress = plain;
+    cluster.apply();
+    let plain = format!("{} : goto egress-plain", cluster.pod(0).addresses[0]);
+    until("it is told", || cluster.table().contains(&plain));
+    speak(&mut early, "from before the policy, after it", &cluster);
+    for (remote, node) in remote().into_iter().zip(node) {
+        assert_eq!(seen_as(&pod, remote), (Some(node), Some(node)));
+    }
+    for flow in &mut later {
+        flow.wait_no_longer_than(Duration::from_millis(300));
+        assert!(flow.pod_speaks().is_err(), "it has another source now");
+    }
+    cluster.assert_clean(&node);
+
+    // A tenant again, and then the last policy goes.
+    cluster.egress = egress_of;
+    cluster.apply();
+    let mut third = Vec::new();
+    until("new flows leave by the policy", || {
+        third = open();
+        third
+            .iter()
+            .zip(egress)
+            .all(|(flow, egress)| flow.seen_as == egress)
+    });
+    let datagrams = remote().map(|remote| Datagrams::open(&pod, remote));
+    for (datagrams, egress) in datagrams.iter().zip(egress) {
+        assert_eq!(datagrams.seen_as(Duration::from_secs(5)), Some(egress));
+    }
+    // A policy is kept for as long as its gateway has bindings: these are gone.
+    cluster
+        .gateway()
+        .nft("add chain inet plain forward { type filter hook forward priority 0; policy drop; }\n")
+        .unwrap();
+    cluster.egress.policies.clear();
+    cluster.apply();
+    for flow in &mut third {
+        flow.wait_no_longer_than(Duration::from_millis(300));
+        while flow.pod_speaks().is_ok() {}
+    }
+    until("the table is as without policies", || !is_armed(&cluster));
+    for (datagrams, node) in datagrams.iter().zip(node) {
+        // One socket, another source: what was tracked of it was ended.
+        assert_eq!(datagrams.seen_as(Duration::from_secs(5)), Some(node));
+    }
+    cluster.assert_clean(&node);
+}
+
+#[test]
+fn beside_nftables() {
+    comes_and_goes(Cni::Nftables);
+}
+
+#[test]
+fn beside_iptables_legacy() {
+    comes_and_goes(Cni::IptablesLegacy);
+}
+
+/// An address that was a pod's before and is another pod's now: connections of the old one do not decide for the new.
+#[test]
+fn an_address_that_is_used_again_begins_anew() {
+    let mut cluster = Cluster::build(&Plan::default());
+    let known = cluster.egress.clone();
+    let (pod, outside) = (cluster.pod(0).netns.share(), cluster.lab.remote().share());
+    let datagrams = remote().map(|remote| Datagrams::open(&pod, remote));
+    for (datagrams, node) in datagrams.iter().zip(cluster.node_ips()) {
+        assert_eq!(
+            datagrams.seen_as(Duration::from_secs(5)),
+            Some(node),
+            "as its node"
+        );
+    }
+    let [v4, _] = cluster.pod(0).addresses;
+    cluster.egress.pods.remove(&v4);
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    assert_eq!(
+        datagrams[0].seen_as(Duration::from_millis(300)),
+        None,
+        "nobody's"
+    );
+    cluster.egress = known;
+    assert!(cluster.egress.policies.contains_key(POLICY));
+    cluster.apply();
+    let mut seen = None;
+    until("it is served", || {
+        seen = datagrams[0].seen_as(Duration::from_millis(300));
+        seen.is_some()
+    });
+    assert_eq!(
+        seen,
+        Some(cluster.egress_ips()[0]),
+        "the same ports, and a new pod's"
+    );
+    // The other address was known all the time, and keeps what it began with.
+    assert_eq!(
+        datagrams[1].seen_as(Duration::from_secs(5)),
+        Some(cluster.node_ips()[1])
+    );
+    cluster.assert_clean(&cluster.node_ips());
+    let flow = Pair::open(&pod, &outside, remote()[1]).unwrap();
+    assert_eq!(flow.seen_as, cluster.egress_ips()[1]);
+}

@@ -1,0 +1,271 @@
+//! What is not known does not leave, nor what has no gateway, nor what claims to be another's, nor anything of a tenant's
+//! where the guard is missing.
+
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use landfall_lab::server::{TCP_PORT, UDP_PORT};
+use landfall_lab::{Netns, PodLinks};
+use landfall_speaker::node_rules::NodeRules as _;
+
+use super::flow::{A_WHILE, Datagrams, line, remote, seen_as};
+use super::node::{Cluster, PATIENCE, POLICY, Plan, until};
+use super::wire::NOWHERE;
+
+/// How many connections each pod begins in its first moment, to each of the remote's addresses.
+const EAGER: usize = 25;
+const PODS: u8 = 4;
+
+/// Begins connections; the addresses by which they are seen in the end.
+fn begin(pod: &Netns, remote: IpAddr) -> Vec<JoinHandle<IpAddr>> {
+    let to = SocketAddr::new(remote, TCP_PORT);
+    (0..EAGER)
+        .map(|_| {
+            let pod = pod.share();
+            thread::spawn(move || line(&pod, to, PATIENCE).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn pods_that_nobody_knows_yet_are_served_once_they_are_known_and_leave_by_nothing_else() {
+    let mut cluster = Cluster::build(&Plan {
+        pods: PODS,
+        ..Plan::default()
+    });
+    let known = cluster.egress.clone();
+    cluster.egress.pods.clear();
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    let begun = Instant::now();
+    let mut connections = Vec::new();
+    for number in 0..usize::from(PODS) {
+        for remote in remote() {
+            connections.extend(begin(&cluster.pod(number).netns, remote));
+        }
+    }
+    let all = u64::try_from(connections.len()).unwrap();
+    until("all have begun", || cluster.dropped("unknown") >= all);
+    assert_eq!(
+        cluster.wire.outbound().len(),
+        0,
+        "{:?}",
+        cluster.wire.outbound()
+    );
+    cluster.egress = known;
+    for number in 0..usize::from(PODS) {
+        let mut egress = cluster.egress.clone();
+        cluster.place(&mut egress, number, Some(POLICY));
+        cluster.egress = egress;
+    }
+    cluster.apply();
+    for connection in connections {
+        let seen = connection.join().unwrap();
+        assert!(cluster.egress_ips().contains(&seen), "{seen}");
+    }
+    println!(
+        "{all} connections, dropped {} times, are served after {:.2} s",
+        cluster.dropped("unknown"),
+        begun.elapsed().as_secs_f64()
+    );
+    for source in cluster.wire.arrived() {
+        assert!(cluster.egress_ips().contains(&source), "{source}");
+    }
+}
+
+#[test]
+fn without_the_table_the_guard_lets_nobody_out_that_is_not_known() {
+    let mut cluster = Cluster::build(&Plan::default());
+    cluster.start();
+    let tenant = cluster.pod(0).addresses;
+    let pods = &mut cluster.egress.pods;
+    pods.retain(|address, _| tenant.contains(address));
+    cluster.apply();
+    cluster.await_armed();
+    // Nobody puts it back.
+    cluster.stop();
+    cluster.node().nft("flush ruleset\n").unwrap();
+    cluster.cni.masquerade(cluster.node());
+    for remote in remote() {
+        assert_eq!(seen_as(&cluster.pod(1).netns, remote), (None, None));
+    }
+    cluster.assert_clean(&[]);
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    until("the next process tells what was counted", || {
+        cluster
+            .guarded()
+            .get("unjudged")
+            .is_some_and(|count| *count > 0)
+    });
+    for (remote, egress) in remote().into_iter().zip(cluster.egress_ips()) {
+        let tenant = &cluster.pod(0).netns;
+        assert_eq!(seen_as(tenant, remote), (Some(egress), Some(egress)));
+    }
+}
+
+/// Without the guard nobody gets a tenant's frames: their Ethernet address is one that bridges keep to themselves.
+#[test]
+fn without_the_guard_a_tenant_reaches_nobody() {
+    let mut cluster = Cluster::build(&Plan::default());
+    cluster.start();
+    let parts = cluster.parts.as_ref().unwrap();
+    parts.rules.apply(cluster.rules());
+    until("the table judges", || {
+        cluster.table().contains("egress-judge")
+    });
+    for remote in remote() {
+        assert_eq!(seen_as(&cluster.pod(0).netns, remote), (None, None));
+    }
+    let sent = cluster.wire.outbound();
+    assert!(!sent.is_empty(), "the test sees no frames");
+    for frame in sent {
+        assert_eq!(frame.to, NOWHERE, "{frame:?}");
+    }
+    assert_eq!(cluster.wire.arrived(), [].into());
+}
+
+#[test]
+fn without_a_gateway_a_tenant_waits_for_one() {
+    let mut cluster = Cluster::armed(&Plan::default());
+    let gateway = cluster.egress.policies[POLICY].gateway.clone();
+    let policy = |cluster: &mut Cluster, gateway| {
+        let policies = &mut cluster.egress.policies;
+        policies.get_mut(POLICY).unwrap().gateway = gateway;
+        cluster.apply();
+    };
+    policy(&mut cluster, None);
+    until("it is known", || {
+        !cluster.node().exec("ip rule").unwrap().contains("fwmark")
+    });
+    let before = cluster.dropped("no-gateway");
+    for remote in remote() {
+        assert_eq!(seen_as(&cluster.pod(0).netns, remote), (None, None));
+    }
+    assert!(cluster.dropped("no-gateway") > before, "they are counted");
+    assert_eq!(cluster.wire.outbound(), [].into());
+    // The others' packets leave as ever.
+    let others = cluster.node_ips();
+    assert_eq!(
+        seen_as(&cluster.pod(1).netns, remote()[0]).0,
+        Some(others[0])
+    );
+    policy(&mut cluster, gateway);
+    for (remote, egress) in remote().into_iter().zip(cluster.egress_ips()) {
+        let datagrams = Datagrams::open(&cluster.pod(0).netns, remote);
+        let mut seen = None;
+        until("it goes on by itself", || {
+            seen = datagrams.seen_as(Duration::from_millis(200));
+            seen.is_some()
+        });
+        assert_eq!(seen, Some(egress));
+    }
+    // A tenant for which there is no address is dropped; another of the same policy is not.
+    let mut egress = cluster.egress.clone();
+    cluster.place(&mut egress, 1, Some(POLICY));
+    for address in cluster.pod(1).addresses {
+        let pod = egress.pods.get_mut(&address).unwrap();
+        pod.tenant.as_mut().unwrap().egress_ip = None;
+    }
+    cluster.egress = egress;
+    cluster.apply();
+    let to = cluster.pod(1).addresses[0].to_string();
+    until("it is told", || {
+        let closed = "nft list set inet landfall egress-closed4";
+        cluster.node().exec(closed).unwrap().contains(&to)
+    });
+    cluster.wire.clear();
+    assert_eq!(seen_as(&cluster.pod(1).netns, remote()[0]), (None, None));
+    let egress = Some(cluster.egress_ips()[0]);
+    assert_eq!(
+        seen_as(&cluster.pod(0).netns, remote()[0]),
+        (egress, egress)
+    );
+    cluster.assert_clean(&[]);
+}
+
+/// A pod with the address of another. On a bridge that is not seen here, where both come in by the bridge.
+#[test]
+fn a_forged_source_gets_nothing() {
+    let cluster = Cluster::armed(&Plan {
+        pod_links: PodLinks::PointToPoint,
+        ..Plan::default()
+    });
+    let forger = &cluster.pod(1).netns;
+    for (remote, tenant) in remote().into_iter().zip(cluster.pod(0).addresses) {
+        let before = cluster.dropped("forged");
+        forger
+            .ip(&format!(
+                "address add {tenant} dev eth0 {}",
+                if tenant.is_ipv6() { "nodad" } else { "" }
+            ))
+            .unwrap();
+        forger.run(|| {
+            let socket = UdpSocket::bind((tenant, 0)).unwrap();
+            for _ in 0..5 {
+                socket.send_to(b"forged", (remote, UDP_PORT)).unwrap();
+            }
+        });
+        until("it is counted", || cluster.dropped("forged") >= before + 5);
+    }
+    assert_eq!(cluster.wire.outbound(), [].into());
+    assert_eq!(cluster.wire.arrived(), [].into());
+}
+
+/// From a bridge no address leaves that is not of the bridge.
+#[test]
+fn a_source_that_is_nobodys_gets_nothing() {
+    let cluster = Cluster::armed(&Plan::default());
+    let forger = &cluster.pod(1).netns;
+    forger.ip("address add 10.244.9.9/32 dev eth0").unwrap();
+    forger.ip("address add 198.51.100.9/32 dev eth0").unwrap();
+    for from in ["10.244.9.9", "198.51.100.9"] {
+        let from: IpAddr = from.parse().unwrap();
+        forger.run(|| {
+            let socket = UdpSocket::bind((from, 0)).unwrap();
+            socket.send_to(b"forged", (remote()[0], UDP_PORT)).unwrap();
+        });
+    }
+    until("both are counted", || cluster.dropped("forged") >= 2);
+    assert_eq!(cluster.wire.outbound(), [].into());
+}
+
+/// What stays in the cluster is nobody's business, with a gateway or without.
+#[test]
+fn in_the_cluster_all_is_as_ever() {
+    let mut cluster = Cluster::build(&Plan {
+        management: true,
+        ..Plan::default()
+    });
+    cluster.egress.policies.get_mut(POLICY).unwrap().gateway = None;
+    cluster.egress.pods.clear();
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    cluster.lab.serve_pods().unwrap();
+    let from = &cluster.pod(0).netns;
+    let mut reached = cluster.pod(1).addresses.to_vec();
+    reached.extend(cluster.lab.node("node2").unwrap().pods[0].addresses);
+    for (address, own) in reached
+        .into_iter()
+        .zip(cluster.pod(0).addresses.into_iter().cycle())
+    {
+        assert_eq!(
+            line(from, (address, TCP_PORT).into(), A_WHILE).unwrap(),
+            own,
+            "{address}"
+        );
+    }
+    // And the node itself.
+    let node = cluster.node_ips()[0];
+    let listener = cluster.node().run(|| TcpListener::bind((node, 0)).unwrap());
+    let to = listener.local_addr().unwrap();
+    from.run(|| TcpStream::connect_timeout(&to, A_WHILE))
+        .expect("the node is there");
+    for reason in ["unknown", "forged", "invalid", "no-gateway"] {
+        assert_eq!(cluster.dropped(reason), 0, "{reason}");
+    }
+}
