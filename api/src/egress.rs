@@ -47,6 +47,8 @@ pub struct EgressPolicySpec {
     #[x_kube(
         validation = Rule::new(crate::selector::NOT_EMPTY_ONE)
             .message("spec.namespaceSelector: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+        validation = Rule::new(crate::selector::READABLE_ONE)
+            .message("spec.namespaceSelector.matchExpressions: write operator In or NotIn with values, or Exists or DoesNotExist without"),
     )]
     pub namespace_selector: Option<LabelSelector>,
 
@@ -55,6 +57,8 @@ pub struct EgressPolicySpec {
     #[x_kube(
         validation = Rule::new(crate::selector::NOT_EMPTY_ONE)
             .message("spec.podSelector: an empty selector matches everything; give it matchLabels or matchExpressions, or leave it out"),
+        validation = Rule::new(crate::selector::READABLE_ONE)
+            .message("spec.podSelector.matchExpressions: write operator In or NotIn with values, or Exists or DoesNotExist without"),
     )]
     pub pod_selector: Option<LabelSelector>,
 
@@ -182,6 +186,8 @@ pub struct Gateways {
     #[x_kube(
         validation = Rule::new(crate::selector::NOT_EMPTY_ONE)
             .message("spec.gateways.nodeSelector: an empty selector matches everything; give it matchLabels or matchExpressions, or leave gateways out"),
+        validation = Rule::new(crate::selector::READABLE_ONE)
+            .message("spec.gateways.nodeSelector.matchExpressions: write operator In or NotIn with values, or Exists or DoesNotExist without"),
     )]
     pub node_selector: LabelSelector,
 }

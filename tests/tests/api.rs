@@ -251,6 +251,21 @@ async fn egress_policies(client: &Client) -> Vec<String> {
             "give it matchLabels",
         ),
         (
+            json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "Like", "values": ["b"]}]}}),
+            "spec.podSelector.matchExpressions",
+            "write operator In",
+        ),
+        (
+            json!({"namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "In", "values": []}]}}),
+            "spec.namespaceSelector.matchExpressions",
+            "with values",
+        ),
+        (
+            json!({"gateways": {"nodeSelector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}}}),
+            "spec.gateways.nodeSelector.matchExpressions",
+            "without",
+        ),
+        (
             json!({"namespaceSelector": {"matchLabels": {}}}),
             "spec.namespaceSelector",
             "give it matchLabels",
