@@ -4,6 +4,7 @@
 mod cost;
 mod driver;
 mod golden;
+mod guard;
 mod lifecycle;
 mod others;
 mod packets;

@@ -1,6 +1,7 @@
 //! Frames through `BPF_PROG_TEST_RUN`: what is counted, answered, sent elsewhere, and left as it is.
 
 mod flows;
+mod guard;
 mod guessed;
 mod headers;
 mod kinds;
@@ -15,7 +16,9 @@ use aya::programs::TestRunResult;
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
-use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, Verdict, rendezvous};
+use landfall_ebpf_common::{
+    TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, Verdict, egress, rendezvous,
+};
 
 use super::super::driver::{Drivers, driver};
 use super::super::tables::Tables;
@@ -116,7 +119,12 @@ impl Program {
     /// The program, with three nodes and two VIPs that are spread over all of them.
     pub(super) fn load() -> Self {
         let mut ebpf = object(None).expect("these tests load eBPF programs and need root");
-        for name in [UPLINK_INGRESS, UPLINK_EGRESS, TUNNEL_INGRESS] {
+        for name in [
+            UPLINK_INGRESS,
+            UPLINK_EGRESS,
+            TUNNEL_INGRESS,
+            egress::guard::PROGRAM,
+        ] {
             classifier(&mut ebpf, name)
                 .expect("the object holds it")
                 .load()

@@ -1,0 +1,268 @@
+//! What leaves by an uplink and is a pod's.
+
+use std::sync::Arc;
+
+use landfall_core::steering::seed;
+use landfall_ebpf_common::egress::guard::{Guarded, PROGRAM};
+use landfall_ebpf_common::tunnel_mac;
+
+use super::*;
+use crate::datapath::Leaving;
+use crate::egress::{Egress, Gateway, Pod, Policy, Tenant};
+use crate::node_rules::TUNNEL;
+
+/// What `__sk_buff` is to the kernel, and where its mark and the interface that it came by lie.
+const CONTEXT: usize = 256;
+const MARK: std::ops::Range<usize> = 8..12;
+const FROM: std::ops::Range<usize> = 36..40;
+
+const JUDGED: u32 = 0x1000_0000;
+const EGRESS: u32 = 0x2000_0000;
+const NO_MARK: u32 = 0x11;
+/// Interfaces that frames come in by: none, a pod's, one to the outside.
+const OWN: u32 = 0;
+const POD_LINK: u32 = 5;
+const OUTSIDE: u32 = 9;
+const GATEWAY: [u8; 6] = [2, 0, 0, 0, 9, 9];
+
+/// The last numbers of pods' addresses.
+const TENANT: u8 = 10;
+const CLOSED: u8 = 11;
+const ELSEWHERE: u8 = 12;
+const NOBODYS: u8 = 13;
+
+fn pod(family: usize, last: u8) -> IpAddr {
+    match family {
+        0 => Ipv4Addr::new(10, 244, 1, last).into(),
+        _ => Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, last.into()).into(),
+    }
+}
+
+fn inside(family: usize) -> IpAddr {
+    match family {
+        0 => Ipv4Addr::new(10, 96, 0, 1).into(),
+        _ => Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1).into(),
+    }
+}
+
+fn mk_gateway() -> Gateway {
+    Gateway {
+        node: "other".into(),
+        uplink: "lo".into(),
+        interface: INTERFACE,
+        mac: Some(GATEWAY),
+        epoch: 1,
+    }
+}
+
+fn mk_leaving(gateway: Option<Gateway>) -> Change {
+    let policy = Policy {
+        destinations: BTreeSet::new(),
+        excluded: BTreeSet::new(),
+        gateway,
+        ports_per_pod: None,
+        ports: None,
+        hairpin: false,
+    };
+    let mut egress = Egress {
+        policies: [("mail".into(), policy)].into(),
+        inside: ["10.0.0.0/8", "fd00::/16"]
+            .map(|net| net.parse().expect("a literal"))
+            .into(),
+        ..Egress::default()
+    };
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        for (last, node, egress_ip) in [
+            (TENANT, "here", Some(vip)),
+            (CLOSED, "here", None),
+            (ELSEWHERE, "other", Some(vip)),
+        ] {
+            let tenant = Some(Tenant {
+                policy: "mail".into(),
+                egress_ip,
+            });
+            let node = node.into();
+            egress.pods.insert(pod(family, last), Pod { node, tenant });
+        }
+    }
+    Change::Egress(Some(Arc::new(Leaving {
+        node: "here".into(),
+        egress: Arc::new(egress),
+        outside: [INTERFACE, OUTSIDE].into(),
+        mark: JUDGED | EGRESS,
+    })))
+}
+
+/// What becomes of a frame that leaves.
+#[derive(Debug, PartialEq, Eq)]
+enum Left {
+    /// As it was.
+    Passed,
+    /// From this Ethernet address to that one.
+    Led([u8; 6], [u8; 6]),
+    Dropped,
+}
+
+impl Program {
+    fn guards(&mut self, source: IpAddr, to: IpAddr, mark: u32, from: u32) -> Left {
+        let frame = mk_frame(
+            ethertype(source),
+            &mk_ip(source, to, 6, 63, &mk_tcp(4000, 25, SYN)),
+        );
+        let mut context = [0; CONTEXT];
+        context[MARK].copy_from_slice(&mark.to_ne_bytes());
+        context[FROM].copy_from_slice(&from.to_ne_bytes());
+        let mut out = vec![0; frame.len()];
+        let result = classifier(&mut self.ebpf, PROGRAM)
+            .expect("the object holds it")
+            .test_run(TestRunOptions {
+                data_in: Some(&frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                repeat: 1,
+                ..Default::default()
+            })
+            .expect("the kernel runs it");
+        assert_eq!(out[12..], frame[12..], "what is behind the addresses stays");
+        match result.return_value {
+            u32::MAX if out == frame => Left::Passed,
+            u32::MAX => Left::Led(
+                out[6..12].try_into().expect("six bytes"),
+                out[..6].try_into().expect("six bytes"),
+            ),
+            2 => Left::Dropped,
+            other => panic!("an action nobody should see: {other}"),
+        }
+    }
+
+    fn guarded(&self, what: Guarded) -> u64 {
+        self.tables.guarded()[what as usize]
+    }
+}
+
+#[test]
+fn a_tenants_packets_go_to_its_gateway_and_those_of_the_cluster_stay() {
+    let mut program = Program::load();
+    program.change(&mk_leaving(Some(mk_gateway())));
+    let led = || Left::Led([0; 6], GATEWAY);
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        let tenant = pod(family, TENANT);
+        let remote = client(vip);
+        for (to, mark, from, expected) in [
+            (remote, JUDGED | EGRESS, POD_LINK, led()),
+            (remote, JUDGED, POD_LINK, Left::Passed),
+            (inside(family), NO_MARK, POD_LINK, Left::Passed),
+            (vip, NO_MARK, POD_LINK, Left::Passed),
+            // A flow that goes by its gateway also to a VIP.
+            (vip, JUDGED | EGRESS, POD_LINK, led()),
+            (inside(family), NO_MARK, OUTSIDE, Left::Passed),
+            (remote, NO_MARK, OUTSIDE, Left::Dropped),
+            (remote, NO_MARK, POD_LINK, led()),
+            // Nobody judged the last, and connection tracking may take the next for an answer.
+            (remote, JUDGED, POD_LINK, led()),
+        ] {
+            let left = program.guards(tenant, to, mark, from);
+            assert_eq!(left, expected, "to {to}, {mark:#x}, by {from}");
+        }
+        for mark in [NO_MARK, JUDGED | EGRESS] {
+            let closed = program.guards(pod(family, CLOSED), remote, mark, POD_LINK);
+            assert_eq!(closed, Left::Dropped, "it has no address");
+        }
+    }
+    let counts = Guarded::ALL.map(|what| program.guarded(what));
+    // Led, led unjudged or after that, unjudged, without a gateway, forged, unsendable: of both families.
+    assert_eq!(counts, [2 * 2, 2 * 2, 0, 2 * 2, 2, 0]);
+}
+
+#[test]
+fn others_leave_when_they_are_judged() {
+    let mut program = Program::load();
+    program.change(&mk_leaving(Some(mk_gateway())));
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        let remote = client(vip);
+        for source in [NOBODYS, ELSEWHERE].map(|last| pod(family, last)) {
+            for (to, mark, from, expected) in [
+                (remote, NO_MARK, POD_LINK, Left::Dropped),
+                (remote, NO_MARK | JUDGED, POD_LINK, Left::Passed),
+                (remote, NO_MARK, OWN, Left::Passed),
+                (remote, NO_MARK, OUTSIDE, Left::Passed),
+                (inside(family), NO_MARK, POD_LINK, Left::Passed),
+                (vip, NO_MARK, POD_LINK, Left::Passed),
+            ] {
+                let left = program.guards(source, to, mark, from);
+                assert_eq!(left, expected, "{source} to {to}, {mark:#x}, by {from}");
+            }
+        }
+    }
+    assert_eq!(program.guarded(Guarded::Unjudged), 4);
+    // Without policies nobody is guarded.
+    program.change(&Change::Egress(None));
+    for last in [TENANT, CLOSED, NOBODYS] {
+        let left = program.guards(pod(0, last), client(VIPS[0]), NO_MARK, POD_LINK);
+        assert_eq!(left, Left::Passed);
+    }
+}
+
+#[test]
+fn a_gateway_is_one_write_for_all_its_tenants() {
+    let mut program = Program::load();
+    let tenant = pod(0, TENANT);
+    let remote = client(VIPS[0]);
+    let mut leaves = |gateway| {
+        program.change(&mk_leaving(gateway));
+        program.guards(tenant, remote, JUDGED | EGRESS, POD_LINK)
+    };
+    assert_eq!(leaves(None), Left::Dropped);
+    assert_eq!(leaves(Some(mk_gateway())), Left::Led([0; 6], GATEWAY));
+    let moved = Gateway {
+        mac: Some([2, 0, 0, 0, 9, 8]),
+        ..mk_gateway()
+    };
+    assert_eq!(leaves(Some(moved)), Left::Led([0; 6], [2, 0, 0, 0, 9, 8]));
+    let unheard = Gateway {
+        mac: None,
+        ..mk_gateway()
+    };
+    assert_eq!(leaves(Some(unheard)), Left::Dropped);
+    let here = Gateway {
+        node: "here".into(),
+        mac: None,
+        ..mk_gateway()
+    };
+    assert_eq!(
+        leaves(Some(here.clone())),
+        Left::Passed,
+        "what comes behind translates it"
+    );
+    let by_another = Gateway {
+        interface: OUTSIDE,
+        ..here
+    };
+    assert_eq!(
+        leaves(Some(by_another)),
+        Left::Dropped,
+        "it would leave by the wrong uplink"
+    );
+}
+
+#[test]
+fn a_gateway_off_the_segment_is_reached_by_the_tunnel() {
+    let mut program = Program::load();
+    let state = NodeState {
+        mac: Some(tunnel_mac(seed(&"other".into()))),
+        address: Some("203.0.113.9".parse().unwrap()),
+        ..mk_node("other")
+    };
+    program.change(&Change::Node(mk_id("other"), Some(state)));
+    let mac = tunnel_mac(seed(&"other".into()));
+    program.change(&mk_leaving(Some(Gateway {
+        uplink: TUNNEL.into(),
+        mac: Some(mac),
+        ..mk_gateway()
+    })));
+    let here = tunnel_mac(seed(&"here".into()));
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        let left = program.guards(pod(family, TENANT), client(vip), JUDGED | EGRESS, POD_LINK);
+        assert_eq!(left, Left::Led(here, mac));
+    }
+}
