@@ -1,3 +1,6 @@
-//! Pods that leave by an address of their own.
+//! Pods that leave by an address of their own: their nodes' guard, and their gateway, where each flow leaves by a binding.
 
+pub mod binding;
+pub mod gateway;
 pub mod guard;
+pub mod ports;

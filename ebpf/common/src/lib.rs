@@ -50,6 +50,13 @@ pub const TUNNEL_ID: u32 = 0x4c46;
 /// The name of the program for the uplinks' drivers.
 pub const UPLINK_DRIVER: &str = "landfall_uplink_xdp";
 
+/// The name of a gateway's program for the ingress of uplinks.
+pub const GATEWAY_INGRESS: &str = "landfall_gateway_in";
+/// The name of the program for the egress of uplinks of nodes that have pods with addresses of their own.
+pub const EGRESS_OUT: &str = "landfall_egress_out";
+/// The name of the program that ends bindings. It is at no interface.
+pub const GATEWAY_KEEP: &str = "landfall_gateway_keep";
+
 /// What holds for the node as a whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -214,6 +221,30 @@ mod pod {
         Fragment,
         Settings,
         Driver
+    );
+
+    use crate::egress::{binding, gateway, ports};
+
+    macro_rules! pod_of {
+        ($($name:ty),*) => {$(
+            // SAFETY: as the module says; the tests of their modules hold them to it.
+            unsafe impl aya::Pod for $name {}
+        )*};
+    }
+    pod_of!(
+        binding::Key<binding::V4>,
+        binding::Key<binding::V6>,
+        binding::Binding<binding::V4>,
+        binding::Binding<binding::V6>,
+        ports::Crowd,
+        ports::Returned,
+        gateway::Source,
+        gateway::Policy,
+        gateway::GateNode,
+        gateway::Hop,
+        gateway::GateRoute,
+        gateway::GateSettings,
+        gateway::Filter
     );
 }
 
