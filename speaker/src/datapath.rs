@@ -12,7 +12,7 @@
 //! [`uninstall`] is what removes it.
 
 mod driver;
-mod egress;
+pub mod egress;
 mod flows;
 mod layout;
 mod metrics;

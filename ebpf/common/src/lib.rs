@@ -7,6 +7,8 @@
 
 mod address;
 #[cfg(feature = "user")]
+pub mod batch;
+#[cfg(feature = "user")]
 pub mod constant;
 pub mod echo;
 pub mod egress;
@@ -53,7 +55,7 @@ pub const UPLINK_DRIVER: &str = "landfall_uplink_xdp";
 /// The name of a gateway's program for the ingress of uplinks.
 pub const GATEWAY_INGRESS: &str = "landfall_gateway_in";
 /// The name of the program for the egress of uplinks of nodes that have pods with addresses of their own.
-pub const EGRESS_OUT: &str = "landfall_egress_out";
+pub const GATEWAY_EGRESS: &str = "landfall_gateway_out";
 /// The name of the program that ends bindings. It is at no interface.
 pub const GATEWAY_KEEP: &str = "landfall_gateway_keep";
 

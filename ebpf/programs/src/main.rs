@@ -23,11 +23,14 @@
 //! the same code as the first and sends what is another node's; all else it leaves to the first.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features)] // Atomic operations: see `gateway::word`.
 
 mod answers;
 mod context;
 mod echo;
 mod flows;
+mod gateway;
 mod guard;
 mod maps;
 mod native;
@@ -130,6 +133,27 @@ pub fn landfall_egress_out(context: TcContext) -> i32 {
     } else {
         NEXT
     }
+}
+
+#[classifier]
+pub fn landfall_gateway_in(context: TcContext) -> i32 {
+    if !is_ours(&context) {
+        return NEXT;
+    }
+    gateway::enter(&context)
+}
+
+#[classifier]
+pub fn landfall_gateway_out(context: TcContext) -> i32 {
+    if !is_untagged(&context) {
+        return NEXT;
+    }
+    gateway::leave(&context)
+}
+
+#[classifier]
+pub fn landfall_gateway_keep(context: TcContext) -> i32 {
+    gateway::keep(&context)
 }
 
 #[cfg(not(test))]

@@ -11,7 +11,7 @@ const ETH_SOURCE: usize = 6;
 pub(crate) const ETH_HEADER: usize = 14;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
-const IPV4_HEADER: usize = 20;
+pub(crate) const IPV4_HEADER: usize = 20;
 pub(crate) const IPV6_HEADER: usize = 40;
 /// Where the addresses lie in an IPv4 header (RFC 791) and in an IPv6 header (RFC 8200).
 pub(crate) const IPV4_SOURCE: usize = 12;
@@ -207,6 +207,14 @@ pub extern "C" fn landfall_read(skb: *mut __sk_buff) -> u32 {
     maps::packet().map_or(0, |packet| u32::from(packet.read(&context)))
 }
 
+/// The same with echo, as [`Packet::read_any`] has it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_read_any(skb: *mut __sk_buff) -> u32 {
+    let context = TcContext::new(skb);
+    maps::packet().map_or(0, |packet| u32::from(packet.read_any(&context)))
+}
+
 impl Packet {
     /// Puts a frame in the place of the last.
     #[inline(always)]
@@ -219,13 +227,23 @@ impl Packet {
     /// another kind.
     #[inline(always)]
     pub(crate) fn read(&mut self, context: &impl Context) -> bool {
-        let read = self.try_read(context).is_some();
+        let read = self.try_read::<false>(context).is_some();
+        self.flow.protocol = u32::from(self.protocol);
+        read
+    }
+
+    /// The same, and echo: a request's identifier stands for its sender's port, an answer's for its receiver's, and that
+    /// of a request inside an error likewise. A request counts as a SYN, an answer as an ACK.
+    #[inline(always)]
+    fn read_any(&mut self, context: &impl Context) -> bool {
+        self.protocol = 0;
+        let read = self.try_read::<true>(context).is_some();
         self.flow.protocol = u32::from(self.protocol);
         read
     }
 
     #[inline(always)]
-    fn try_read(&mut self, context: &impl Context) -> Option<()> {
+    fn try_read<const ANY: bool>(&mut self, context: &impl Context) -> Option<()> {
         self.kind = Kind::Whole;
         self.tcp = 0;
         self.more = false;
@@ -252,8 +270,8 @@ impl Packet {
                 self.tcp = header[13];
             }
             UDP | SCTP => self.ports(context.load(self.transport)?),
-            ICMP if !self.v6 => self.icmp(context)?,
-            ICMPV6 if self.v6 => self.icmpv6(context)?,
+            ICMP if !self.v6 => self.icmp::<ANY>(context)?,
+            ICMPV6 if self.v6 => self.icmpv6::<ANY>(context)?,
             _ => return None,
         }
         Some(())
@@ -357,13 +375,11 @@ impl Packet {
     /// Echo requests, and errors (RFC 792): those carry the header and eight bytes of what they are about, a packet
     /// that went from the VIP to the client.
     #[inline(always)]
-    fn icmp(&mut self, context: &impl Context) -> Option<()> {
+    fn icmp<const ANY: bool>(&mut self, context: &impl Context) -> Option<()> {
         let [kind, ..]: [u8; 4] = context.load(self.transport)?;
         match kind {
-            8 => {
-                self.kind = Kind::Echo;
-                Some(())
-            }
+            8 => self.echo::<ANY>(context, true),
+            0 if ANY => self.echo::<ANY>(context, false),
             3 | 11 | 12 => {
                 let inner = self.transport + 8;
                 let header: [u8; IPV4_HEADER] = context.load(inner)?;
@@ -373,7 +389,7 @@ impl Packet {
                 if vip != self.flow.vip || header[0] & 15 < 5 || later {
                     return None;
                 }
-                self.inside(context, header[9], inner + ((header[0] & 15) as usize) * 4)
+                self.inside::<ANY>(context, header[9], inner + ((header[0] & 15) as usize) * 4)
             }
             _ => None,
         }
@@ -381,13 +397,11 @@ impl Packet {
 
     /// The same for IPv6 (RFC 4443). A packet inside with extension headers is not looked through.
     #[inline(always)]
-    fn icmpv6(&mut self, context: &impl Context) -> Option<()> {
+    fn icmpv6<const ANY: bool>(&mut self, context: &impl Context) -> Option<()> {
         let [kind, ..]: [u8; 4] = context.load(self.transport)?;
         match kind {
-            128 => {
-                self.kind = Kind::Echo;
-                Some(())
-            }
+            128 => self.echo::<ANY>(context, true),
+            129 if ANY => self.echo::<ANY>(context, false),
             1..=4 => {
                 let inner = self.transport + 8;
                 let header: [u8; 8] = context.load(inner)?;
@@ -396,14 +410,48 @@ impl Packet {
                 if vip != self.flow.vip {
                     return None;
                 }
-                self.inside(context, header[6], inner + IPV6_HEADER)
+                self.inside::<ANY>(context, header[6], inner + IPV6_HEADER)
             }
             _ => None,
         }
     }
 
     #[inline(always)]
-    fn inside(&mut self, context: &impl Context, protocol: u8, at: usize) -> Option<()> {
+    fn echo<const ANY: bool>(&mut self, context: &impl Context, request: bool) -> Option<()> {
+        self.kind = Kind::Echo;
+        if !ANY {
+            return Some(());
+        }
+        let identifier = u16::from_be(context.load(self.transport + 4)?);
+        if request {
+            self.flow.client_port = identifier;
+            self.tcp = SYN;
+        } else {
+            self.flow.port = identifier;
+            self.tcp = ACK;
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn inside<const ANY: bool>(
+        &mut self,
+        context: &impl Context,
+        protocol: u8,
+        at: usize,
+    ) -> Option<()> {
+        if ANY && protocol == if self.v6 { ICMPV6 } else { ICMP } {
+            let kind: u8 = context.load(at)?;
+            if kind != if self.v6 { 128 } else { 8 } {
+                return None;
+            }
+            self.flow.port = u16::from_be(context.load(at + 4)?);
+            self.kind = Kind::Error;
+            self.inner = at;
+            self.protocol = protocol;
+            self.more = false;
+            return Some(());
+        }
         if protocol != TCP && protocol != UDP && protocol != SCTP {
             return None;
         }

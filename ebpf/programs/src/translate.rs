@@ -8,8 +8,8 @@ use landfall_ebpf_common::sctp;
 
 use crate::maps;
 use crate::packet::{
-    ETH_HEADER, IPV4_DESTINATION, IPV4_SOURCE, IPV6_DESTINATION, IPV6_HEADER, IPV6_SOURCE, Kind,
-    Packet, SCTP, TCP, UDP,
+    ETH_HEADER, ICMP, ICMPV6, IPV4_DESTINATION, IPV4_SOURCE, IPV6_DESTINATION, IPV6_HEADER,
+    IPV6_SOURCE, Kind, Packet, SCTP, TCP, UDP,
 };
 
 /// What the packet carries in this place; the packet inside an error carries it in the other.
@@ -24,6 +24,8 @@ const SCTP_CHECKSUM: usize = 8;
 const ICMP_CHECKSUM: usize = 2;
 /// Where a packet inside an ICMP error begins, after the ICMP header.
 const INSIDE: usize = 8;
+/// Where the identifier of an echo request or its answer lies (RFC 792, RFC 4443): it takes a port's place.
+const ECHO_IDENTIFIER: usize = 4;
 
 /// Puts `to` in the place of `from` in the packet at hand, and returns 0. Not so if the packet is too short or cannot be
 /// written: then it may be left half changed, and its checksum is wrong.
@@ -70,14 +72,30 @@ fn checksum(protocol: u8, transport: usize) -> Option<(usize, u64)> {
         TCP => Some((transport + TCP_CHECKSUM, 0)),
         // Zero means that there is none.
         UDP => Some((transport + UDP_CHECKSUM, u64::from(BPF_F_MARK_MANGLED_0))),
+        ICMPV6 => Some((transport + ICMP_CHECKSUM, 0)),
         _ => None,
+    }
+}
+
+/// Whether a packet carries ports, or what stands for one.
+#[inline(always)]
+fn has_port(packet: &Packet) -> bool {
+    packet.kind == Kind::Whole || packet.kind == Kind::Echo
+}
+
+/// Where the port lies that is translated, from where the transport's header does.
+#[inline(always)]
+fn port_of(protocol: u8, side: u32) -> usize {
+    match protocol {
+        ICMP | ICMPV6 => ECHO_IDENTIFIER,
+        _ => side as usize * 2,
     }
 }
 
 #[inline(always)]
 fn plain_v4(context: &TcContext, packet: &Packet, side: u32) -> Option<()> {
     let (from, to) = (v4(&packet.from.address), v4(&packet.to.address));
-    if packet.kind == Kind::Whole {
+    if has_port(packet) {
         if let Some((at, flags)) = checksum(packet.protocol, packet.transport) {
             let flags = flags | u64::from(BPF_F_PSEUDO_HDR) | 4;
             context
@@ -122,7 +140,7 @@ fn difference(packet: &Packet) -> Option<u64> {
 
 #[inline(always)]
 fn plain_v6(context: &TcContext, packet: &Packet, side: u32) -> Option<()> {
-    if packet.kind == Kind::Whole {
+    if has_port(packet) {
         if let Some((at, flags)) = checksum(packet.protocol, packet.transport) {
             let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
             context
@@ -144,14 +162,17 @@ fn port(context: &TcContext, packet: &Packet, side: u32) -> Option<()> {
     if packet.protocol == SCTP {
         return sctp_port(context, packet, side);
     }
-    if let Some((at, flags)) = checksum(packet.protocol, packet.transport) {
+    let covered = match packet.protocol {
+        ICMP => Some((packet.transport + ICMP_CHECKSUM, 0)),
+        protocol => checksum(protocol, packet.transport),
+    };
+    if let Some((at, flags)) = covered {
         context
             .l4_csum_replace(at, u64::from(from), u64::from(to), flags | 2)
             .ok()?;
     }
-    context
-        .store(packet.transport + side as usize * 2, &to, 0)
-        .ok()
+    let at = packet.transport + port_of(packet.protocol, side);
+    context.store(at, &to, 0).ok()
 }
 
 /// Its checksum covers the whole packet, so how long that is matters. A fragment does not tell.
@@ -223,21 +244,20 @@ fn error_v6(context: &TcContext, packet: &Packet, side: u32) -> Option<()> {
 fn inner(context: &TcContext, packet: &Packet, side: u32, address: u64) -> Option<()> {
     let message = packet.transport + ICMP_CHECKSUM;
     let (from, to) = (packet.from.port.to_be(), packet.to.port.to_be());
-    if from != to && packet.protocol != SCTP {
+    if from != to {
         context
             .l4_csum_replace(message, u64::from(from), u64::from(to), 2)
             .ok()?;
-        let at = packet.inner + (1 - side) as usize * 2;
+        let at = packet.inner + port_of(packet.protocol, 1 - side);
         context.store(at, &to, 0).ok()?;
-    } else if from != to {
-        let at = packet.inner + (1 - side) as usize * 2;
-        context
-            .l4_csum_replace(message, u64::from(from), u64::from(to), 2)
-            .ok()?;
-        // Its own checksum is of no use in eight bytes.
-        return context.store(at, &to, 0).ok();
     }
-    let Some((at, flags)) = checksum(packet.protocol, packet.inner) else {
+    let (address, covered) = match packet.protocol {
+        // Its checksum covers no address.
+        ICMP => (0, Some((packet.inner + ICMP_CHECKSUM, 0))),
+        // SCTP's own is of no use in eight bytes.
+        protocol => (address, checksum(protocol, packet.inner)),
+    };
+    let Some((at, flags)) = covered else {
         return Some(());
     };
     // Eight bytes of it are there at least; a TCP header's checksum lies behind them.

@@ -1,11 +1,33 @@
-//! Pods that leave by an address of their own, as the programs see them.
+//! Pods that leave by an address of their own, as the programs see them: the guard of their nodes, and the gateway.
+//!
+//! ```text
+//!  Leaving ─> guard
+//!  Egress, Surroundings ─> plan    what the gateway's maps are to hold, by name
+//!                           └─> tables   the maps, by number
+//!  gateway   its programs: there only while this node has something to translate
+//!  keeper    ends what is idle and what has rested
+//! ```
 
+mod attach;
+mod gateway;
 pub(super) mod guard;
+mod keeper;
+mod layout;
+mod metrics;
+mod plan;
+mod tables;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use landfall_core::model::NodeName;
+
+pub use gateway::{Gateway, GatewayConfig, State};
+pub use plan::{Peer, PeerId, Surroundings, Uplink};
+
+pub(super) use layout::SHAPES;
+#[cfg(test)]
+pub(super) use {keeper::Keeper, plan::plan as mk_plan, tables::Tables};
 
 use crate::egress::Egress;
 

@@ -14,7 +14,7 @@ pub(super) struct Shape {
     pub(super) entries: u32,
 }
 
-const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
+pub(super) const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
     Shape {
         name,
         kind,
@@ -25,7 +25,7 @@ const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32) -> Shape {
 }
 
 /// Length of a prefix and data, as the kernel wants a key for the longest prefix.
-type Prefix<D> = (u32, D);
+pub(super) type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
 pub(super) const SHAPES: [Shape; 27] = [

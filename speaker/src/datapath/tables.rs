@@ -6,7 +6,7 @@
 mod holders;
 mod local;
 mod nodes;
-mod numbers;
+pub(super) mod numbers;
 mod ports;
 mod vips;
 mod wide;
@@ -65,7 +65,7 @@ pub(super) fn taken<M: TryFrom<Map, Error = MapError>>(
 }
 
 /// A network as in a longest-prefix match: its prefix's length in bits, and its address.
-fn network(net: IpNet) -> (u32, [u8; 16]) {
+pub(super) fn network(net: IpNet) -> (u32, [u8; 16]) {
     let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
     let length = routed_prefix(mapped + u32::from(net.prefix_len()));
     (length, VipKey::from_address(net.network()).0)

@@ -3,6 +3,7 @@
 #[cfg(feature = "bench")]
 mod cost;
 mod driver;
+mod gateway;
 mod golden;
 mod guard;
 mod lifecycle;

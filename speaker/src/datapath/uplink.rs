@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 
+use aya::maps::MapType;
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
@@ -26,7 +27,7 @@ use super::tables::{Tables, TablesError};
 use super::{Attachment, Config, Delivery, Hook, qdisc};
 
 /// The object that the build script has compiled.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
 
 /// The clsact filter's place and name: "LF", 1.
 const CLSACT_PRIORITY: u16 = 1;
@@ -420,6 +421,13 @@ pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
         for shape in SHAPES {
             loader.map_pin_path(shape.name, pins.map(shape.name));
         }
+        // A gateway's are made by the gateway, where there is one: these are nobody's.
+        for shape in super::egress::SHAPES
+            .iter()
+            .filter(|shape| shape.kind != MapType::LruHash)
+        {
+            loader.map_max_entries(shape.name, 1);
+        }
     }
     Ok(loader.load(OBJECT)?)
 }
@@ -436,7 +444,10 @@ pub(super) fn classifier<'a>(
 }
 
 /// A link out of aya's hands: dropping what it returns closes a descriptor, and no more if the link is pinned.
-fn taken(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> Result<FdLink, UplinkError> {
+pub(super) fn taken(
+    program: &mut SchedClassifier,
+    id: SchedClassifierLinkId,
+) -> Result<FdLink, UplinkError> {
     let link = program.take_link(id)?;
     Ok(FdLink::try_from(link)?)
 }

@@ -4,11 +4,39 @@
 //! entry of the map *in* owns the port: who has its [`Claim`] has the binding. IPv4 and IPv6 have maps of their own.
 
 /// An address as the maps of bindings have it, in network order: an IPv4 one takes four bytes.
-pub trait Address: Copy + Eq {
+pub trait Address: Copy + Eq + Default + core::fmt::Debug {
+    /// What fills a [`Binding`] up to words of eight bytes.
+    type Spare: Copy + Eq + Default + core::fmt::Debug;
+    /// From an address as in a [`VipKey`](crate::VipKey), in words as they lie in memory.
+    fn from_words(words: V6) -> Self;
+    /// As in a [`VipKey`](crate::VipKey), likewise.
+    fn words(self) -> V6;
+
     /// From an address as in a [`VipKey`](crate::VipKey).
-    fn of(address: &[u8; 16]) -> Self;
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // The verifier sees straight code.
+    fn of(address: &[u8; 16]) -> Self {
+        let word = |at: usize| {
+            u32::from_ne_bytes([
+                address[at],
+                address[at + 1],
+                address[at + 2],
+                address[at + 3],
+            ])
+        };
+        Self::from_words([word(0), word(4), word(8), word(12)])
+    }
+
     /// As in a [`VipKey`](crate::VipKey).
-    fn mapped(self) -> [u8; 16];
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    fn mapped(self) -> [u8; 16] {
+        let [a, b, c, d] = self.words().map(u32::to_ne_bytes);
+        [
+            a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1],
+            d[2], d[3],
+        ]
+    }
 }
 
 /// An IPv4 address.
@@ -16,46 +44,35 @@ pub type V4 = u32;
 /// An IPv6 address.
 pub type V6 = [u32; 4];
 
-#[inline(always)]
-#[allow(clippy::inline_always)] // The verifier sees straight code.
-fn word(bytes: &[u8; 16], at: usize) -> u32 {
-    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
 impl Address for V4 {
+    type Spare = u32;
+
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    fn of(address: &[u8; 16]) -> Self {
-        word(address, 12)
+    fn from_words(words: V6) -> Self {
+        words[3]
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    fn mapped(self) -> [u8; 16] {
-        crate::VipKey::v4(self.to_ne_bytes()).0
+    fn words(self) -> V6 {
+        [0, 0, 0xffff_u32.to_be(), self]
     }
 }
 
 impl Address for V6 {
+    type Spare = [u32; 0];
+
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    fn of(address: &[u8; 16]) -> Self {
-        [
-            word(address, 0),
-            word(address, 4),
-            word(address, 8),
-            word(address, 12),
-        ]
+    fn from_words(words: V6) -> Self {
+        words
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    fn mapped(self) -> [u8; 16] {
-        let [a, b, c, d] = self.map(u32::to_ne_bytes);
-        [
-            a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1],
-            d[2], d[3],
-        ]
+    fn words(self) -> V6 {
+        self
     }
 }
 
@@ -91,13 +108,13 @@ impl<A: Address> Key<A> {
 /// What a flow is translated to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Binding<A> {
+pub struct Binding<A: Address> {
+    /// The port that goes with the address, whose the binding is, and when its sender was last heard: a [`Claim`].
+    pub claim: u64,
     /// Out: the egress address. In: the pod's.
     pub to: A,
-    /// The port that goes with it, and whose the binding is; see [`Claim`].
-    pub claim: u32,
-    /// When its sender was last heard, in [`ticks`](TICK).
-    pub seen: u32,
+    /// Zero.
+    pub spare: A::Spare,
     /// Where its packets go: out, the number of a next hop; in, of the pod's node, 0 if that is this one.
     pub hop: u16,
     /// Out: the number of the pod's node, 0 if that is this one; in: 0.
@@ -125,7 +142,8 @@ pub const fn tick(nanoseconds: u64) -> u32 {
     (nanoseconds >> TICK) as u32
 }
 
-/// A port and whose it is: one word, so that it changes hands in one step.
+/// A port, whose it is, and when it was used: one word, so that it changes hands in one step, and only if nobody has used
+/// it meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     /// The port that the flow is translated to.
@@ -134,6 +152,8 @@ pub struct Claim {
     pub phase: u8,
     /// Goes up each time the port changes hands.
     pub generation: u8,
+    /// When the flow's sender was last heard, in [`ticks`]. Of a flow that has ended: when it did.
+    pub seen: u32,
 }
 
 /// Phases of a binding.
@@ -150,30 +170,35 @@ impl Claim {
     /// Of a new binding.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    pub const fn new(port: u16) -> Self {
+    pub const fn new(port: u16, now: u32) -> Self {
         Self {
             port,
             phase: phase::LIVE,
             generation: 0,
+            seen: now,
         }
     }
 
-    /// From its word.
+    /// From its word. The upper half of that is the time.
     #[inline(always)]
     #[allow(clippy::inline_always, clippy::cast_possible_truncation)] // As above; its parts.
-    pub const fn read(word: u32) -> Self {
+    pub const fn read(word: u64) -> Self {
         Self {
             port: word as u16,
             phase: (word >> 16) as u8,
             generation: (word >> 24) as u8,
+            seen: (word >> 32) as u32,
         }
     }
 
     /// As a word.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    pub const fn word(self) -> u32 {
-        self.port as u32 | (self.phase as u32) << 16 | (self.generation as u32) << 24
+    pub const fn word(self) -> u64 {
+        self.port as u64
+            | (self.phase as u64) << 16
+            | (self.generation as u64) << 24
+            | (self.seen as u64) << 32
     }
 
     /// The same in another phase.
@@ -188,11 +213,12 @@ impl Claim {
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     #[must_use]
-    pub const fn handed(self, port: u16) -> Self {
+    pub const fn handed(self, port: u16, now: u32) -> Self {
         Self {
             port,
             phase: phase::LIVE,
             generation: self.generation.wrapping_add(1),
+            seen: now,
         }
     }
 }
@@ -358,13 +384,11 @@ mod tests {
             port: 0xabcd,
             phase: phase::CLOSED,
             generation: 255,
+            seen: 0x1234_5678,
         };
         assert_eq!(Claim::read(claim.word()), claim);
-        let next = claim.handed(7);
-        assert_eq!(
-            (next.port, next.phase, next.generation),
-            (7, phase::LIVE, 0)
-        );
+        let next = claim.handed(7, 9);
+        assert_eq!(next, Claim::new(7, 9));
     }
 
     #[test]
@@ -376,15 +400,15 @@ mod tests {
     }
 
     /// What is replicated is 24 and 48 bytes with the key, but for addresses that are known otherwise; a million IPv4
-    /// entries of a map are 105 MB: 48 of the kernel's, the key, the value in words of eight, and a bucket of 16.
+    /// entries of a map are 105 MB: 48 of the kernel's, the key, the value, and a bucket of 16.
     #[test]
     fn bindings_are_small() {
         let sizes = [
             (size_of::<Key<V4>>(), size_of::<Binding<V4>>()),
             (size_of::<Key<V6>>(), size_of::<Binding<V6>>()),
         ];
-        assert_eq!(sizes, [(16, 20), (40, 32)]);
-        assert!(48 + sizes[0].0 + sizes[0].1.next_multiple_of(8) + 16 <= 105);
+        assert_eq!(sizes, [(16, 24), (40, 32)]);
+        assert!(48 + sizes[0].0 + sizes[0].1 + 16 <= 105);
     }
 
     fn told(segments: &[(bool, u8)]) -> Sides {

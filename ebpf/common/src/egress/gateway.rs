@@ -1,6 +1,6 @@
 //! What a gateway knows besides its bindings: whose packets it takes, where they go, and what it counts.
 
-use super::binding::Times;
+use super::binding::{Times, V6};
 
 /// How many addresses of pods a gateway's maps hold.
 pub const MAX_SOURCES: u32 = 65_536;
@@ -141,23 +141,14 @@ impl Filter {
         destinations: [0; FILTER_WORDS],
     };
 
-    /// The word and the bit of an address, as in a [`VipKey`](crate::VipKey).
+    /// The word and the bit of an address: as in a [`VipKey`](crate::VipKey), in words as they lie in memory.
     #[inline(always)]
     #[allow(clippy::inline_always, clippy::cast_possible_truncation)] // The verifier sees straight code; below 1024.
-    pub fn place(address: &[u8; 16]) -> (usize, u64) {
-        let half = |at: usize| {
-            u64::from_ne_bytes([
-                address[at],
-                address[at + 1],
-                address[at + 2],
-                address[at + 3],
-                address[at + 4],
-                address[at + 5],
-                address[at + 6],
-                address[at + 7],
-            ])
-        };
-        let mixed = (half(0).rotate_left(17) ^ half(8)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    pub const fn place(address: V6) -> (usize, u64) {
+        let [a, b, c, d] = address;
+        let high = (a as u64) << 32 | b as u64;
+        let low = (c as u64) << 32 | d as u64;
+        let mixed = (high.rotate_left(17) ^ low).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let place = (mixed >> 48) as u32;
         (
             (place / 64) as usize & (FILTER_WORDS - 1),
@@ -313,6 +304,7 @@ pub mod map {
 
 #[cfg(test)]
 mod tests {
+    use super::super::binding::Address as _;
     use super::*;
 
     /// The sums of the fields': there is no padding.
@@ -350,7 +342,7 @@ mod tests {
         let mut filter = Filter::EMPTY;
         for pod in 0..10_000_u32 {
             let [a, b, c, d] = (0x0af4_0000 + pod * 3).to_be_bytes();
-            let (word, bit) = Filter::place(&crate::VipKey::v4([a, b, c, d]).0);
+            let (word, bit) = Filter::place(V6::of(&crate::VipKey::v4([a, b, c, d]).0));
             filter.pods[word] |= bit;
         }
         let set: u32 = filter.pods.iter().map(|word| word.count_ones()).sum();

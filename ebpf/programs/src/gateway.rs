@@ -1,0 +1,497 @@
+//! The gateway: packets of pods leave by an address of the pod's policy, and their answers come back (DESIGN's *binding*).
+//!
+//! ```text
+//!  in by an uplink ─> enter ─┬─ to an egress address ─> read ─> flow (in) ──> translate ─> the pod's node, or the stack
+//!                            └─ a pod's, of another node ─> read ─> flow (out) ─> translate ─> the next hop
+//!  out by an uplink ─> leave ─ a pod's of this node ──────> read ─> flow (out) ─> translate ─> on its way
+//!  flow ─ none ─> claim a port ─ none to be had ─> answer
+//!  keep ─ what user space names ─> end
+//! ```
+//!
+//! All of it is attached only while there is a policy.
+
+mod answer;
+mod claim;
+mod flow;
+mod keep;
+mod maps;
+mod word;
+
+use aya_ebpf::bindings::{__sk_buff, bpf_redir_neigh};
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::egress::binding::V6;
+use landfall_ebpf_common::egress::gateway::{Filter, Hop, Reason, source_flag};
+use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
+
+use crate::context::Context as _;
+use crate::packet::{ETH_HEADER, Frame, Kind, Packet, SYN, TCP, UDP, landfall_read_any};
+use crate::translate::{DESTINATION, SOURCE, landfall_translate};
+use crate::{DROP, NEXT, echo, flows};
+use answer::{landfall_gateway_answer, say};
+use flow::Found;
+use maps::{Family, Four, Six};
+
+/// `AF_INET` and `AF_INET6` (`linux/socket.h`).
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+/// Where the hop limit lies in an IPv6 header.
+const HOP_LIMIT: usize = 7;
+
+/// A frame that came in by an uplink.
+#[inline(always)]
+pub(crate) fn enter(context: &TcContext) -> i32 {
+    let of_interest = landfall_gateway_look(context.skb.skb);
+    if of_interest == 0 {
+        return NEXT;
+    }
+    let mut action = NOT_OURS;
+    if of_interest & TO_US != 0 {
+        action = landfall_gateway_inward(context.skb.skb);
+    }
+    if action == NOT_OURS && of_interest & OF_POD != 0 {
+        // What was read before is about the other direction.
+        landfall_gateway_look(context.skb.skb);
+        action = landfall_gateway_outward(context.skb.skb, ARRIVES);
+    }
+    if action == NOT_OURS { NEXT } else { action }
+}
+
+/// A frame that leaves by an uplink: what of it is a pod's of this node, and this node is its gateway, is translated. The
+/// packets that are to be are told by their mark, where there is one.
+#[inline(always)]
+pub(crate) fn leave(context: &TcContext) -> i32 {
+    let mark = maps::mark();
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+    if mark != 0 && unsafe { (*context.skb.skb).mark } & mark != mark {
+        return NEXT;
+    }
+    if landfall_gateway_look(context.skb.skb) & OF_POD == 0 {
+        return NEXT;
+    }
+    let action = landfall_gateway_outward(context.skb.skb, LEAVES);
+    if action == NOT_OURS { NEXT } else { action }
+}
+
+/// What [`landfall_gateway_look`] finds: its destination may be an egress address, or a pod of this node.
+const TO_US: u32 = 1;
+/// Its source may be a pod.
+const OF_POD: u32 = 2;
+
+/// Whether a frame may be of interest, by its addresses. If so, it is put where the packet at hand is.
+///
+/// A global function: verified once, whoever calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_look(skb: *mut __sk_buff) -> u32 {
+    look(&TcContext::new(skb)).unwrap_or(0)
+}
+
+#[inline(always)]
+fn look(context: &TcContext) -> Option<u32> {
+    let frame = Frame::of(context)?;
+    let filter = maps::filter()?;
+    let packet = crate::maps::packet()?;
+    packet.put(&frame);
+    packet.source = source_of(context, frame.v6)?.0;
+    let (word, bit) = Filter::place(words(&packet.flow.vip.0));
+    let to_us = filter.destinations[word] & bit != 0;
+    let (word, bit) = Filter::place(words(&packet.source));
+    let of_pod = filter.pods[word] & bit != 0;
+    Some(u32::from(to_us) * TO_US + u32::from(of_pod) * OF_POD)
+}
+
+/// An address of the packet at hand, by words: that is quicker than by bytes.
+#[inline(always)]
+fn words(address: &[u8; 16]) -> V6 {
+    // SAFETY: it lies at a multiple of four in the packet.
+    unsafe { *address.as_ptr().cast() }
+}
+
+/// Writes one.
+#[inline(always)]
+fn set_words(address: &mut [u8; 16], words: V6) {
+    // SAFETY: as above.
+    unsafe { *address.as_mut_ptr().cast() = words };
+}
+
+/// Ends what is due.
+#[inline(always)]
+pub(crate) fn keep(context: &TcContext) -> i32 {
+    keep::keep(context)
+}
+
+/// No action: the frame is not the gateway's.
+const NOT_OURS: i32 = -2;
+/// The frame came in by an uplink.
+const ARRIVES: u32 = 0;
+/// It leaves by one.
+const LEAVES: u32 = 1;
+
+/// A frame's source, as a key.
+#[inline(always)]
+fn source_of(context: &TcContext, v6: bool) -> Option<VipKey> {
+    if v6 {
+        let address: [u8; 16] = match context.at(ETH_HEADER + crate::packet::IPV6_SOURCE) {
+            Some(address) => address,
+            None => context.load(ETH_HEADER + crate::packet::IPV6_SOURCE).ok()?,
+        };
+        return Some(VipKey(address));
+    }
+    let address: [u8; 4] = match context.at(ETH_HEADER + crate::packet::IPV4_SOURCE) {
+        Some(address) => address,
+        None => context.load(ETH_HEADER + crate::packet::IPV4_SOURCE).ok()?,
+    };
+    Some(VipKey::v4(address))
+}
+
+/// A packet of a pod, whose frame was put.
+///
+/// A global function: verified once, whoever calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_outward(skb: *mut __sk_buff, leaves: u32) -> i32 {
+    let context = TcContext::new(skb);
+    let readable = landfall_read_any(skb) != 0;
+    let leaves = leaves == LEAVES;
+    if crate::maps::packet().is_some_and(|packet| packet.v6) {
+        outward::<Six>(&context, readable, leaves)
+    } else {
+        outward::<Four>(&context, readable, leaves)
+    }
+}
+
+/// A packet to an egress address or to a pod of this node, whose frame was put.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_inward(skb: *mut __sk_buff) -> i32 {
+    let context = TcContext::new(skb);
+    let readable = landfall_read_any(skb) != 0;
+    if crate::maps::packet().is_some_and(|packet| packet.v6) {
+        inward::<Six>(&context, readable)
+    } else {
+        inward::<Four>(&context, readable)
+    }
+}
+
+#[inline(always)]
+fn drop(reason: Reason) -> i32 {
+    maps::note(reason);
+    DROP
+}
+
+/// Finds a later fragment's ports, and notes a first one's. False, if they are not known.
+#[inline(always)]
+fn complete(packet: &mut Packet) -> bool {
+    if packet.kind == Kind::LaterFragment {
+        let Some((client_port, port)) = flows::ports_of(&packet.fragment()) else {
+            return false;
+        };
+        (packet.flow.client_port, packet.flow.port) = (client_port, port);
+    } else if packet.more && packet.kind != Kind::Error {
+        flows::first_fragment(packet);
+    }
+    true
+}
+
+#[inline(always)]
+fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 {
+    // Not as an argument: other functions that are called from here write there.
+    let Some(packet) = crate::maps::packet() else {
+        return NOT_OURS;
+    };
+    let readable = readable && complete(packet);
+    // An error's own sender has to be the pod that it is about.
+    let readable = readable && words(&packet.flow.client) == words(&packet.source);
+    let found = if readable {
+        flow::find_out::<F>(packet)
+    } else {
+        None
+    };
+    let found = match found {
+        Some(found) => found,
+        None => match begin::<F>(context, packet, leaves, readable) {
+            Ok(found) => found,
+            Err(action) => return action,
+        },
+    };
+    if leaves != (found.node == 0) {
+        return if leaves {
+            NOT_OURS
+        } else {
+            drop(Reason::Forged)
+        };
+    }
+    set_words(&mut packet.from.address, words(&packet.flow.client));
+    packet.from.port = packet.flow.client_port;
+    if leaves {
+        if landfall_translate(context.skb.skb, SOURCE) != 0 {
+            return drop(Reason::Unreadable);
+        }
+        maps::note(Reason::Out);
+        return NEXT;
+    }
+    if maps::node(found.node).is_none_or(|node| node.mac != packet.mac) {
+        return drop(Reason::Forged);
+    }
+    let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
+        return drop(Reason::NoWay);
+    };
+    let own = u32::from(found.hop);
+    if packet.ttl <= 1 {
+        maps::note(Reason::Expired);
+        return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
+    }
+    if length(context, packet) > hop.mtu {
+        maps::note(Reason::TooBig);
+        return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
+    }
+    if landfall_translate(context.skb.skb, SOURCE) != 0 || lower(context, packet).is_none() {
+        return drop(Reason::Unreadable);
+    }
+    maps::note(Reason::Out);
+    forward(packet, hop)
+}
+
+/// A pod's packet whose flow is not known: a flow begins, or an action says what becomes of the packet.
+#[inline(always)]
+fn begin<F: Family>(
+    context: &TcContext,
+    packet: &mut Packet,
+    leaves: bool,
+    readable: bool,
+) -> Result<Found, i32> {
+    let Some(source) = maps::source(&VipKey(packet.source)) else {
+        return Err(NOT_OURS);
+    };
+    if source.flags & source_flag::HERE == 0 || leaves != (source.node == 0) {
+        // One that claims to come from here, and comes from outside, is nobody's.
+        let forged = source.flags & source_flag::HERE != 0 && !leaves;
+        return Err(if forged {
+            drop(Reason::Forged)
+        } else {
+            NOT_OURS
+        });
+    }
+    let uplink = maps::policy(source.policy).map_or(0, |policy| policy.uplink);
+    let destination = packet.flow.vip.0;
+    if maps::route(uplink, &destination) == Some(0)
+        || crate::maps::vip(&VipKey(destination)).is_some()
+    {
+        // The cluster's own.
+        return Err(NOT_OURS);
+    }
+    if !leaves && maps::node(source.node).is_none_or(|node| node.mac != packet.mac) {
+        return Err(drop(Reason::Forged));
+    }
+    if !readable {
+        let stray = packet.kind == Kind::LaterFragment;
+        return Err(drop(if stray {
+            Reason::StrayFragment
+        } else {
+            Reason::Unreadable
+        }));
+    }
+    let begins = match packet.kind {
+        Kind::Whole if packet.protocol == TCP => packet.is_syn(),
+        Kind::Whole => packet.protocol == UDP,
+        Kind::Echo => packet.tcp == SYN,
+        Kind::LaterFragment | Kind::Error => false,
+    };
+    if !begins {
+        return Err(drop(Reason::Unknown));
+    }
+    let Some(hop) = maps::route(uplink, &destination) else {
+        return Err(drop(Reason::NoWay));
+    };
+    if packet.ttl <= 1 && !leaves {
+        maps::note(Reason::Expired);
+        return Err(landfall_gateway_answer(
+            context.skb.skb,
+            say::EXPIRED,
+            u32::from(hop),
+        ));
+    }
+    if let Some(room) = F::room() {
+        room.source = source;
+    }
+    let made = F::make();
+    if made == flow::BOUND {
+        return flow::find_out::<F>(packet).ok_or(DROP);
+    }
+    let refused = made == Reason::Quota as u32 || made == Reason::NoPort as u32;
+    maps::note_number(made);
+    if !refused && made != Reason::NoRoom as u32 {
+        return Err(DROP);
+    }
+    let up = if leaves { say::UP } else { 0 };
+    Err(landfall_gateway_answer(
+        context.skb.skb,
+        say::PROHIBITED | up,
+        u32::from(hop),
+    ))
+}
+
+/// How long the packet is, or each of those that it was put together from; in bytes, with the IP header.
+#[inline(always)]
+fn length(context: &TcContext, packet: &Packet) -> u32 {
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
+    let (segment, whole) = unsafe { ((*context.skb.skb).gso_size, (*context.skb.skb).len) };
+    if segment == 0 {
+        return whole - ETH_HEADER as u32;
+    }
+    let header = if packet.protocol == TCP {
+        context
+            .load::<u8>(packet.transport + 12)
+            .map_or(20, |word| u32::from(word >> 4) * 4)
+    } else {
+        8
+    };
+    (packet.transport - ETH_HEADER) as u32 + header + segment
+}
+
+/// Takes one from the TTL.
+#[inline(always)]
+fn lower(context: &TcContext, packet: &Packet) -> Option<()> {
+    if packet.v6 {
+        context
+            .store(ETH_HEADER + HOP_LIMIT, &(packet.ttl - 1), 0)
+            .ok()
+    } else {
+        echo::set_ttl(context, packet.ttl, packet.ttl - 1)
+    }
+}
+
+/// Sends the packet to its remote, or to the router on the way there. The kernel finds the Ethernet address.
+#[inline(always)]
+fn forward(packet: &Packet, hop: &Hop) -> i32 {
+    // SAFETY: all of it may be zero.
+    let mut next: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    if packet.v6 {
+        next.nh_family = AF_INET6;
+        next.__bindgen_anon_1.ipv6_nh = if words(&hop.via_v6) == [0; 4] {
+            words(&packet.flow.vip.0)
+        } else {
+            words(&hop.via_v6)
+        };
+    } else {
+        next.nh_family = AF_INET;
+        next.__bindgen_anon_1.ipv4_nh = if hop.via_v4 == 0 {
+            words(&packet.flow.vip.0)[3]
+        } else {
+            hop.via_v4
+        };
+    }
+    // SAFETY: the parameters are as long as is said.
+    unsafe {
+        bpf_redirect_neigh(
+            hop.interface,
+            &raw mut next,
+            size_of::<bpf_redir_neigh>() as i32,
+            0,
+        ) as i32
+    }
+}
+
+#[inline(always)]
+fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
+    let Some(packet) = crate::maps::packet() else {
+        return NOT_OURS;
+    };
+    let readable = readable && complete(packet);
+    let found = if readable {
+        flow::find_in::<F>(packet)
+    } else {
+        None
+    };
+    let Some(found) = found else {
+        return unbound(context, packet, readable);
+    };
+    set_words(&mut packet.from.address, words(&packet.flow.vip.0));
+    packet.from.port = packet.flow.port;
+    if found.hop == 0 {
+        if landfall_translate(context.skb.skb, DESTINATION) != 0 {
+            return drop(Reason::Unreadable);
+        }
+        maps::note(Reason::In);
+        return NEXT;
+    }
+    let Some(node) = maps::node(found.hop).filter(|node| node.interface != 0) else {
+        return drop(Reason::NoWay);
+    };
+    if packet.ttl <= 1 {
+        maps::note(Reason::Expired);
+        return landfall_gateway_answer(context.skb.skb, say::EXPIRED, 0);
+    }
+    if length(context, packet) > node.mtu {
+        maps::note(Reason::TooBig);
+        return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | node.mtu << 16, 0);
+    }
+    let translated = landfall_translate(context.skb.skb, DESTINATION) == 0
+        && lower(context, packet).is_some()
+        && context.skb.store(0, &node.mac, 0).is_ok()
+        && context.skb.store(6, &node.own, 0).is_ok();
+    if !translated {
+        return drop(Reason::Unreadable);
+    }
+    maps::note(Reason::In);
+    // SAFETY: it takes numbers only.
+    unsafe { bpf_redirect(node.interface, 0) as i32 }
+}
+
+/// A packet of no flow that is known: a Service's, a gateway's answer to a pod of this node, or nobody's.
+#[inline(always)]
+fn unbound(context: &TcContext, packet: &mut Packet, readable: bool) -> i32 {
+    if !maps::is_egress(&packet.flow.vip) {
+        return answered(context, packet);
+    }
+    if readable {
+        let key = PortKey {
+            vip: packet.flow.vip,
+            port: packet.flow.port,
+            protocol: packet.protocol,
+            zero: 0,
+        };
+        // An echo request is answered, or not, as that to any VIP.
+        let asks = packet.kind == Kind::Echo && packet.tcp == SYN;
+        if asks || crate::maps::port(&key).is_some() {
+            return NOT_OURS;
+        }
+    }
+    // A SYN to a port that no Service has is refused, where the address is a Service's.
+    let refusable =
+        readable && packet.kind == Kind::Whole && packet.protocol == TCP && packet.is_syn();
+    // Whether a fragment is a Service's is known there.
+    let stray = packet.kind == Kind::LaterFragment;
+    let serves =
+        crate::maps::vip(&packet.flow.vip).is_some_and(|vip| vip.flags & vip_flag::STEER != 0);
+    if serves && (refusable || stray) {
+        return NOT_OURS;
+    }
+    drop(if stray {
+        Reason::StrayFragment
+    } else {
+        Reason::Unbound
+    })
+}
+
+/// What a gateway sends to a pod of this node is marked, so that the check of its way back knows it.
+#[inline(always)]
+fn answered(context: &TcContext, packet: &Packet) -> i32 {
+    let Some(source) = maps::source(&packet.flow.vip) else {
+        return NOT_OURS;
+    };
+    if source.flags & source_flag::LOCAL == 0 || source.gateway == 0 {
+        return NOT_OURS;
+    }
+    let mac: Option<[u8; 6]> = context.load(6).ok();
+    if let Some(node) = maps::node(source.gateway)
+        && Some(node.mac) == mac
+        && node.mark != 0
+    {
+        // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+        let before = unsafe { (*context.skb.skb).mark };
+        context.set_mark(before | node.mark);
+    }
+    NOT_OURS
+}

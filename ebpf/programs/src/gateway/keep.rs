@@ -1,0 +1,119 @@
+//! Ending bindings: those that nobody has used for long, and those that have rested. User space names the ones that may be
+//! due; what is done about them is decided here, where nobody else can be in the middle of it.
+
+use aya_ebpf::programs::TcContext;
+use landfall_ebpf_common::egress::binding::{Key, Sides, phase};
+use landfall_ebpf_common::egress::gateway::keep;
+
+use super::claim::{claim_of, mark, turn};
+use super::flow::{close, now};
+use super::maps::{self, Family, Four, Six};
+
+/// Ends what is due of the bindings named. Returns how many were not.
+#[inline(always)]
+pub(super) fn keep(context: &TcContext) -> i32 {
+    let Ok([count, family]) = context.load::<[u8; 2]>(keep::HEAD) else {
+        return -1;
+    };
+    let mut live = 0;
+    for place in 0..keep::MOST {
+        if place >= usize::from(count) {
+            break;
+        }
+        let ended = if family == 4 {
+            name::<Four>(context, place) && landfall_gateway_end_v4() != 0
+        } else {
+            name::<Six>(context, place) && landfall_gateway_end_v6() != 0
+        };
+        live += i32::from(!ended);
+    }
+    live
+}
+
+/// Puts a binding's key into the room.
+#[inline(always)]
+fn name<F: Family>(context: &TcContext, place: usize) -> bool {
+    let at = keep::KEYS + place * size_of::<Key<F::A>>();
+    let (Some(room), Ok(key)) = (F::room(), context.load::<Key<F::A>>(at)) else {
+        return false;
+    };
+    room.inward = key;
+    true
+}
+
+/// Ends the binding whose key *in* is in the room, if it is due. Not 0, if it was.
+#[inline(always)]
+fn end<F: Family>() -> u32 {
+    let Some(room) = F::room() else {
+        return 0;
+    };
+    let Some(entry) = F::inward().get_ptr_mut(&room.inward) else {
+        return 0;
+    };
+    let claim = claim_of(entry);
+    // SAFETY: the map gave the pointer; what changes meanwhile changes the claim.
+    let (pod, ours, theirs) = unsafe { ((*entry).to, (*entry).ours, (*entry).theirs) };
+    let mut seen = claim.seen;
+    room.out = Key {
+        local: pod,
+        remote: room.inward.remote,
+        local_port: claim.port,
+        remote_port: room.inward.remote_port,
+        protocol: room.inward.protocol,
+    };
+    let now = now();
+    let out = F::out()
+        .get_ptr_mut(&room.out)
+        .filter(|out| claim_of(*out).port == room.inward.local_port);
+    if let Some(out) = out {
+        let heard = claim_of(out).seen;
+        if claim.phase == phase::LIVE && now.wrapping_sub(heard) < now.wrapping_sub(seen) {
+            seen = heard;
+        }
+    }
+    let limit =
+        maps::settings()
+            .times
+            .limit(room.inward.protocol, claim.phase, Sides { ours, theirs });
+    if now.wrapping_sub(seen) < limit {
+        return 0;
+    }
+    match claim.phase {
+        phase::LIVE => {
+            if !close::<F>(entry, claim) {
+                return 0;
+            }
+            if out.is_some() {
+                let _ = F::out().remove(&room.out);
+            }
+            1
+        }
+        phase::CLOSED => {
+            if !turn(entry, claim, claim.turned(phase::BUSY)) {
+                return 0;
+            }
+            if out.is_some() {
+                let _ = F::out().remove(&room.out);
+            }
+            let _ = F::inward().remove(&room.inward);
+            room.other = room.inward.target();
+            mark::<F>(&room.other, room.inward.local_port, false);
+            1
+        }
+        _ => 0,
+    }
+}
+
+/// A global function: verified once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_end_v4() -> u32 {
+    end::<Four>()
+}
+
+/// As above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_end_v6() -> u32 {
+    end::<Six>()
+}

@@ -1,0 +1,362 @@
+//! The thread that makes this node the gateway it is to be: the programs, their maps, and the keeper of the bindings.
+//!
+//! Nothing of it is in the kernel without a policy. Once there is one, everything outlives the process, as the rest of
+//! the data path does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use landfall_ebpf_common::GATEWAY_KEEP;
+use landfall_ebpf_common::egress::binding::Times;
+use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, Reason};
+use prometheus_client::registry::Registry;
+
+use super::super::layout::SHAPES as SHARED;
+use super::super::pins::{Pins, PinsError};
+use super::super::tables::TablesError;
+use super::super::uplink::{OBJECT, UplinkError, classifier};
+use super::super::worker::lock;
+use super::attach::Attached;
+use super::keeper::{Keeper, Kept};
+use super::layout::{SHAPES, SIZED};
+use super::metrics::{Counters, SharedTables};
+use super::plan::{Plan, Surroundings, plan};
+use super::tables::Tables;
+use crate::egress::{Egress, PolicyName};
+
+/// How to be a gateway.
+#[derive(Clone, Debug)]
+pub struct GatewayConfig {
+    /// Where maps and links are pinned: the data path's own.
+    pub pin_dir: PathBuf,
+    /// How many bindings of each family there is room for. Maps that are pinned keep the room they have.
+    pub bindings: u32,
+    /// Idle times.
+    pub times: Times,
+    /// The bits of the packet mark that say that a packet of this node's pods is to leave by an address of its own; 0, if
+    /// all packets of tenants are.
+    pub mark: u32,
+    /// The bits that are set in what another gateway sends to a pod of this node; 0 for none.
+    pub arrival_mark: u32,
+    /// Most ICMP errors of its own in a second, on each CPU.
+    pub errors: u32,
+    /// How often bindings are looked through, and attachments checked.
+    pub watch: Duration,
+}
+
+impl GatewayConfig {
+    /// As the design has it, pinned under `pin_dir`.
+    pub fn new(pin_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            pin_dir: pin_dir.into(),
+            bindings: MAX_BINDINGS,
+            times: Times::default(),
+            mark: 0,
+            arrival_mark: 0,
+            errors: 1000,
+            watch: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Why there is no gateway.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GatewayError {
+    #[error(transparent)]
+    Pins(#[from] PinsError),
+    #[error(transparent)]
+    Uplink(#[from] UplinkError),
+    #[error(transparent)]
+    Tables(#[from] TablesError),
+    #[error("looking through the bindings: {0}")]
+    Keeper(#[from] io::Error),
+}
+
+impl From<aya::EbpfError> for GatewayError {
+    fn from(error: aya::EbpfError) -> Self {
+        Self::Uplink(error.into())
+    }
+}
+
+impl From<aya::programs::ProgramError> for GatewayError {
+    fn from(error: aya::programs::ProgramError) -> Self {
+        Self::Uplink(error.into())
+    }
+}
+
+#[derive(Debug, Default)]
+struct Orders {
+    wanted: Option<(Arc<Egress>, Arc<Surroundings>)>,
+    changed: bool,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    orders: Mutex<Orders>,
+    wake: Condvar,
+    tables: SharedTables,
+    /// Whether it is in force, or why not.
+    state: Mutex<State>,
+}
+
+/// Whether a gateway is in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// There is no policy.
+    #[default]
+    Idle,
+    /// The programs are attached, at these interfaces, and the maps hold what they should.
+    Armed(BTreeSet<u32>),
+    /// They are not.
+    Failed(String),
+}
+
+/// This node as a gateway. Dropping it ends the thread and leaves all else in the kernel.
+#[derive(Debug)]
+pub struct Gateway {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gateway {
+    /// Starts it, on a thread in the caller's network namespace. Never fails: what is missing is in [`Self::state`], and
+    /// tried again.
+    pub fn start(config: GatewayConfig, registry: &mut Registry) -> Self {
+        let shared = Arc::new(Shared::default());
+        registry.register_collector(Box::new(Counters(Arc::clone(&shared.tables))));
+        let mut task = Task {
+            config,
+            shared: Arc::clone(&shared),
+            loaded: None,
+            looked: None,
+        };
+        let thread = thread::Builder::new()
+            .name("gateway".to_owned())
+            .spawn(move || task.run())
+            .expect("the system has a thread to spare");
+        Self {
+            shared,
+            thread: Some(thread),
+        }
+    }
+
+    /// What it is to do, and where it is. Returns at once.
+    pub fn set(&self, egress: Arc<Egress>, around: Arc<Surroundings>) {
+        let mut orders = lock(&self.shared.orders);
+        orders.wanted = Some((egress, around));
+        orders.changed = true;
+        self.shared.wake.notify_all();
+    }
+
+    /// Whether it does it.
+    pub fn state(&self) -> State {
+        lock(&self.shared.state).clone()
+    }
+
+    /// How many packets met each fate, by its word.
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let tables = lock(&self.shared.tables);
+        let counts = tables.as_ref().map(Tables::reasons).unwrap_or_default();
+        Reason::ALL
+            .iter()
+            .map(|reason| reason.word())
+            .zip(counts)
+            .collect()
+    }
+
+    /// How many ports the pods of these policies have in use here.
+    pub fn used(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
+        let tables = lock(&self.shared.tables);
+        tables
+            .as_ref()
+            .map(|tables| tables.used(policies))
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        lock(&self.shared.orders).stop = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported by its own thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What is in the kernel.
+struct Loaded {
+    ebpf: Ebpf,
+    pins: Pins,
+    attached: Attached,
+    keeper: Keeper,
+}
+
+/// What the thread owns.
+struct Task {
+    config: GatewayConfig,
+    shared: Arc<Shared>,
+    loaded: Option<Loaded>,
+    looked: Option<Instant>,
+}
+
+impl Task {
+    fn run(&mut self) {
+        while let Some((wanted, changed)) = self.wait() {
+            let Some((egress, around)) = wanted else {
+                continue;
+            };
+            let state = match self.apply(&egress, &around, changed) {
+                Ok(state) => state,
+                Err(error) => State::Failed(error.to_string()),
+            };
+            self.report(state);
+        }
+    }
+
+    /// Waits for new orders or for the next look. Nothing: stop.
+    #[expect(
+        clippy::type_complexity,
+        reason = "what was ordered, and whether it is new"
+    )]
+    fn wait(&self) -> Option<(Option<(Arc<Egress>, Arc<Surroundings>)>, bool)> {
+        let orders = lock(&self.shared.orders);
+        let (mut orders, _) = self
+            .shared
+            .wake
+            .wait_timeout_while(orders, self.config.watch, |orders| {
+                !orders.changed && !orders.stop
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        if orders.stop {
+            return None;
+        }
+        let changed = std::mem::take(&mut orders.changed);
+        Some((orders.wanted.clone(), changed))
+    }
+
+    fn report(&self, state: State) {
+        let mut reported = lock(&self.shared.state);
+        if *reported != state {
+            if let State::Failed(reason) = &state {
+                tracing::warn!(
+                    reason,
+                    "this node cannot be a gateway: pods whose packets it should translate do not reach the outside"
+                );
+            }
+            *reported = state;
+        }
+    }
+
+    fn apply(
+        &mut self,
+        egress: &Egress,
+        around: &Surroundings,
+        changed: bool,
+    ) -> Result<State, GatewayError> {
+        let plan = plan(egress, around);
+        if self.loaded.is_none() {
+            let pins = Pins::open(&self.config.pin_dir)?;
+            let idle = plan.interfaces.is_empty();
+            if idle && !pins.map(SHAPES[0].name).exists() {
+                return Ok(State::Idle);
+            }
+            self.load(pins, &plan)?;
+        } else if changed {
+            self.write(&plan)?;
+        }
+        let kept = self.keep()?;
+        if plan.interfaces.is_empty() {
+            // Flows that began under a policy go on to their end.
+            if kept.is_some_and(|kept| kept.read == 0) {
+                self.unload();
+                return Ok(State::Idle);
+            }
+            return Ok(State::Armed(around.uplinks.keys().copied().collect()));
+        }
+        let Some(loaded) = &mut self.loaded else {
+            return Ok(State::Idle);
+        };
+        loaded
+            .attached
+            .ensure(&mut loaded.ebpf, &loaded.pins, &plan.interfaces)?;
+        Ok(State::Armed(plan.interfaces))
+    }
+
+    /// Loads the programs beside the pinned maps, and puts each in the place of the one that an earlier process left; not
+    /// before the maps hold what they should.
+    fn load(&mut self, pins: Pins, wanted: &Plan) -> Result<(), GatewayError> {
+        let mut loader = EbpfLoader::new();
+        for shape in SHARED.iter().chain(&SHAPES) {
+            loader.map_pin_path(shape.name, pins.map(shape.name));
+        }
+        for shape in &SHAPES[..SIZED] {
+            loader.map_max_entries(shape.name, self.config.bindings);
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        let mut tables = Tables::adopt(&mut ebpf)?;
+        tables.settle(GateSettings {
+            times: self.config.times,
+            mark: self.config.mark,
+            errors: self.config.errors,
+        })?;
+        tables.write(wanted, self.config.arrival_mark)?;
+        *lock(&self.shared.tables) = Some(tables);
+        let keeper = Keeper::adopt(&mut ebpf, self.config.times)?;
+        classifier(&mut ebpf, GATEWAY_KEEP)?.load()?;
+        let attached = Attached::adopt(&mut ebpf, &pins)?;
+        self.loaded = Some(Loaded {
+            ebpf,
+            pins,
+            attached,
+            keeper,
+        });
+        Ok(())
+    }
+
+    fn write(&self, plan: &Plan) -> Result<(), GatewayError> {
+        if let Some(tables) = lock(&self.shared.tables).as_mut() {
+            tables.write(plan, self.config.arrival_mark)?;
+        }
+        Ok(())
+    }
+
+    /// Looks through the bindings, if it is time.
+    fn keep(&mut self) -> Result<Option<Kept>, GatewayError> {
+        let now = Instant::now();
+        let early = self
+            .looked
+            .is_some_and(|looked| now.duration_since(looked) < self.config.watch);
+        let Some(loaded) = &mut self.loaded else {
+            return Ok(None);
+        };
+        if early {
+            return Ok(None);
+        }
+        self.looked = Some(now);
+        let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
+        Ok(Some(loaded.keeper.look(program)?))
+    }
+
+    /// Takes everything out of the kernel.
+    fn unload(&mut self) {
+        let Some(mut loaded) = self.loaded.take() else {
+            return;
+        };
+        loaded.attached.detach_all(&loaded.pins);
+        *lock(&self.shared.tables) = None;
+        for shape in SHAPES {
+            if let Err(error) = std::fs::remove_file(loaded.pins.map(shape.name)) {
+                tracing::debug!(map = shape.name, %error, "a map was not pinned");
+            }
+        }
+    }
+}

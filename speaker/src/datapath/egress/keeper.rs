@@ -1,0 +1,159 @@
+//! Ends bindings that nobody has used for long, and gives back ports that have rested.
+//!
+//! It reads the maps in batches and names what may be due; the program decides, so that nobody comes in between.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use aya::maps::{Map, MapData};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, TestRun, TestRunOptions};
+use landfall_ebpf_common::batch::{self, Place};
+use landfall_ebpf_common::egress::binding::{
+    Address, Binding, Claim, Key, Sides, Times, V4, V6, tick,
+};
+use landfall_ebpf_common::egress::gateway::{keep, map};
+use nix::time::{ClockId, clock_gettime};
+
+use super::super::tables::TablesError;
+
+/// How many entries are read at a time.
+const BATCH: u32 = 4096;
+
+/// What a look at a part of the maps has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Kept {
+    /// Bindings that were read.
+    pub(in super::super) read: usize,
+    /// Bindings named to the program.
+    pub(in super::super) named: usize,
+}
+
+/// The maps *in*, and where in them it is.
+#[derive(Debug)]
+pub(in super::super) struct Keeper {
+    v4: MapData,
+    v6: MapData,
+    times: Times,
+}
+
+/// This moment, as the programs have it.
+fn now() -> u32 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the clock is always there");
+    let nanoseconds = time.tv_sec() * 1_000_000_000 + time.tv_nsec();
+    tick(u64::try_from(nanoseconds).expect("it began at 0"))
+}
+
+fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, TablesError> {
+    match ebpf.take_map(name) {
+        Some(Map::HashMap(data)) => Ok(data),
+        _ => Err(TablesError::Missing(name)),
+    }
+}
+
+impl Keeper {
+    /// Takes the maps.
+    pub(in super::super) fn adopt(ebpf: &mut Ebpf, times: Times) -> Result<Self, TablesError> {
+        Ok(Self {
+            v4: data(ebpf, map::IN_V4)?,
+            v6: data(ebpf, map::IN_V6)?,
+            times,
+        })
+    }
+
+    /// Looks through both maps once.
+    pub(in super::super) fn look(&self, program: &SchedClassifier) -> io::Result<Kept> {
+        let mut kept = Kept::default();
+        self.look_at::<V4>(&self.v4, 4, program, &mut kept)?;
+        self.look_at::<V6>(&self.v6, 6, program, &mut kept)?;
+        Ok(kept)
+    }
+
+    fn look_at<A: Address>(
+        &self,
+        map: &MapData,
+        family: u8,
+        program: &SchedClassifier,
+        kept: &mut Kept,
+    ) -> io::Result<()>
+    where
+        Key<A>: aya::Pod,
+        Binding<A>: aya::Pod,
+    {
+        let mut place: Option<Place> = None;
+        loop {
+            let batch = batch::read::<Key<A>, Binding<A>>(map.fd().as_fd(), place, BATCH)?;
+            let now = now();
+            kept.read += batch.entries.len();
+            let due: Vec<Key<A>> = batch
+                .entries
+                .iter()
+                .filter(|(key, binding)| is_due(&self.times, key, binding, now))
+                .map(|(key, _)| *key)
+                .collect();
+            for some in due.chunks(keep::MOST) {
+                end(program, family, some)?;
+            }
+            kept.named += due.len();
+            place = batch.next;
+            if place.is_none() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether a binding may be, by what its remote has sent: what the pod has, the program looks at.
+fn is_due<A: Address>(times: &Times, key: &Key<A>, binding: &Binding<A>, now: u32) -> bool {
+    let claim = Claim::read(binding.claim);
+    let sides = Sides {
+        ours: binding.ours,
+        theirs: binding.theirs,
+    };
+    now.wrapping_sub(claim.seen) >= times.limit(key.protocol, claim.phase, sides)
+        // What was heard after `now` was asked for.
+        && claim.seen.wrapping_sub(now) > i32::MAX.unsigned_abs()
+}
+
+/// Names bindings to the program.
+fn end<A>(program: &SchedClassifier, family: u8, keys: &[Key<A>]) -> io::Result<()>
+where
+    A: Address,
+    Key<A>: aya::Pod,
+{
+    let mut message = vec![0; keep::HEAD];
+    message.push(u8::try_from(keys.len()).expect("few"));
+    message.push(family);
+    for key in keys {
+        message.extend(bytes(key));
+    }
+    // The kernel's least: an Ethernet frame.
+    message.resize(message.len().max(64), 0);
+    let options = TestRunOptions {
+        data_in: Some(&message),
+        repeat: 1,
+        ..TestRunOptions::default()
+    };
+    program
+        .test_run(options)
+        .map(drop)
+        .map_err(|error: ProgramError| io::Error::other(error))
+}
+
+/// A key as it lies in memory.
+fn bytes<A: Address>(key: &Key<A>) -> Vec<u8> {
+    let address = |address: A| {
+        let mapped = address.mapped();
+        if size_of::<A>() == 4 {
+            mapped[12..].to_vec()
+        } else {
+            mapped.to_vec()
+        }
+    };
+    let mut bytes = address(key.local);
+    bytes.extend(address(key.remote));
+    bytes.extend(key.local_port.to_ne_bytes());
+    bytes.extend(key.remote_port.to_ne_bytes());
+    bytes.extend(key.protocol.to_ne_bytes());
+    bytes
+}

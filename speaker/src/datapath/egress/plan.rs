@@ -1,0 +1,271 @@
+//! What a gateway's maps are to hold, by name: a function of what is wanted and of where this node is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use landfall_core::model::NodeName;
+
+use crate::egress::{Egress, PolicyName};
+
+/// Where this node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Its name.
+    pub node: NodeName,
+    /// Its interfaces to segments and to the tunnel, by index.
+    pub uplinks: BTreeMap<u32, Uplink>,
+    /// The other nodes, as they are seen there.
+    pub peers: BTreeMap<PeerId, Peer>,
+}
+
+/// An interface of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uplink {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The longest IP packet it takes, in bytes.
+    pub mtu: u32,
+    /// Its own addresses: the first of a family signs what is said to pods.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The networks that are on its segment.
+    pub connected: BTreeSet<IpNet>,
+    /// The router for IPv4.
+    pub router_v4: Option<Ipv4Addr>,
+    /// The router for IPv6.
+    pub router_v6: Option<Ipv6Addr>,
+}
+
+/// Names another node at one of this node's interfaces.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PeerId {
+    /// Its name.
+    pub node: NodeName,
+    /// The index of this node's interface.
+    pub interface: u32,
+}
+
+/// Another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
+/// What the maps are to hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Plan {
+    pub(super) policies: BTreeMap<PolicyName, PolicyPlan>,
+    pub(super) sources: BTreeMap<IpAddr, SourcePlan>,
+    pub(super) egress: BTreeSet<IpAddr>,
+    pub(super) nodes: BTreeMap<PeerId, NodePlan>,
+    pub(super) hops: BTreeMap<HopId, HopPlan>,
+    /// By uplink and network; nothing for what is the cluster's own.
+    pub(super) routes: BTreeMap<(u32, IpNet), Option<HopId>>,
+    /// The interfaces that carry the programs.
+    pub(super) interfaces: BTreeSet<u32>,
+}
+
+/// A policy whose gateway is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PolicyPlan {
+    pub(super) uplink: u32,
+    pub(super) ports: u32,
+    pub(super) ports_per_pod: u32,
+}
+
+/// A pod's address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SourcePlan {
+    /// The policy and the address that it leaves by, if this node is its gateway.
+    pub(super) here: Option<(PolicyName, IpAddr)>,
+    /// Its node, if that is another.
+    pub(super) node: Option<PeerId>,
+    /// Its gateway, if that is another.
+    pub(super) gateway: Option<PeerId>,
+}
+
+/// Another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NodePlan {
+    /// Nothing, if it is not heard there: nothing that claims to come from it is taken.
+    pub(super) mac: Option<[u8; 6]>,
+    pub(super) own: [u8; 6],
+    pub(super) mtu: u32,
+    /// It is a gateway of pods here.
+    pub(super) is_gateway: bool,
+}
+
+/// Names a next hop: by this interface, to remotes on its segment or to its router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct HopId {
+    pub(super) interface: u32,
+    pub(super) routed: bool,
+}
+
+/// A next hop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct HopPlan {
+    pub(super) mtu: u32,
+    pub(super) own_v4: Option<Ipv4Addr>,
+    pub(super) own_v6: Option<Ipv6Addr>,
+    pub(super) via_v4: Option<Ipv4Addr>,
+    pub(super) via_v6: Option<Ipv6Addr>,
+}
+
+/// What the maps of this node are to hold.
+pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
+    let mut plan = Plan::default();
+    if egress.policies.is_empty() {
+        return plan;
+    }
+    plan.interfaces = around.uplinks.keys().copied().collect();
+    for (name, policy) in &egress.policies {
+        let Some(gateway) = &policy.gateway else {
+            continue;
+        };
+        if gateway.node != around.node {
+            continue;
+        }
+        plan.policies.insert(
+            name.clone(),
+            PolicyPlan {
+                uplink: gateway.interface,
+                ports: policy.ports.unwrap_or(0),
+                ports_per_pod: policy.ports_per_pod.unwrap_or(0),
+            },
+        );
+        plan.network(gateway.interface, egress, around);
+    }
+    for (address, pod) in &egress.pods {
+        plan.pod(*address, pod, egress, around);
+    }
+    plan
+}
+
+impl Plan {
+    /// The ways out by an uplink.
+    fn network(&mut self, interface: u32, egress: &Egress, around: &Surroundings) {
+        let Some(uplink) = around.uplinks.get(&interface) else {
+            return;
+        };
+        let of = |routed| HopId { interface, routed };
+        let hop = HopPlan {
+            mtu: uplink.mtu,
+            own_v4: uplink.addresses.iter().find_map(|address| match address {
+                IpAddr::V4(address) => Some(*address),
+                IpAddr::V6(_) => None,
+            }),
+            // One that routers on the way know, if there is one.
+            own_v6: {
+                let mut own: Vec<Ipv6Addr> = uplink
+                    .addresses
+                    .iter()
+                    .filter_map(|address| match address {
+                        IpAddr::V4(_) => None,
+                        IpAddr::V6(address) => Some(*address),
+                    })
+                    .collect();
+                own.sort_by_key(Ipv6Addr::is_unicast_link_local);
+                own.first().copied()
+            },
+            via_v4: None,
+            via_v6: None,
+        };
+        self.hops.insert(of(false), hop);
+        for network in &uplink.connected {
+            self.routes
+                .insert((interface, network.trunc()), Some(of(false)));
+        }
+        let routers = [
+            uplink.router_v4.map(IpAddr::V4),
+            uplink.router_v6.map(IpAddr::V6),
+        ];
+        for router in routers.into_iter().flatten() {
+            let all = if router.is_ipv4() {
+                IpNet::new(Ipv4Addr::UNSPECIFIED.into(), 0)
+            } else {
+                IpNet::new(Ipv6Addr::UNSPECIFIED.into(), 0)
+            };
+            let all = all.expect("a prefix of no length");
+            self.routes.insert((interface, all), Some(of(true)));
+            let routed = HopPlan {
+                via_v4: uplink.router_v4,
+                via_v6: uplink.router_v6,
+                ..hop
+            };
+            self.hops.insert(of(true), routed);
+        }
+        for network in &egress.inside {
+            self.routes.insert((interface, network.trunc()), None);
+        }
+    }
+
+    fn pod(
+        &mut self,
+        address: IpAddr,
+        pod: &crate::egress::Pod,
+        egress: &Egress,
+        around: &Surroundings,
+    ) {
+        let Some(tenant) = &pod.tenant else {
+            return;
+        };
+        let policy = egress.policies.get(&tenant.policy);
+        let Some(gateway) = policy.and_then(|policy| policy.gateway.as_ref()) else {
+            return;
+        };
+        let is_local = pod.node == around.node;
+        if gateway.node == around.node {
+            let Some(egress_ip) = tenant.egress_ip else {
+                return;
+            };
+            let node = (!is_local).then(|| PeerId {
+                node: pod.node.clone(),
+                interface: gateway.interface,
+            });
+            if let Some(node) = &node {
+                self.node(node, false, around);
+            }
+            self.egress.insert(egress_ip);
+            self.sources.insert(
+                address,
+                SourcePlan {
+                    here: Some((tenant.policy.clone(), egress_ip)),
+                    node,
+                    gateway: None,
+                },
+            );
+        } else if is_local {
+            let id = PeerId {
+                node: gateway.node.clone(),
+                interface: gateway.interface,
+            };
+            self.node(&id, true, around);
+            self.sources.insert(
+                address,
+                SourcePlan {
+                    here: None,
+                    node: None,
+                    gateway: Some(id),
+                },
+            );
+        }
+    }
+
+    fn node(&mut self, id: &PeerId, is_gateway: bool, around: &Surroundings) {
+        let Some(uplink) = around.uplinks.get(&id.interface) else {
+            return;
+        };
+        let node = self.nodes.entry(id.clone()).or_insert(NodePlan {
+            mac: around.peers.get(id).map(|peer| peer.mac),
+            own: uplink.mac,
+            mtu: uplink.mtu,
+            is_gateway: false,
+        });
+        node.is_gateway |= is_gateway;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,345 @@
+//! A gateway's maps, and what is in them.
+//!
+//! Policies, nodes and hops have numbers, which bindings carry: an earlier process's are read from the maps and kept.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::{Key as Prefix, LpmTrie};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use ipnet::IpNet;
+use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::binding::{Address as _, V6};
+use landfall_ebpf_common::egress::gateway::{
+    Filter, GateNode, GateRoute, GateSettings, Hop, MAX_GATE_NODES, MAX_HOPS, MAX_POLICIES, Policy,
+    Reason, Source, map, source_flag,
+};
+use xxhash_rust::xxh64::xxh64;
+
+use super::super::tables::{Numbers, TablesError, network, taken};
+use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
+use crate::egress::PolicyName;
+
+/// The maps, and what this process knows to be in them.
+pub(in super::super) struct Tables {
+    sources: HashMap<MapData, VipKey, Source>,
+    egress: HashMap<MapData, VipKey, u32>,
+    routes: LpmTrie<MapData, GateRoute, u32>,
+    hops: Numbered<Hop>,
+    nodes: Numbered<GateNode>,
+    policies: Numbered<Policy>,
+    used: Array<MapData, u64>,
+    filter: Array<MapData, Filter>,
+    settings: Array<MapData, GateSettings>,
+    reasons: PerCpuArray<MapData, u64>,
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Tables").finish_non_exhaustive()
+    }
+}
+
+/// An array whose places belong to names, as far as a hash tells them.
+struct Numbered<T: aya::Pod> {
+    map: Array<MapData, T>,
+    numbers: BTreeMap<u64, u32>,
+    free: Numbers,
+}
+
+impl<T: aya::Pod> Numbered<T> {
+    /// Reads which places are whose.
+    fn adopt(
+        ebpf: &mut Ebpf,
+        name: &'static str,
+        below: u32,
+        whose: impl Fn(&T) -> Option<u64>,
+    ) -> Result<Self, TablesError> {
+        let map: Array<MapData, T> = taken(ebpf, name)?;
+        let mut numbers = BTreeMap::new();
+        for number in 1..below {
+            if let Some(hash) = whose(&map.get(&number, 0)?) {
+                numbers.insert(hash, number);
+            }
+        }
+        let free = Numbers::new(1, below, &numbers.values().copied().collect());
+        Ok(Self { map, numbers, free })
+    }
+
+    fn set(&mut self, hash: u64, value: T, what: &'static str) -> Result<u32, TablesError> {
+        let number = match self.numbers.get(&hash) {
+            Some(number) => *number,
+            None => self
+                .free
+                .take()
+                .ok_or(TablesError::Full(self.map.len(), what))?,
+        };
+        self.map.set(number, value, 0)?;
+        self.numbers.insert(hash, number);
+        Ok(number)
+    }
+}
+
+/// What is put under a number.
+fn number(number: u32) -> u16 {
+    u16::try_from(number).expect("there are few")
+}
+
+fn name_of_policy(name: &PolicyName) -> u64 {
+    xxh64(name.as_bytes(), 0) | 1
+}
+
+fn name_of_node(id: &PeerId) -> u64 {
+    xxh64(format!("{} {}", id.node.0, id.interface).as_bytes(), 0) | 1
+}
+
+fn name_of_hop(id: HopId) -> u64 {
+    u64::from(id.interface) << 1 | u64::from(id.routed)
+}
+
+impl Tables {
+    /// Takes the maps, and reads what an earlier process has left in them.
+    pub(in super::super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+        let some = |name: u64| (name != 0).then_some(name);
+        Ok(Self {
+            sources: taken(ebpf, map::SOURCES)?,
+            egress: taken(ebpf, map::EGRESS)?,
+            routes: taken(ebpf, map::ROUTES)?,
+            hops: Numbered::adopt(ebpf, map::HOPS, MAX_HOPS, |hop: &Hop| {
+                let routed = hop.via_v4 != 0 || hop.via_v6 != [0; 16];
+                (hop.interface != 0).then(|| {
+                    name_of_hop(HopId {
+                        interface: hop.interface,
+                        routed,
+                    })
+                })
+            })?,
+            nodes: Numbered::adopt(ebpf, map::NODES, MAX_GATE_NODES, |node: &GateNode| {
+                some(node.name)
+            })?,
+            policies: Numbered::adopt(ebpf, map::POLICIES, MAX_POLICIES, |policy: &Policy| {
+                some(policy.name)
+            })?,
+            used: taken(ebpf, map::USED)?,
+            filter: taken(ebpf, map::FILTER)?,
+            settings: taken(ebpf, map::SETTINGS)?,
+            reasons: taken(ebpf, map::REASONS)?,
+        })
+    }
+
+    /// Idle times and marks.
+    pub(in super::super) fn settle(&mut self, settings: GateSettings) -> Result<(), TablesError> {
+        Ok(self.settings.set(0, settings, 0)?)
+    }
+
+    /// Makes the maps hold what is planned, and nothing else. What bindings name goes first, what names it after.
+    pub(in super::super) fn write(&mut self, plan: &Plan, mark: u32) -> Result<(), TablesError> {
+        let hops = plan
+            .hops
+            .iter()
+            .map(|(id, hop)| {
+                Ok((
+                    *id,
+                    self.hops.set(name_of_hop(*id), mk_hop(*id, hop), "hops")?,
+                ))
+            })
+            .collect::<Result<BTreeMap<HopId, u32>, TablesError>>()?;
+        for (id, node) in &plan.nodes {
+            let entry = mk_node(id, node, mark);
+            self.nodes.set(entry.name, entry, "nodes")?;
+        }
+        for (name, policy) in &plan.policies {
+            let entry = mk_policy(name, policy);
+            self.policies.set(entry.name, entry, "policies")?;
+        }
+        self.write_routes(plan, &hops)?;
+        self.widen(plan)?;
+        let egress: BTreeMap<VipKey, u32> = plan
+            .egress
+            .iter()
+            .map(|address| (VipKey::from_address(*address), 1))
+            .collect();
+        sync(&mut self.egress, &egress)?;
+        let sources = plan
+            .sources
+            .iter()
+            .map(|(address, source)| (VipKey::from_address(*address), self.mk_source(source)))
+            .collect();
+        sync(&mut self.sources, &sources)?;
+        self.narrow(plan)
+    }
+
+    fn mk_source(&self, plan: &SourcePlan) -> Source {
+        let of = |id: &Option<PeerId>| {
+            id.as_ref()
+                .and_then(|id| self.nodes.numbers.get(&name_of_node(id)))
+                .map_or(0, |found| number(*found))
+        };
+        let mut source = Source {
+            node: of(&plan.node),
+            gateway: of(&plan.gateway),
+            ..Source::default()
+        };
+        if plan.node.is_none() {
+            source.flags |= source_flag::LOCAL;
+        }
+        if let Some((policy, egress)) = &plan.here {
+            source.flags |= source_flag::HERE;
+            source.egress = VipKey::from_address(*egress).0;
+            source.policy = self
+                .policies
+                .numbers
+                .get(&name_of_policy(policy))
+                .map_or(0, |found| number(*found));
+        }
+        source
+    }
+
+    fn write_routes(
+        &mut self,
+        plan: &Plan,
+        hops: &BTreeMap<HopId, u32>,
+    ) -> Result<(), TablesError> {
+        let wanted: BTreeMap<(u32, GateRoute), u32> = plan
+            .routes
+            .iter()
+            .map(|((uplink, net), hop)| {
+                let hop = hop.and_then(|id| hops.get(&id)).copied().unwrap_or(0);
+                (route(*uplink, *net), hop)
+            })
+            .collect();
+        let there: Vec<Prefix<GateRoute>> = self.routes.keys().flatten().collect();
+        for ((length, data), hop) in &wanted {
+            self.routes.insert(&Prefix::new(*length, *data), hop, 0)?;
+        }
+        for key in there {
+            if !wanted.contains_key(&(key.prefix_len(), key.data())) {
+                self.routes.remove(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The filter lets more through before the maps hold it, and less after.
+    fn widen(&mut self, plan: &Plan) -> Result<(), TablesError> {
+        let mut filter = filter(plan);
+        let before = self.filter.get(&0, 0)?;
+        for (word, old) in filter.pods.iter_mut().zip(before.pods) {
+            *word |= old;
+        }
+        for (word, old) in filter.destinations.iter_mut().zip(before.destinations) {
+            *word |= old;
+        }
+        Ok(self.filter.set(0, filter, 0)?)
+    }
+
+    /// What bindings are about stays: their flows go on when their pod or their policy is gone.
+    fn narrow(&mut self, plan: &Plan) -> Result<(), TablesError> {
+        if plan.policies.is_empty() && plan.sources.is_empty() {
+            self.filter.set(0, Filter::EMPTY, 0)?;
+        }
+        Ok(())
+    }
+
+    /// How many ports the pods of each policy have in use.
+    pub(in super::super) fn used(&self, names: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
+        names
+            .iter()
+            .filter_map(|name| {
+                let number = self.policies.numbers.get(&name_of_policy(name))?;
+                Some((name.clone(), self.used.get(number, 0).ok()?))
+            })
+            .collect()
+    }
+
+    /// How many packets met each fate, all CPUs together, in the order of `Reason::ALL`.
+    pub(in super::super) fn reasons(&self) -> Vec<u64> {
+        let counts = self.reasons.iter();
+        let counts = counts.map(|values| values.map_or(0, |values| values.iter().sum()));
+        counts.take(Reason::ALL.len()).collect()
+    }
+}
+
+/// Makes a map hold what is wanted. What is there already is left alone.
+fn sync<V: aya::Pod + PartialEq>(
+    map: &mut HashMap<MapData, VipKey, V>,
+    wanted: &BTreeMap<VipKey, V>,
+) -> Result<(), TablesError> {
+    let there: BTreeMap<VipKey, V> = map.iter().flatten().collect();
+    for (key, value) in wanted {
+        if there.get(key) != Some(value) {
+            map.insert(key, value, 0)?;
+        }
+    }
+    for key in there.keys() {
+        if !wanted.contains_key(key) {
+            map.remove(key)?;
+        }
+    }
+    Ok(())
+}
+
+fn filter(plan: &Plan) -> Filter {
+    let mut filter = Filter::EMPTY;
+    let place = |address: &IpAddr| Filter::place(V6::of(&VipKey::from_address(*address).0));
+    for (address, source) in &plan.sources {
+        let (word, bit) = place(address);
+        filter.pods[word] |= bit;
+        // What comes to it from its gateway is looked for.
+        if source.gateway.is_some() {
+            filter.destinations[word] |= bit;
+        }
+    }
+    for address in &plan.egress {
+        let (word, bit) = place(address);
+        filter.destinations[word] |= bit;
+    }
+    filter
+}
+
+fn route(uplink: u32, net: IpNet) -> (u32, GateRoute) {
+    // The interface takes the place of a node's number: as long, and in front.
+    let (length, address) = network(net);
+    let data = GateRoute {
+        uplink: uplink.to_be_bytes(),
+        address,
+    };
+    (length, data)
+}
+
+fn mk_hop(id: HopId, plan: &HopPlan) -> Hop {
+    let v4 = |address: Option<std::net::Ipv4Addr>| {
+        address.map_or(0, |address| u32::from_ne_bytes(address.octets()))
+    };
+    let v6 = |address: Option<std::net::Ipv6Addr>| address.map_or([0; 16], |it| it.octets());
+    Hop {
+        interface: id.interface,
+        mtu: plan.mtu,
+        via_v4: v4(plan.via_v4),
+        own_v4: v4(plan.own_v4),
+        via_v6: v6(plan.via_v6),
+        own_v6: v6(plan.own_v6),
+    }
+}
+
+fn mk_node(id: &PeerId, plan: &NodePlan, mark: u32) -> GateNode {
+    GateNode {
+        name: name_of_node(id),
+        interface: id.interface,
+        mtu: plan.mtu,
+        mark: if plan.is_gateway { mark } else { 0 },
+        mac: plan.mac.unwrap_or_default(),
+        own: plan.own,
+    }
+}
+
+fn mk_policy(name: &PolicyName, plan: &PolicyPlan) -> Policy {
+    Policy {
+        name: name_of_policy(name),
+        uplink: plan.uplink,
+        ports: plan.ports,
+        ports_per_pod: plan.ports_per_pod,
+        zero: 0,
+    }
+}

@@ -1,0 +1,168 @@
+//! What a packet costs at the gateway, by how many bindings there are, and what a binding costs. For people: nothing is
+//! asserted about time.
+
+use std::time::Instant;
+
+use aya::EbpfLoader;
+use landfall_ebpf_common::egress::gateway::map;
+
+use super::super::super::uplink::OBJECT;
+use super::*;
+
+const REPEAT: u32 = 200_000;
+/// How many frames are run in turn, where each is of another flow.
+const FLOWS: u32 = 20_000;
+
+impl Gate {
+    /// With room for so many bindings of each family.
+    fn sized(bindings: u32) -> Self {
+        let mut loader = EbpfLoader::new();
+        for name in [map::OUT_V4, map::IN_V4, map::OUT_V6, map::IN_V6] {
+            loader.map_max_entries(name, bindings);
+        }
+        let ebpf = loader.load(OBJECT).expect("the object is one");
+        Self::of(ebpf, &mk_egress(), Times::default(), 0)
+    }
+
+    /// Nanoseconds a run of one frame, the best of five times many.
+    fn cost(&mut self, program: &'static str, frame: &[u8]) -> u128 {
+        let mut once = || {
+            self.program(program)
+                .test_run(TestRunOptions {
+                    data_in: Some(frame),
+                    repeat: REPEAT,
+                    ..TestRunOptions::default()
+                })
+                .expect("the kernel runs it")
+                .duration
+                .as_nanos()
+        };
+        (0..5).map(|_| once()).min().expect("five times")
+    }
+}
+
+/// A SYN of the flow with this number: a remote of its own for each 60 000.
+fn mk_syn(number: u32, flags: u8) -> Vec<u8> {
+    let [world, _] = WORLDS;
+    let [_, _, high, low] = (number / 60_000).to_be_bytes();
+    let remote = v4(198, 51, high, low);
+    let port = u16::try_from(2000 + number % 60_000).expect("a port");
+    mk(OTHER, world.pod, remote, 6, 64, &mk_tcp(port, 443, flags))
+}
+
+#[test]
+fn cost() {
+    let [world, _] = WORLDS;
+    println!(
+        "{:>9} {:>12} {:>12} {:>12} {:>12} {:>14}",
+        "bindings", "not ours", "out", "in", "out, random", "new flow"
+    );
+    for bindings in [1_u32, 1_000, 1_000_000] {
+        let mut gate = Gate::sized(1 << 20);
+        let begun = Instant::now();
+        for number in 0..bindings {
+            let (action, out) = gate.comes(&mk_syn(number, SYN));
+            assert_eq!((action, source(&out)), (SENT, world.egress));
+        }
+        let new = begun.elapsed().as_nanos() / u128::from(bindings);
+        let back = |number: u32, flags: u8| {
+            let [_, _, high, low] = (number / 60_000).to_be_bytes();
+            let port = u16::try_from(2000 + number % 60_000).expect("a port");
+            let remote = v4(198, 51, high, low);
+            mk(
+                STRANGER,
+                remote,
+                world.egress,
+                6,
+                64,
+                &mk_tcp(443, port, flags),
+            )
+        };
+        assert_eq!(gate.comes(&back(0, SYN | ACK)).0, SENT);
+        assert_eq!(gate.comes(&mk_syn(0, ACK)).0, SENT);
+        let unknown = mk(
+            OTHER,
+            v4(10, 1, 0, 99),
+            v4(10, 1, 0, 98),
+            6,
+            64,
+            &mk_tcp(1, 2, ACK),
+        );
+        let idle = gate.cost(GATEWAY_INGRESS, &unknown);
+        let out = gate.cost(GATEWAY_INGRESS, &mk_syn(0, ACK));
+        let inward = gate.cost(GATEWAY_INGRESS, &back(0, ACK));
+        // One after the other, far apart: what the caches do not hold. A run alone is mostly the system call.
+        let flows = FLOWS.min(bindings);
+        let frames: Vec<Vec<u8>> = (0..flows)
+            .map(|it| mk_syn(it.wrapping_mul(7_919_993) % bindings, ACK))
+            .collect();
+        let lone = |gate: &mut Gate, frames: &[Vec<u8>]| {
+            let begun = Instant::now();
+            for frame in frames {
+                let _ = gate.program(GATEWAY_INGRESS).test_run(TestRunOptions {
+                    data_in: Some(frame),
+                    repeat: 1,
+                    ..TestRunOptions::default()
+                });
+            }
+            begun.elapsed().as_nanos() / frames.len() as u128
+        };
+        let random = lone(&mut gate, &frames);
+        let same: Vec<Vec<u8>> = vec![unknown; frames.len()];
+        let call = lone(&mut gate, &same);
+        println!(
+            "{bindings:>9} {idle:>9} ns {out:>9} ns {inward:>9} ns {:>9} ns {new:>11} ns",
+            random.saturating_sub(call)
+        );
+        println!(
+            "          (a run alone costs {call} ns of system call, which `new flow` includes)"
+        );
+    }
+}
+
+/// What the kernel holds for the maps of bindings.
+#[test]
+fn cost_in_memory() {
+    const MANY: u32 = 200_000;
+    let held = |ebpf: &Ebpf, names: &[&str]| -> u64 {
+        names
+            .iter()
+            .map(|name| {
+                let id = match ebpf.map(name).expect("the object holds it") {
+                    aya::maps::Map::HashMap(data) => data.info().expect("it is open").id(),
+                    _ => panic!("a hash map"),
+                };
+                memlock(id)
+            })
+            .sum()
+    };
+    let mut gate = Gate::sized(1 << 20);
+    let before = held(&gate.ebpf, &[map::OUT_V4]);
+    for number in 0..MANY {
+        gate.comes(&mk_syn(number, SYN));
+    }
+    let after = held(&gate.ebpf, &[map::OUT_V4]);
+    println!(
+        "the map of what goes out, IPv4: {} KiB empty, with {MANY} bindings {} KiB, {} bytes each",
+        before / 1024,
+        after / 1024,
+        (after - before) / u64::from(MANY)
+    );
+}
+
+/// What the kernel holds for a map that this process has open.
+fn memlock(id: u32) -> u64 {
+    let wanted = format!("map_id:\t{id}");
+    std::fs::read_dir("/proc/self/fdinfo")
+        .expect("proc is mounted")
+        .flatten()
+        .filter_map(|entry| std::fs::read_to_string(entry.path()).ok())
+        .find(|text| text.lines().any(|line| line == wanted))
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("memlock:"))?;
+            line.trim().parse().ok()
+        })
+        .expect("the kernel says so")
+}

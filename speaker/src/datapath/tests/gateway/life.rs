@@ -1,0 +1,251 @@
+//! How long bindings live, and when a port may be used again.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use landfall_ebpf_common::egress::binding::Times;
+
+use super::*;
+
+/// Nothing is ever due but by these: a few ticks of 17 ms.
+const SHORT: u32 = 12;
+const LONG: u32 = 1 << 20;
+
+fn forever() -> Times {
+    Times {
+        established: LONG,
+        transitory: LONG,
+        reset: LONG,
+        datagram: LONG,
+        echo: LONG,
+        rest: LONG,
+    }
+}
+
+fn wait() {
+    sleep(Duration::from_millis(17) * (SHORT + 4));
+}
+
+impl Gate {
+    fn out(&mut self, world: World, pod: IpAddr, port: u16, flags: u8) -> u32 {
+        let frame = mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, flags));
+        self.comes(&frame).0
+    }
+
+    fn back(&mut self, world: World, port: u16, flags: u8) -> u32 {
+        let frame = mk(
+            STRANGER,
+            world.remote,
+            world.egress,
+            6,
+            64,
+            &mk_tcp(443, port, flags),
+        );
+        self.comes(&frame).0
+    }
+
+    fn handshake(&mut self, world: World, pod: IpAddr, port: u16) {
+        assert_eq!(self.port_of(world, pod, port), Some(port));
+        assert_eq!(self.back(world, port, SYN | ACK), SENT);
+        assert_eq!(self.out(world, pod, port, ACK), SENT);
+    }
+
+    fn close(&mut self, world: World, pod: IpAddr, port: u16) {
+        assert_eq!(self.out(world, pod, port, FIN | ACK), SENT);
+        assert_eq!(self.back(world, port, FIN | ACK), SENT);
+    }
+}
+
+#[test]
+fn a_closed_port_is_its_pods_at_once_and_anothers_after_its_rest() {
+    for world in WORLDS {
+        let times = Times {
+            rest: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
+        gate.handshake(world, world.pod, 40_000);
+        gate.close(world, world.pod, 40_000);
+        assert_eq!(gate.used("mail"), 0, "it counts for nobody while it rests");
+        // What is late still passes, both ways.
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        assert_eq!(gate.back(world, 40_000, FIN | ACK), SENT);
+        // Another pod has another port; the pod the same, for a connection of the same name.
+        assert_ne!(gate.port_of(world, world.friend, 40_000), Some(40_000));
+        gate.handshake(world, world.pod, 40_000);
+        assert_eq!(gate.used("mail"), 2);
+        gate.close(world, world.pod, 40_000);
+        wait();
+        // The keeper has not come by: it is free all the same.
+        let stranger = gate.port_of(world, world.local, 1);
+        assert_eq!(stranger, None, "it is not the other node's pod");
+        let fresh = mk(
+            OWN,
+            world.local,
+            world.remote,
+            6,
+            63,
+            &mk_tcp(40_000, 443, SYN),
+        );
+        let (action, out) = gate.leaves(&fresh);
+        assert_eq!((action, ports(&out).0), (NEXT, 40_000));
+        // The flow before is no more.
+        gate.drops(
+            &mk(
+                OTHER,
+                world.pod,
+                world.remote,
+                6,
+                64,
+                &mk_tcp(40_000, 443, ACK),
+            ),
+            Reason::Unknown,
+        );
+        let back = mk(
+            STRANGER,
+            world.remote,
+            world.egress,
+            6,
+            64,
+            &mk_tcp(443, 40_000, ACK),
+        );
+        assert_eq!(destination(&gate.comes(&back).1), world.local);
+    }
+}
+
+#[test]
+fn the_keeper_ends_what_is_idle_and_gives_back_what_has_rested() {
+    for world in WORLDS {
+        let times = Times {
+            transitory: SHORT,
+            datagram: SHORT,
+            echo: SHORT,
+            rest: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
+        gate.handshake(world, world.pod, 40_000);
+        assert!(
+            gate.port_of(world, world.pod, 40_001).is_some(),
+            "half open"
+        );
+        for (protocol, payload) in [
+            (17, mk_udp(40_002, 53, b"x")),
+            (icmp(world.pod), mk_echo(world.pod, true, 40_003, b"x")),
+        ] {
+            let frame = mk(OTHER, world.pod, world.remote, protocol, 64, &payload);
+            assert_eq!(gate.comes(&frame).0, SENT);
+        }
+        assert_eq!((gate.keep(), gate.used("mail")), (4, 4));
+        assert_eq!(gate.count(Reason::Ended), 0);
+        wait();
+        gate.keep();
+        assert_eq!((gate.used("mail"), gate.count(Reason::Ended)), (1, 3));
+        // They rest: what comes for them is still the pod's, what the pod sends begins anew.
+        assert_eq!(gate.keep(), 4);
+        wait();
+        gate.keep();
+        assert_eq!(gate.keep(), 1, "the open one");
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        gate.drops(
+            &mk(
+                STRANGER,
+                world.remote,
+                world.egress,
+                17,
+                64,
+                &mk_udp(53, 40_002, b"x"),
+            ),
+            Reason::Unbound,
+        );
+    }
+}
+
+/// A look names what the remote has been silent about; what the pod sends keeps it alive.
+#[test]
+fn either_side_keeps_a_flow_alive() {
+    let [world, _] = WORLDS;
+    let times = Times {
+        // More than the second in which the time is not written anew.
+        datagram: 90,
+        ..forever()
+    };
+    let mut gate = Gate::with(&mk_egress(), times, 0);
+    let frame = mk(
+        OTHER,
+        world.pod,
+        world.remote,
+        17,
+        64,
+        &mk_udp(40_002, 53, b"x"),
+    );
+    for _ in 0..5 {
+        assert_eq!(gate.comes(&frame).0, SENT);
+        sleep(Duration::from_millis(600));
+        gate.keep();
+    }
+    assert_eq!((gate.used("mail"), gate.count(Reason::Bound)), (1, 1));
+    sleep(Duration::from_millis(2700));
+    gate.keep();
+    assert_eq!(gate.used("mail"), 0);
+}
+
+/// A reset ends a flow after a while, unless its ends go on.
+#[test]
+fn a_reset_is_not_the_end() {
+    for world in WORLDS {
+        let times = Times {
+            reset: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
+        gate.handshake(world, world.pod, 40_000);
+        assert_eq!(gate.back(world, 40_000, RST), SENT);
+        // The pod did not take it for valid.
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        wait();
+        gate.keep();
+        assert_eq!(gate.used("mail"), 1);
+
+        // In the middle of a handshake: the remote's old connection is acknowledged, the pod resets it, and tries again.
+        assert_eq!(gate.port_of(world, world.pod, 40_001), Some(40_001));
+        assert_eq!(gate.back(world, 40_001, ACK), SENT);
+        assert_eq!(gate.out(world, world.pod, 40_001, RST), SENT);
+        assert_eq!(gate.port_of(world, world.pod, 40_001), Some(40_001));
+        wait();
+        gate.keep();
+        assert_eq!(gate.used("mail"), 2);
+        assert_eq!(gate.back(world, 40_001, SYN | ACK), SENT);
+        assert_eq!(gate.out(world, world.pod, 40_001, ACK), SENT);
+
+        assert_eq!(gate.out(world, world.pod, 40_001, RST), SENT);
+        gate.keep();
+        assert_eq!(gate.used("mail"), 2, "not at once");
+        wait();
+        gate.keep();
+        assert_eq!(gate.used("mail"), 1);
+    }
+}
+
+/// A policy that goes, or a pod, takes no flow with it.
+#[test]
+fn flows_outlive_what_made_them() {
+    for world in WORLDS {
+        let mut gate = Gate::load();
+        gate.handshake(world, world.pod, 40_000);
+        let mut egress = mk_egress();
+        egress.pods.remove(&world.pod);
+        egress.policies.remove("mail");
+        gate.set(&egress);
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        assert_eq!(gate.back(world, 40_000, ACK), SENT);
+        gate.passes(&mk(
+            OTHER,
+            world.pod,
+            world.remote,
+            6,
+            64,
+            &mk_tcp(40_001, 443, SYN),
+        ));
+    }
+}

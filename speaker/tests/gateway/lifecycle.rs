@@ -1,0 +1,75 @@
+//! What is in the kernel, and for how long.
+
+use landfall_lab::Netns;
+use landfall_lab::server::WHO_AM_I;
+use landfall_speaker::datapath::egress::State;
+use std::net::SocketAddr;
+
+use super::world::{EGRESS, LINES, REMOTE, SERVER, World, connect, ip, say, tcp_seen_as};
+
+/// The programs at the gateway's uplink.
+fn programs(gw: &Netns) -> String {
+    gw.exec("bpftool net show dev eth0").unwrap()
+}
+
+/// Without a policy there is nothing; with one there is; when it goes, everything does, once its flows have ended.
+#[test]
+fn it_is_there_while_there_is_a_policy() {
+    let mut world = World::bare();
+    world.config.times.rest = 0;
+    let policies = std::mem::take(&mut world.egress.policies);
+    world.launch();
+    world.tell();
+    world.await_state(|state| *state == State::Idle);
+    assert!(!programs(&world.gw).contains("landfall"));
+    assert!(!world.pin_dir().join("layout-3/GATE_OUT_V4").exists());
+
+    world.egress.policies = policies;
+    world.tell();
+    world.await_state(|state| matches!(state, State::Armed(_)));
+    assert!(programs(&world.gw).contains("landfall_gatewa"));
+    let stream = connect(&world.pods[0], SocketAddr::new(ip(SERVER[0]), LINES)).unwrap();
+
+    world.egress.policies.clear();
+    world.egress.pods.clear();
+    world.tell();
+    // The flow goes on as it was.
+    for _ in 0..20 {
+        assert_eq!(ip(&say(&stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    drop(stream);
+    world.await_state(|state| *state == State::Idle);
+    assert!(!programs(&world.gw).contains("landfall"));
+    assert!(!world.pin_dir().join("layout-3/GATE_OUT_V4").exists());
+}
+
+/// The process dies: flows go on, new ones begin, and the next process takes over what is there.
+#[test]
+fn it_outlives_its_process() {
+    let mut world = World::build();
+    let streams: Vec<_> = (0..2)
+        .flat_map(|family| {
+            let to = SocketAddr::new(ip(REMOTE[family]), LINES);
+            [0, 4].map(|place| (family, connect(&world.pods[place], to).unwrap()))
+        })
+        .collect();
+    let used = world.used();
+    world.stop();
+    for family in 0..2 {
+        for place in [0, 4] {
+            let seen = tcp_seen_as(&world.pods[place], ip(REMOTE[family]));
+            assert_eq!(seen, ip(EGRESS[family]), "a new flow, with nobody there");
+        }
+    }
+    for (family, stream) in &streams {
+        assert_eq!(ip(&say(stream, WHO_AM_I).unwrap()), ip(EGRESS[*family]));
+    }
+    world.start();
+    for (family, stream) in &streams {
+        assert_eq!(ip(&say(stream, WHO_AM_I).unwrap()), ip(EGRESS[*family]));
+    }
+    assert!(world.used() >= used);
+    assert_eq!(tcp_seen_as(&world.pods[1], ip(SERVER[0])), ip(EGRESS[0]));
+    world.no_leak();
+}

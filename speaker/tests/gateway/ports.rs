@@ -1,0 +1,154 @@
+//! Ports, and connections of one name that come after each other.
+
+use std::io::{ErrorKind, Read as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use landfall_lab::Netns;
+use landfall_lab::server::WHO_AM_I;
+use socket2::{Domain, Socket, Type};
+
+use super::world::{
+    EGRESS, LINES, PATIENCE, REMOTE, SERVER, World, connect, ip, pod_addresses, retransmitted, say,
+};
+
+/// How many connections each case makes.
+const MANY: u16 = 30;
+const HURRIED: u16 = 7000;
+
+/// A server that closes each connection itself, and so has it in TIME_WAIT.
+fn hurry(netns: &Netns, connections: usize) -> JoinHandle<()> {
+    let listener = netns.run(|| TcpListener::bind(("::", HURRIED)).unwrap());
+    thread::spawn(move || {
+        for _ in 0..connections {
+            drop(listener.accept());
+        }
+    })
+}
+
+/// A connection from this port of a pod, to its end.
+fn visit(pod: &Netns, own: SocketAddr, to: SocketAddr) -> std::io::Result<Duration> {
+    pod.run(|| {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&own.into())?;
+        let begun = Instant::now();
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+        let took = begun.elapsed();
+        let mut stream: TcpStream = socket.into();
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.read_to_end(&mut Vec::new())?;
+        Ok(took)
+    })
+}
+
+/// The remote remembers connections of the same name. A pod may come back at once; another pod, whose clock and numbers are
+/// others, never meets them.
+#[test]
+fn time_wait_at_the_remote_hurts_nobody() {
+    for strict in ["0", "1"] {
+        let world = World::build();
+        world.remote.sysctl("net.ipv4.tcp_rfc1337", strict).unwrap();
+        for family in 0..2 {
+            let to = SocketAddr::new(ip(REMOTE[family]), HURRIED);
+            let server = hurry(&world.remote, 3 * usize::from(MANY));
+            let before = [0, 1].map(|place| retransmitted(&world.pods[place]));
+            for number in 0..MANY {
+                let port = 40_000 + number;
+                for place in [0, 1, 0] {
+                    let own = SocketAddr::new(pod_addresses(place)[family], port);
+                    visit(&world.pods[place], own, to)
+                        .unwrap_or_else(|error| panic!("{own} to {to}: {error}"));
+                }
+            }
+            server.join().unwrap();
+            let after = [0, 1].map(|place| retransmitted(&world.pods[place]));
+            assert_eq!(after, before, "a SYN was sent twice: tcp_rfc1337={strict}");
+        }
+        println!("{:?}", world.gateway().counts());
+        world.no_leak();
+    }
+}
+
+/// A port that another pod gets too early: the remote acknowledges its old connection, the pod resets that, and its next
+/// SYN is taken. The binding outlives the reset.
+#[test]
+fn a_reset_in_the_middle_of_a_handshake() {
+    const FEW: u16 = 10;
+    let mut world = World::bare();
+    world.config.times.rest = 0;
+    world.start();
+    let to = SocketAddr::new(ip(REMOTE[0]), HURRIED);
+    let server = hurry(&world.remote, 2 * usize::from(FEW));
+    let mut took = Vec::new();
+    for number in 0..FEW {
+        for place in [0, 1] {
+            let own = SocketAddr::new(pod_addresses(place)[0], 40_000 + number);
+            let outcome = visit(&world.pods[place], own, to);
+            took.push(outcome.unwrap_or_else(|error| panic!("{own} to {to}: {error}")));
+        }
+    }
+    server.join().unwrap();
+    let slow = took
+        .iter()
+        .filter(|took| **took > Duration::from_millis(500))
+        .count();
+    println!("{slow} of {} had to send their SYN again", took.len());
+    assert_eq!(world.count("unknown"), 0);
+}
+
+/// Exactly as many as the policy allows; the rest is told at once, and no flow that is there suffers.
+#[test]
+fn past_the_quota_new_flows_fail_fast() {
+    const MOST: usize = 200;
+    const EACH: usize = 60;
+    for family in 0..2 {
+        let mut world = World::bare();
+        world.policy().ports = Some(u32::try_from(MOST).unwrap());
+        world.start();
+        let to = SocketAddr::new(ip(REMOTE[family]), LINES);
+        let mut open: Vec<TcpStream> = Vec::new();
+        let mut refused = Vec::new();
+        for number in 0..4 * EACH {
+            let begun = Instant::now();
+            match connect(&world.pods[number % 4], to) {
+                Ok(stream) => open.push(stream),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+                    refused.push(begun.elapsed());
+                }
+            }
+        }
+        assert_eq!((open.len(), refused.len()), (MOST, 4 * EACH - MOST));
+        println!("refused after at most {:?}", refused.iter().max());
+        let own = connect(&world.pods[4], to).unwrap_err();
+        assert_eq!(
+            own.kind(),
+            ErrorKind::ConnectionRefused,
+            "the gateway's own pod"
+        );
+        for stream in &open {
+            let seen: IpAddr = ip(&say(stream, WHO_AM_I).unwrap());
+            assert_eq!(seen, ip(EGRESS[family]));
+        }
+        assert_eq!(world.used(), MOST as u64);
+        // What ends makes room.
+        drop(open.split_off(MOST - 50));
+        let begun = Instant::now();
+        while world.used() > (MOST - 50) as u64 {
+            assert!(begun.elapsed() < PATIENCE, "{}", world.used());
+            thread::sleep(Duration::from_millis(20));
+        }
+        let to = SocketAddr::new(ip(SERVER[family]), LINES);
+        let again: Vec<TcpStream> = (0..50)
+            .map(|number| connect(&world.pods[number % 5], to).unwrap())
+            .collect();
+        assert_eq!(
+            connect(&world.pods[0], to).unwrap_err().kind(),
+            ErrorKind::ConnectionRefused
+        );
+        drop(again);
+        world.no_leak();
+    }
+}
