@@ -40,7 +40,7 @@ struct InfoAttr {
     info: u64,
 }
 
-/// `struct bpf_link_info`, as far as links of XDP go.
+/// `struct bpf_link_info`, as far as links of XDP go; its beginning is that of all.
 #[repr(C)]
 #[derive(Default)]
 struct XdpInfo {
@@ -85,6 +85,21 @@ impl Link {
         };
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
         Ok(info.ifindex)
+    }
+
+    /// The id of its program.
+    ///
+    /// # Errors
+    /// None that is expected.
+    pub fn program(&self) -> io::Result<u32> {
+        let mut info = XdpInfo::default();
+        let mut attr = InfoAttr {
+            bpf_fd: self.number(),
+            info_len: u32::try_from(size_of::<XdpInfo>()).expect("a few bytes"),
+            info: &raw mut info as u64,
+        };
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+        Ok(info.program)
     }
 
     /// Detaches its program now. Removing the last reference to a link does the same, but some time later.

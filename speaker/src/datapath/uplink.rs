@@ -15,6 +15,7 @@ use aya::programs::tc::{
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use landfall_ebpf_common::egress::guard;
+use landfall_ebpf_common::link::Link;
 use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
@@ -24,7 +25,7 @@ use super::flows::FlowMaps;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
 use super::tables::{Tables, TablesError};
-use super::{Attachment, Config, Delivery, Hook, qdisc};
+use super::{Attachment, Config, Delivery, Hook, egress, qdisc};
 
 /// The object that the build script has compiled.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
@@ -132,6 +133,15 @@ impl Side {
         }
     }
 
+    /// The pins of those that go before it.
+    const fn ahead(self) -> &'static [&'static str] {
+        match self {
+            Self::Ingress | Self::Tunnel => &["gateway"],
+            Self::Egress => &[],
+            Self::Guard => &["egress"],
+        }
+    }
+
     pub(super) const fn word(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
@@ -144,6 +154,43 @@ impl Side {
 
 /// A program at an interface.
 type Place = (u32, Side);
+
+/// Of our programs that are to go before another, by their pins, those that go before all others: in their order.
+pub(super) fn ahead(
+    pins: &Pins,
+    interface: u32,
+    ours: &[&'static str],
+    programs: &[u32],
+) -> Vec<&'static str> {
+    let known: Vec<(u32, &'static str)> = ours
+        .iter()
+        .filter_map(|word| {
+            let link = Link::open(&pins.link(interface, word)).ok()?;
+            Some((link.program().ok()?, *word))
+        })
+        .collect();
+    let words = programs.iter().map_while(|program| {
+        let mut of_ours = known.iter();
+        of_ours.find(|(id, _)| id == program).map(|(_, word)| *word)
+    });
+    words.collect()
+}
+
+/// The place behind those. They were there when the programs were listed; if the last went meanwhile, that is an error,
+/// and the next look finds the place anew.
+pub(super) fn behind(
+    pins: &Pins,
+    interface: u32,
+    ahead: &[&'static str],
+) -> Result<LinkOrder, UplinkError> {
+    let Some(last) = ahead.last() else {
+        return Ok(LinkOrder::first());
+    };
+    let link: FdLink = PinnedLink::from_pin(pins.link(interface, last))?.into();
+    Ok(LinkOrder::after_link(&SchedClassifierLink::try_from(
+        link,
+    )?)?)
+}
 
 /// The programs, loaded.
 #[derive(Debug)]
@@ -329,13 +376,9 @@ impl Uplink {
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
         let (interface, side) = place;
         let id = self.ids.get(&side);
-        let first = (side == Side::Guard && self.attached.contains(&(interface, Side::Egress)))
-            .then(|| self.ids.get(&Side::Egress).copied())
-            .flatten()
-            .filter(|first| programs.first() == Some(first));
-        let wanted = usize::from(first.is_some());
+        let ahead = ahead(&self.pins, interface, side.ahead(), programs);
         let restored = match programs.iter().position(|other| Some(other) == id) {
-            Some(place_there) if place_there == wanted => {
+            Some(there) if there == ahead.len() => {
                 self.attached.insert(place);
                 return Ok((Attachment::Tcx, None));
             }
@@ -347,14 +390,7 @@ impl Uplink {
         let pin = self.pins.link(interface, side.word());
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(&pin);
-        // The one before was there when the programs were listed; if it went meanwhile, that is an
-        // error, and the next look finds the place anew.
-        let order = if first.is_some() {
-            LinkOrder::after_program(classifier(&mut self.ebpf, Side::Egress.program())?)?
-        } else {
-            LinkOrder::first()
-        };
-        let options = TcAttachOptions::TcxOrder(order);
+        let options = TcAttachOptions::TcxOrder(behind(&self.pins, interface, &ahead)?);
         let program = classifier(&mut self.ebpf, side.program())?;
         let id = program
             .attach_with_options(&name, side.attach_type(), options)
@@ -422,7 +458,7 @@ pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
             loader.map_pin_path(shape.name, pins.map(shape.name));
         }
         // A gateway's are made by the gateway, where there is one: these are nobody's.
-        for shape in super::egress::SHAPES
+        for shape in egress::SHAPES
             .iter()
             .filter(|shape| shape.kind != MapType::LruHash)
         {

@@ -1,15 +1,30 @@
 //! What is in the kernel, and for how long.
 
 use landfall_lab::Netns;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use landfall_ebpf_common::tcx;
 use landfall_lab::server::WHO_AM_I;
 use landfall_speaker::datapath::egress::State;
-use std::net::SocketAddr;
 
 use super::world::{EGRESS, LINES, REMOTE, SERVER, World, connect, ip, say, tcp_seen_as};
 
-/// The programs at the gateway's uplink.
-fn programs(gw: &Netns) -> String {
-    gw.exec("bpftool net show dev eth0").unwrap()
+/// How many programs there are at the gateway's uplink, on either side.
+fn programs(gw: &Netns) -> usize {
+    let uplink = gw.interface_index("eth0").unwrap();
+    gw.run(|| {
+        [tcx::Hook::Ingress, tcx::Hook::Egress]
+            .map(|hook| tcx::programs(uplink, hook).unwrap().len())
+            .iter()
+            .sum()
+    })
+}
+
+/// Where a map of the gateway's is pinned.
+fn map_of(world: &World) -> PathBuf {
+    let layout = format!("layout-{}", landfall_ebpf_common::LAYOUT);
+    world.pin_dir().join(layout).join("GATE_OUT_V4")
 }
 
 /// Without a policy there is nothing; with one there is; when it goes, everything does, once its flows have ended.
@@ -21,13 +36,13 @@ fn it_is_there_while_there_is_a_policy() {
     world.launch();
     world.tell();
     world.await_state(|state| *state == State::Idle);
-    assert!(!programs(&world.gw).contains("landfall"));
-    assert!(!world.pin_dir().join("layout-3/GATE_OUT_V4").exists());
+    assert_eq!(programs(&world.gw), 0);
+    assert!(!map_of(&world).exists());
 
     world.egress.policies = policies;
     world.tell();
     world.await_state(|state| matches!(state, State::Armed(_)));
-    assert!(programs(&world.gw).contains("landfall_gatewa"));
+    assert_eq!(programs(&world.gw), 2);
     let stream = connect(&world.pods[0], SocketAddr::new(ip(SERVER[0]), LINES)).unwrap();
 
     world.egress.policies.clear();
@@ -40,8 +55,8 @@ fn it_is_there_while_there_is_a_policy() {
     }
     drop(stream);
     world.await_state(|state| *state == State::Idle);
-    assert!(!programs(&world.gw).contains("landfall"));
-    assert!(!world.pin_dir().join("layout-3/GATE_OUT_V4").exists());
+    assert_eq!(programs(&world.gw), 0);
+    assert!(!map_of(&world).exists());
 }
 
 /// The process dies: flows go on, new ones begin, and the next process takes over what is there.

@@ -44,7 +44,7 @@ fn hop(from: &Netns, to: IpAddr, ttl: u32) -> (IpAddr, u8) {
                 nix::sys::socket::recvfrom::<SockaddrStorage>(raw.as_raw_fd(), &mut bytes)
             {
                 let bytes = &bytes[..length];
-                let message = if v4 { &bytes[20..] } else { &bytes[..] };
+                let message = if v4 { &bytes[20..] } else { bytes };
                 let wanted: &[u8] = if v4 { &[3, 11] } else { &[1, 3] };
                 let inner = if v4 { 8 + 20 } else { 8 + 40 };
                 let quoted = message.get(inner + 2..inner + 4);
@@ -136,9 +136,9 @@ fn the_gateways_own_way_may_be_narrow() {
 #[test]
 fn refusals_come_back() {
     let world = World::build();
-    for family in 0..2 {
+    for (family, remote) in REMOTE.into_iter().enumerate() {
         for (place, pod) in world.pods.iter().enumerate() {
-            let to = SocketAddr::new(ip(REMOTE[family]), 9);
+            let to = SocketAddr::new(ip(remote), 9);
             let error = super::world::connect(pod, to).unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
             let own = pod_addresses(place)[family];
@@ -151,7 +151,7 @@ fn refusals_come_back() {
             });
             assert_eq!(refused, std::io::ErrorKind::ConnectionRefused);
         }
-        tcp_seen_as(&world.pods[0], ip(REMOTE[family]));
+        tcp_seen_as(&world.pods[0], ip(remote));
     }
     world.no_leak();
 }

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::Ebpf;
+use aya::programs::TcAttachType;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
-use aya::programs::{LinkOrder, TcAttachType};
 use landfall_ebpf_common::{GATEWAY_EGRESS, GATEWAY_INGRESS, tcx};
 
 use super::super::pins::{Pins, remove_link};
-use super::super::uplink::{UplinkError, chain, classifier, interface_name, taken};
+use super::super::uplink::{UplinkError, ahead, behind, chain, classifier, interface_name, taken};
 
 /// Where at an interface a program is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +39,14 @@ impl Side {
         match self {
             Self::Ingress => tcx::Hook::Ingress,
             Self::Egress => tcx::Hook::Egress,
+        }
+    }
+
+    /// The pins of those that go before it.
+    const fn ahead(self) -> &'static [&'static str] {
+        match self {
+            Self::Ingress => &[],
+            Self::Egress => &["egress", "guard"],
         }
     }
 
@@ -119,13 +127,14 @@ impl Attached {
             };
             UplinkError::Attach(name.clone(), reason)
         })?;
-        if programs.first() == self.ids.get(&side) {
+        let ahead = ahead(pins, interface, side.ahead(), &programs);
+        if programs.get(ahead.len()) == self.ids.get(&side) {
             return Ok(());
         }
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(pins, interface, side);
+        let options = TcAttachOptions::TcxOrder(behind(pins, interface, &ahead)?);
         let program = classifier(ebpf, side.program())?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program
             .attach_with_options(&name, side.attach_type(), options)
             .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;

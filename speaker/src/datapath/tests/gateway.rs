@@ -98,7 +98,7 @@ const WORLDS: [World; 2] = [
 struct Gate {
     ebpf: Ebpf,
     tables: Tables,
-    gate: GateTables,
+    maps: GateTables,
     keeper: Option<Keeper>,
 }
 
@@ -194,7 +194,7 @@ impl Gate {
         }
         let mut gate = Self {
             tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
-            gate: GateTables::adopt(&mut ebpf).expect("the object holds the maps"),
+            maps: GateTables::adopt(&mut ebpf).expect("the object holds the maps"),
             keeper: Some(Keeper::adopt(&mut ebpf, times).expect("the object holds the maps")),
             ebpf,
         };
@@ -213,7 +213,7 @@ impl Gate {
     }
 
     fn settle(&mut self, times: Times, mark: u32, errors: u32) {
-        self.gate
+        self.maps
             .settle(GateSettings {
                 times,
                 mark,
@@ -223,7 +223,7 @@ impl Gate {
     }
 
     fn set(&mut self, egress: &Egress) {
-        self.gate
+        self.maps
             .write(&mk_plan(egress, &mk_around()), 0x4000)
             .expect("the maps have room");
     }
@@ -281,7 +281,7 @@ impl Gate {
     }
 
     fn count(&self, reason: Reason) -> u64 {
-        self.gate.reasons()[reason as usize]
+        self.maps.reasons()[reason as usize]
     }
 
     /// It is dropped for this reason.
@@ -304,7 +304,7 @@ impl Gate {
 
     fn used(&self, policy: &str) -> u64 {
         let names = BTreeSet::from([Arc::from(policy)]);
-        self.gate.used(&names)[policy]
+        self.maps.used(&names)[policy]
     }
 
     /// A look through all bindings.

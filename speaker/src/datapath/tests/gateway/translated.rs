@@ -201,7 +201,7 @@ fn mk_fragment(
     let packet = if from.is_ipv4() {
         let mut packet = mk_ip(from, to, 17, 64, payload);
         packet[4..6].copy_from_slice(&id.to_be_bytes());
-        let word = place / 8 | u16::from(more) << 13;
+        let word = (place / 8) | (u16::from(more) << 13);
         packet[6..8].copy_from_slice(&word.to_be_bytes());
         repair(&mut packet[..20]);
         packet
