@@ -1,14 +1,19 @@
 //! What is in the kernel, and for how long.
 
 use landfall_lab::Netns;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use landfall_ebpf_common::tcx;
 use landfall_lab::server::WHO_AM_I;
 use landfall_speaker::datapath::egress::State;
+use landfall_speaker::datapath::{self, Change, DataPath as _};
+use prometheus_client::registry::Registry;
 
-use super::world::{EGRESS, LINES, REMOTE, SERVER, World, connect, ip, say, tcp_seen_as};
+use super::world::{EGRESS, LINES, PATIENCE, REMOTE, SERVER, World, connect, ip, say, tcp_seen_as};
 
 /// How many programs there are at the gateway's uplink, on either side.
 fn programs(gw: &Netns) -> usize {
@@ -51,7 +56,7 @@ fn it_is_there_while_there_is_a_policy() {
     // The flow goes on as it was.
     for _ in 0..20 {
         assert_eq!(ip(&say(&stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
     }
     drop(stream);
     world.await_state(|state| *state == State::Idle);
@@ -87,4 +92,37 @@ fn it_outlives_its_process() {
     assert!(world.used() >= used);
     assert_eq!(tcp_seen_as(&world.pods[1], ip(SERVER[0])), ip(EGRESS[0]));
     world.no_leak();
+}
+
+/// The programs for VIPs are at the same hook, and each sees to it that it goes first: but for the gateway's.
+#[test]
+fn it_goes_before_the_programs_for_vips() {
+    let world = World::build();
+    let uplink = world.gw.interface_index("eth0").unwrap();
+    let order = || {
+        world
+            .gw
+            .run(|| tcx::programs(uplink, tcx::Hook::Ingress).unwrap())
+    };
+    let gateway = order();
+    assert_eq!(gateway.len(), 1);
+    let data_path = world.gw.run(|| {
+        datapath::start(
+            datapath::Config::new(world.pin_dir()),
+            &mut Registry::default(),
+        )
+    });
+    data_path.attach(BTreeSet::from([uplink]).into());
+    data_path.change(vec![Change::Complete]);
+    let begun = Instant::now();
+    while order().len() < 2 || order().first() != gateway.first() {
+        assert!(begun.elapsed() < PATIENCE, "{:?}", data_path.attachments());
+        thread::sleep(Duration::from_millis(50));
+    }
+    // Neither puts itself in front again.
+    let settled = order();
+    thread::sleep(Duration::from_secs(4));
+    assert_eq!(order(), settled);
+    assert_eq!(tcp_seen_as(&world.pods[0], ip(SERVER[0])), ip(EGRESS[0]));
+    drop(data_path);
 }

@@ -343,7 +343,11 @@ impl Task {
         }
         self.looked = Some(now);
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
-        Ok(Some(loaded.keeper.look(program)?))
+        let kept = loaded.keeper.look(program)?;
+        if let Some(tables) = lock(&self.shared.tables).as_mut() {
+            tables.narrow(&kept.filter)?;
+        }
+        Ok(Some(kept))
     }
 
     /// Takes everything out of the kernel.

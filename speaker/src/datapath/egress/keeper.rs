@@ -12,7 +12,7 @@ use landfall_ebpf_common::batch::{self, Place};
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, Times, V4, V6, tick,
 };
-use landfall_ebpf_common::egress::gateway::{keep, map};
+use landfall_ebpf_common::egress::gateway::{Filter, keep, map};
 use nix::time::{ClockId, clock_gettime};
 
 use super::super::tables::TablesError;
@@ -20,13 +20,15 @@ use super::super::tables::TablesError;
 /// How many entries are read at a time.
 const BATCH: u32 = 4096;
 
-/// What a look at a part of the maps has found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a look through the maps has found.
+#[derive(Clone, Debug)]
 pub(in super::super) struct Kept {
     /// Bindings that were read.
     pub(in super::super) read: usize,
     /// Bindings named to the program.
     pub(in super::super) named: usize,
+    /// The addresses that they are about.
+    pub(in super::super) filter: Box<Filter>,
 }
 
 /// The maps *in*, and where in them it is.
@@ -63,7 +65,11 @@ impl Keeper {
 
     /// Looks through both maps once.
     pub(in super::super) fn look(&self, program: &SchedClassifier) -> io::Result<Kept> {
-        let mut kept = Kept::default();
+        let mut kept = Kept {
+            read: 0,
+            named: 0,
+            filter: Box::new(Filter::EMPTY),
+        };
         self.look_at::<V4>(&self.v4, 4, program, &mut kept)?;
         self.look_at::<V6>(&self.v6, 6, program, &mut kept)?;
         Ok(kept)
@@ -85,6 +91,12 @@ impl Keeper {
             let batch = batch::read::<Key<A>, Binding<A>>(map.fd().as_fd(), place, BATCH)?;
             let now = now();
             kept.read += batch.entries.len();
+            for (key, binding) in &batch.entries {
+                let (word, bit) = Filter::place(binding.to.words());
+                kept.filter.pods[word] |= bit;
+                let (word, bit) = Filter::place(key.local.words());
+                kept.filter.destinations[word] |= bit;
+            }
             let due: Vec<Key<A>> = batch
                 .entries
                 .iter()

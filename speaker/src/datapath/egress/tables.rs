@@ -31,6 +31,8 @@ pub(in super::super) struct Tables {
     policies: Numbered<Policy>,
     used: Array<MapData, u64>,
     filter: Array<MapData, Filter>,
+    /// What of it is planned.
+    planned: Box<Filter>,
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
 }
@@ -123,6 +125,7 @@ impl Tables {
             })?,
             used: taken(ebpf, map::USED)?,
             filter: taken(ebpf, map::FILTER)?,
+            planned: Box::new(Filter::EMPTY),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
         })
@@ -166,8 +169,7 @@ impl Tables {
             .iter()
             .map(|(address, source)| (VipKey::from_address(*address), self.mk_source(source)))
             .collect();
-        sync(&mut self.sources, &sources)?;
-        self.narrow(plan)
+        sync(&mut self.sources, &sources)
     }
 
     fn mk_source(&self, plan: &SourcePlan) -> Source {
@@ -221,25 +223,31 @@ impl Tables {
         Ok(())
     }
 
-    /// The filter lets more through before the maps hold it, and less after.
+    /// The filter lets more through before the maps hold it.
     fn widen(&mut self, plan: &Plan) -> Result<(), TablesError> {
-        let mut filter = filter(plan);
+        *self.planned = filter(plan);
         let before = self.filter.get(&0, 0)?;
-        for (word, old) in filter.pods.iter_mut().zip(before.pods) {
-            *word |= old;
-        }
-        for (word, old) in filter.destinations.iter_mut().zip(before.destinations) {
-            *word |= old;
-        }
-        Ok(self.filter.set(0, filter, 0)?)
+        self.let_through(&before)
     }
 
-    /// What bindings are about stays: their flows go on when their pod or their policy is gone.
-    fn narrow(&mut self, plan: &Plan) -> Result<(), TablesError> {
-        if plan.policies.is_empty() && plan.sources.is_empty() {
-            self.filter.set(0, Filter::EMPTY, 0)?;
+    /// Lets through what is planned, and what is besides; nothing else.
+    fn let_through(&mut self, besides: &Filter) -> Result<(), TablesError> {
+        let mut filter = self.planned.clone();
+        let pods = filter.pods.iter_mut().zip(besides.pods);
+        let destinations = filter.destinations.iter_mut().zip(besides.destinations);
+        for (word, more) in pods.chain(destinations) {
+            *word |= more;
+        }
+        if *filter != self.filter.get(&0, 0)? {
+            self.filter.set(0, *filter, 0)?;
         }
         Ok(())
+    }
+
+    /// The filter lets nothing through any more but what is planned, and what bindings are about: their flows go on when
+    /// their pod or their policy is gone.
+    pub(in super::super) fn narrow(&mut self, bindings: &Filter) -> Result<(), TablesError> {
+        self.let_through(bindings)
     }
 
     /// How many ports the pods of each policy have in use.

@@ -314,6 +314,7 @@ impl Gate {
             .look(self.program(GATEWAY_KEEP))
             .expect("the kernel runs it");
         self.keeper = Some(keeper);
+        self.maps.narrow(&kept.filter).expect("the map takes it");
         kept.read
     }
 

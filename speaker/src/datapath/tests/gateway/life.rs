@@ -237,6 +237,7 @@ fn flows_outlive_what_made_them() {
         egress.pods.remove(&world.pod);
         egress.policies.remove("mail");
         gate.set(&egress);
+        gate.keep();
         assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
         assert_eq!(gate.back(world, 40_000, ACK), SENT);
         gate.passes(&mk(
