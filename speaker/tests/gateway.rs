@@ -7,5 +7,6 @@ mod gateway {
     mod lifecycle;
     mod ports;
     mod routers;
+    mod tunnel;
     mod world;
 }

@@ -27,7 +27,7 @@ use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
 use crate::context::Context as _;
 use crate::packet::{ETH_HEADER, Frame, Kind, Packet, SYN, TCP, UDP, landfall_read_any};
 use crate::translate::{DESTINATION, SOURCE, landfall_translate};
-use crate::{DROP, NEXT, echo, flows};
+use crate::{DROP, NEXT, echo, flows, tunnel};
 use answer::{landfall_gateway_answer, say};
 use flow::Found;
 use maps::{Family, Four, Six};
@@ -434,9 +434,24 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     if !translated {
         return drop(Reason::Unreadable);
     }
+    if words(&node.address) != [0; 4]
+        && landfall_gateway_tunnel(context.skb.skb, u32::from(found.hop)) != 0
+    {
+        return drop(Reason::NoWay);
+    }
     maps::note(Reason::In);
     // SAFETY: it takes numbers only.
     unsafe { bpf_redirect(node.interface, 0) as i32 }
+}
+
+/// Says to which node the frame at hand goes, which is about to be sent by the tunnel; 0 if that is said.
+///
+/// A global function: verified once, with a stack of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_tunnel(skb: *mut __sk_buff, number: u32) -> u32 {
+    let said = maps::node(number as u16).and_then(|node| tunnel::lead(skb, &node.address));
+    u32::from(said.is_none())
 }
 
 /// A packet of no flow that is known: a Service's, a gateway's answer to a pod of this node, or nobody's.

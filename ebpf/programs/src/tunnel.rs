@@ -22,31 +22,30 @@ pub extern "C" fn landfall_enter(skb: *mut __sk_buff, number: u32) -> u32 {
     let Some(node) = maps::node(number as u16) else {
         return 1;
     };
-    // SAFETY: all of it may be zero.
-    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-    key.tunnel_id = TUNNEL_ID;
-    key.tunnel_ttl = TTL;
-    let [a, b, c, d] = [0, 4, 8, 12].map(|at| {
-        let address = &node.address;
-        [
-            address[at],
-            address[at + 1],
-            address[at + 2],
-            address[at + 3],
-        ]
-    });
-    let flags = if VipKey(node.address).is_mapped() {
-        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(d);
-        BPF_F_ZERO_CSUM_TX
-    } else {
-        key.__bindgen_anon_1.remote_ipv6 = [a, b, c, d].map(u32::from_ne_bytes);
-        BPF_F_TUNINFO_IPV6
-    };
     // Nobody on the way looks at the addresses inside.
     let source = tunnel_mac(maps::settings().seed);
     if Context::store(&TcContext::new(skb), 6, source).is_none() {
         return 1;
     }
+    u32::from(lead(skb, &node.address).is_none())
+}
+
+/// Says to which address the frame goes, as in a [`VipKey`].
+#[inline(always)]
+pub(crate) fn lead(skb: *mut __sk_buff, address: &[u8; 16]) -> Option<()> {
+    // SAFETY: all of it may be zero.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    key.tunnel_id = TUNNEL_ID;
+    key.tunnel_ttl = TTL;
+    // SAFETY: in the maps it lies at a multiple of four.
+    let words: [u32; 4] = unsafe { *address.as_ptr().cast() };
+    let flags = if VipKey(*address).is_mapped() {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be(words[3]);
+        BPF_F_ZERO_CSUM_TX
+    } else {
+        key.__bindgen_anon_1.remote_ipv6 = words;
+        BPF_F_TUNINFO_IPV6
+    };
     // SAFETY: the key is as long as is said.
     let outcome = unsafe {
         bpf_skb_set_tunnel_key(
@@ -56,7 +55,7 @@ pub extern "C" fn landfall_enter(skb: *mut __sk_buff, number: u32) -> u32 {
             u64::from(flags),
         )
     };
-    u32::from(outcome != 0)
+    (outcome == 0).then_some(())
 }
 
 /// What comes out of the tunnel: packets to VIPs, from nodes that are known, and nothing else.

@@ -80,6 +80,7 @@ pub(super) struct World {
     pub(super) remote: Netns,
     /// Of the other node, four; then the gateway's own.
     pub(super) pods: Vec<Netns>,
+    id: LabId,
     _switch: Netns,
     bpffs: Bpffs,
     pub(super) egress: Egress,
@@ -280,12 +281,16 @@ impl World {
                     router_v6: Some("fd00:88::1".parse().unwrap()),
                 },
             )]),
+            tunnel: None,
             peers: BTreeMap::from([(
                 PeerId {
                     node: "node".into(),
                     interface: uplink,
                 },
-                Peer { mac: mac(&node) },
+                Peer {
+                    mac: mac(&node),
+                    address: None,
+                },
             )]),
         };
         let config = GatewayConfig::new(bpffs.0.path().join("landfall"));
@@ -301,6 +306,7 @@ impl World {
             server,
             remote,
             pods,
+            id,
             _switch: switch,
             bpffs,
         };
@@ -365,6 +371,11 @@ impl World {
 
     pub(super) fn pin_dir(&self) -> PathBuf {
         self.bpffs.0.path().join("landfall")
+    }
+
+    /// One more namespace.
+    pub(super) fn host(&self, role: &str) -> Netns {
+        Netns::create_in(&self.id, role).unwrap()
     }
 
     /// The policy.
@@ -444,7 +455,7 @@ fn mk_egress(uplink: u32) -> Egress {
     }
 }
 
-fn mac_of(host: &Netns, interface: &str) -> [u8; 6] {
+pub(super) fn mac_of(host: &Netns, interface: &str) -> [u8; 6] {
     let shown = host.ip(&format!("-o link show {interface}")).unwrap();
     let mut words = shown.split_whitespace();
     words.find(|word| *word == "link/ether").unwrap();

@@ -77,6 +77,8 @@ pub struct GateNode {
     pub mac: [u8; 6],
     /// This node's.
     pub own: [u8; 6],
+    /// Where it is reached if the interface is the tunnel, as in a [`VipKey`](crate::VipKey); zeroes if it is not.
+    pub address: [u8; 16],
 }
 
 /// Where packets to remotes go.
@@ -321,7 +323,7 @@ mod tests {
         let expected = [
             16 + 4 * 2,
             8 + 4 * 4,
-            8 + 4 + 4 + 4 + 6 + 6,
+            8 + 4 + 4 + 4 + 6 + 6 + 16,
             4 * 4 + 16 + 16,
             4 + 16,
             6 * 4 + 4 + 4,

@@ -15,8 +15,26 @@ pub struct Surroundings {
     pub node: NodeName,
     /// Its interfaces to segments and to the tunnel, by index.
     pub uplinks: BTreeMap<u32, Uplink>,
+    /// The one of them that is the tunnel to nodes that are on none of the segments.
+    pub tunnel: Option<u32>,
     /// The other nodes, as they are seen there.
     pub peers: BTreeMap<PeerId, Peer>,
+}
+
+impl Surroundings {
+    /// A node at an interface, or, if it is not heard there, at the tunnel.
+    fn nearest(&self, node: &NodeName, interface: u32) -> PeerId {
+        let at = |interface| PeerId {
+            node: node.clone(),
+            interface,
+        };
+        let near = at(interface);
+        let far = self.tunnel.map(at);
+        match far.filter(|far| self.peers.contains_key(far)) {
+            Some(far) if !self.peers.contains_key(&near) => far,
+            _ => near,
+        }
+    }
 }
 
 /// An interface of this node.
@@ -50,6 +68,8 @@ pub struct PeerId {
 pub struct Peer {
     /// Its Ethernet address.
     pub mac: [u8; 6],
+    /// Where it is reached by the tunnel, if the interface is that.
+    pub address: Option<IpAddr>,
 }
 
 /// What the maps are to hold.
@@ -90,6 +110,7 @@ pub(super) struct SourcePlan {
 pub(super) struct NodePlan {
     /// Nothing, if it is not heard there: nothing that claims to come from it is taken.
     pub(super) mac: Option<[u8; 6]>,
+    pub(super) address: Option<IpAddr>,
     pub(super) own: [u8; 6],
     pub(super) mtu: u32,
     /// It is a gateway of pods here.
@@ -220,10 +241,7 @@ impl Plan {
             let Some(egress_ip) = tenant.egress_ip else {
                 return;
             };
-            let node = (!is_local).then(|| PeerId {
-                node: pod.node.clone(),
-                interface: gateway.interface,
-            });
+            let node = (!is_local).then(|| around.nearest(&pod.node, gateway.interface));
             if let Some(node) = &node {
                 self.node(node, false, around);
             }
@@ -259,6 +277,7 @@ impl Plan {
         };
         let node = self.nodes.entry(id.clone()).or_insert(NodePlan {
             mac: around.peers.get(id).map(|peer| peer.mac),
+            address: around.peers.get(id).and_then(|peer| peer.address),
             own: uplink.mac,
             mtu: uplink.mtu,
             is_gateway: false,

@@ -339,6 +339,9 @@ fn mk_node(id: &PeerId, plan: &NodePlan, mark: u32) -> GateNode {
         mark: if plan.is_gateway { mark } else { 0 },
         mac: plan.mac.unwrap_or_default(),
         own: plan.own,
+        address: plan
+            .address
+            .map_or([0; 16], |address| VipKey::from_address(address).0),
     }
 }
 

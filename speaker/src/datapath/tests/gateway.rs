@@ -120,7 +120,14 @@ fn mk_around() -> Surroundings {
     Surroundings {
         node: "here".into(),
         uplinks: BTreeMap::from([(INTERFACE, uplink)]),
-        peers: BTreeMap::from([(other, Peer { mac: OTHER })]),
+        tunnel: None,
+        peers: BTreeMap::from([(
+            other,
+            Peer {
+                mac: OTHER,
+                address: None,
+            },
+        )]),
     }
 }
 

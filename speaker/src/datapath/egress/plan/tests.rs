@@ -4,6 +4,7 @@ use super::*;
 use crate::egress::{Gateway, Pod, Policy, Tenant};
 
 const UPLINK: u32 = 3;
+const TUNNEL: u32 = 9;
 
 fn mk_around() -> Surroundings {
     let uplink = Uplink {
@@ -24,11 +25,13 @@ fn mk_around() -> Surroundings {
     };
     Surroundings {
         node: "node1".into(),
-        uplinks: BTreeMap::from([(UPLINK, uplink)]),
+        uplinks: BTreeMap::from([(UPLINK, uplink.clone()), (TUNNEL, uplink)]),
+        tunnel: Some(TUNNEL),
         peers: BTreeMap::from([(
             id,
             Peer {
                 mac: [2, 0, 0, 0, 0, 2],
+                address: None,
             },
         )]),
     }
@@ -153,4 +156,24 @@ fn answers_of_the_gateway_elsewhere_are_known() {
     let gateway = source.gateway.clone().unwrap();
     assert!(plan.nodes[&gateway].is_gateway);
     assert!(plan.egress.is_empty());
+}
+
+#[test]
+fn nodes_that_are_not_on_the_segment_are_reached_by_the_tunnel() {
+    let mut around = mk_around();
+    let mut peer = |node: &str, interface, last| {
+        let id = PeerId {
+            node: node.into(),
+            interface,
+        };
+        let mac = [2, 0, 0, 0, 0, last];
+        let address = (interface == TUNNEL).then_some("172.16.0.9".parse().unwrap());
+        around.peers.insert(id, Peer { mac, address });
+    };
+    peer("node2", TUNNEL, 20);
+    peer("node3", TUNNEL, 30);
+    let near = around.nearest(&"node2".into(), UPLINK);
+    assert_eq!(near.interface, UPLINK, "it is on the segment, too");
+    assert_eq!(around.nearest(&"node3".into(), UPLINK).interface, TUNNEL);
+    assert_eq!(around.nearest(&"node4".into(), UPLINK).interface, UPLINK);
 }
