@@ -27,7 +27,7 @@ pub use plan::{Peer, PeerId, Surroundings, Uplink};
 
 pub(super) use layout::SHAPES;
 #[cfg(test)]
-pub(super) use {keeper::Keeper, plan::plan as mk_plan, tables::Tables};
+pub(super) use {keeper::Keeper, plan::Plan, plan::plan as mk_plan, tables::Tables};
 
 use crate::egress::Egress;
 

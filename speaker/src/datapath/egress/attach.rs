@@ -92,7 +92,8 @@ impl Attached {
         Ok(Self { ids, interfaces })
     }
 
-    /// Sees to it that the programs are at these interfaces, in front of all others, and at no others.
+    /// Sees to it that the programs are at these interfaces, in front of all others, and at no others. One that fails keeps
+    /// none of the others from it.
     pub(super) fn ensure(
         &mut self,
         ebpf: &mut Ebpf,
@@ -103,13 +104,15 @@ impl Attached {
         for interface in gone {
             self.detach(pins, interface);
         }
+        let mut outcome = Ok(());
         for interface in wanted {
             for side in Side::ALL {
-                self.ensure_at(ebpf, pins, *interface, side)?;
+                let ensured = self.ensure_at(ebpf, pins, *interface, side);
+                outcome = outcome.and(ensured);
             }
             self.interfaces.insert(*interface);
         }
-        Ok(())
+        outcome
     }
 
     fn ensure_at(

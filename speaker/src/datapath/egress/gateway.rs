@@ -30,6 +30,9 @@ use super::plan::{Plan, Surroundings, plan};
 use super::tables::Tables;
 use crate::egress::{Egress, PolicyName};
 
+/// How long to wait before programs that could not be loaded are tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
 /// How to be a gateway.
 #[derive(Clone, Debug)]
 pub struct GatewayConfig {
@@ -136,6 +139,7 @@ impl Gateway {
             shared: Arc::clone(&shared),
             loaded: None,
             looked: None,
+            again: None,
         };
         let thread = thread::Builder::new()
             .name("gateway".to_owned())
@@ -206,6 +210,8 @@ struct Task {
     shared: Arc<Shared>,
     loaded: Option<Loaded>,
     looked: Option<Instant>,
+    /// When what could not be loaded is tried again, and why it could not.
+    again: Option<(Instant, String)>,
 }
 
 impl Task {
@@ -264,16 +270,25 @@ impl Task {
     ) -> Result<State, GatewayError> {
         let plan = plan(egress, around);
         if self.loaded.is_none() {
+            if let Some((at, reason)) = &self.again
+                && Instant::now() < *at
+            {
+                return Ok(State::Failed(reason.clone()));
+            }
             let pins = Pins::open(&self.config.pin_dir)?;
             let idle = plan.interfaces.is_empty();
             if idle && !pins.map(SHAPES[0].name).exists() {
                 return Ok(State::Idle);
             }
-            self.load(pins, &plan)?;
+            self.again = None;
+            if let Err(error) = self.load(pins, &plan) {
+                self.again = Some((Instant::now() + RETRY, error.to_string()));
+                return Err(error);
+            }
         } else if changed {
             self.write(&plan)?;
         }
-        let kept = self.keep()?;
+        let kept = self.keep(&plan)?;
         if plan.interfaces.is_empty() {
             // Flows that began under a policy go on to their end.
             if kept.is_some_and(|kept| kept.read == 0) {
@@ -330,7 +345,7 @@ impl Task {
     }
 
     /// Looks through the bindings, if it is time.
-    fn keep(&mut self) -> Result<Option<Kept>, GatewayError> {
+    fn keep(&mut self, plan: &Plan) -> Result<Option<Kept>, GatewayError> {
         let now = Instant::now();
         let early = self
             .looked
@@ -345,7 +360,7 @@ impl Task {
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
         let kept = loaded.keeper.look(program)?;
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
-            tables.narrow(&kept.filter)?;
+            tables.forget(plan, &kept)?;
         }
         Ok(Some(kept))
     }

@@ -2,6 +2,7 @@
 //!
 //! It reads the maps in batches and names what may be due; the program decides, so that nobody comes in between.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -29,6 +30,9 @@ pub(in super::super) struct Kept {
     pub(in super::super) named: usize,
     /// The addresses that they are about.
     pub(in super::super) filter: Box<Filter>,
+    /// The numbers of the policies and of the pods' nodes that they are about.
+    pub(in super::super) policies: BTreeSet<u16>,
+    pub(in super::super) nodes: BTreeSet<u16>,
 }
 
 /// The maps *in*, and where in them it is.
@@ -69,6 +73,8 @@ impl Keeper {
             read: 0,
             named: 0,
             filter: Box::new(Filter::EMPTY),
+            policies: BTreeSet::new(),
+            nodes: BTreeSet::new(),
         };
         self.look_at::<V4>(&self.v4, 4, program, &mut kept)?;
         self.look_at::<V6>(&self.v6, 6, program, &mut kept)?;
@@ -96,6 +102,8 @@ impl Keeper {
                 kept.filter.pods[word] |= bit;
                 let (word, bit) = Filter::place(key.local.words());
                 kept.filter.destinations[word] |= bit;
+                kept.policies.insert(binding.policy);
+                kept.nodes.insert(binding.hop);
             }
             let due: Vec<Key<A>> = batch
                 .entries

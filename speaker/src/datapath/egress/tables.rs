@@ -18,6 +18,7 @@ use landfall_ebpf_common::egress::gateway::{
 use xxhash_rust::xxh64::xxh64;
 
 use super::super::tables::{Numbers, TablesError, network, taken};
+use super::keeper::Kept;
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
 use crate::egress::PolicyName;
 
@@ -80,6 +81,24 @@ impl<T: aya::Pod> Numbered<T> {
         self.map.set(number, value, 0)?;
         self.numbers.insert(hash, number);
         Ok(number)
+    }
+}
+
+impl<T: aya::Pod + Default> Numbered<T> {
+    /// Frees the numbers of what is neither planned nor in use.
+    fn forget(&mut self, planned: &BTreeSet<u64>, used: &BTreeSet<u16>) -> Result<(), TablesError> {
+        let gone: Vec<(u64, u32)> = self
+            .numbers
+            .iter()
+            .map(|(hash, number)| (*hash, *number))
+            .filter(|(hash, found)| !planned.contains(hash) && !used.contains(&number(*found)))
+            .collect();
+        for (hash, number) in gone {
+            self.map.set(number, T::default(), 0)?;
+            self.numbers.remove(&hash);
+            self.free.give(number);
+        }
+        Ok(())
     }
 }
 
@@ -244,10 +263,14 @@ impl Tables {
         Ok(())
     }
 
-    /// The filter lets nothing through any more but what is planned, and what bindings are about: their flows go on when
-    /// their pod or their policy is gone.
-    pub(in super::super) fn narrow(&mut self, bindings: &Filter) -> Result<(), TablesError> {
-        self.let_through(bindings)
+    /// Forgets what is not planned any more and what no binding is about: flows go on when their pod or their policy is
+    /// gone.
+    pub(in super::super) fn forget(&mut self, plan: &Plan, kept: &Kept) -> Result<(), TablesError> {
+        self.let_through(&kept.filter)?;
+        let planned: BTreeSet<u64> = plan.policies.keys().map(name_of_policy).collect();
+        self.policies.forget(&planned, &kept.policies)?;
+        let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
+        self.nodes.forget(&planned, &kept.nodes)
     }
 
     /// How many ports the pods of each policy have in use.

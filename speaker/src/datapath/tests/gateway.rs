@@ -20,7 +20,7 @@ use landfall_ebpf_common::egress::gateway::{GateSettings, Reason};
 use landfall_ebpf_common::{GATEWAY_EGRESS, GATEWAY_INGRESS, GATEWAY_KEEP};
 
 use super::super::egress::{
-    Keeper, Peer, PeerId, Surroundings, Tables as GateTables, Uplink, mk_plan,
+    Keeper, Peer, PeerId, Plan, Surroundings, Tables as GateTables, Uplink, mk_plan,
 };
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
@@ -100,6 +100,7 @@ struct Gate {
     tables: Tables,
     maps: GateTables,
     keeper: Option<Keeper>,
+    plan: Plan,
 }
 
 fn mk_around() -> Surroundings {
@@ -203,6 +204,7 @@ impl Gate {
             tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
             maps: GateTables::adopt(&mut ebpf).expect("the object holds the maps"),
             keeper: Some(Keeper::adopt(&mut ebpf, times).expect("the object holds the maps")),
+            plan: Plan::default(),
             ebpf,
         };
         gate.settle(times, mark, 1000);
@@ -230,8 +232,9 @@ impl Gate {
     }
 
     fn set(&mut self, egress: &Egress) {
+        self.plan = mk_plan(egress, &mk_around());
         self.maps
-            .write(&mk_plan(egress, &mk_around()), 0x4000)
+            .write(&self.plan, 0x4000)
             .expect("the maps have room");
     }
 
@@ -321,7 +324,9 @@ impl Gate {
             .look(self.program(GATEWAY_KEEP))
             .expect("the kernel runs it");
         self.keeper = Some(keeper);
-        self.maps.narrow(&kept.filter).expect("the map takes it");
+        self.maps
+            .forget(&self.plan, &kept)
+            .expect("the maps take it");
         kept.read
     }
 

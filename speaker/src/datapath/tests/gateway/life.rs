@@ -250,3 +250,28 @@ fn flows_outlive_what_made_them() {
         ));
     }
 }
+
+/// Policies come and go, more than there are numbers: none is kept by one that is gone, unless a flow still has it.
+#[test]
+fn numbers_are_used_again() {
+    const MANY: usize = 5_000;
+    let [world, _] = WORLDS;
+    let mut gate = Gate::load();
+    gate.handshake(world, world.pod, 40_000);
+    let mut egress = mk_egress();
+    egress.pods.clear();
+    egress.policies.clear();
+    for number in 0..MANY {
+        egress.policies = BTreeMap::from([(format!("policy-{number}").into(), mk_policy("here"))]);
+        gate.set(&egress);
+        if number % 500 == 0 {
+            gate.keep();
+        }
+    }
+    gate.keep();
+    // The flow's own policy is what it was.
+    assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+    assert_eq!(gate.used("mail"), 1);
+    gate.close(world, world.pod, 40_000);
+    assert_eq!(gate.used("mail"), 0);
+}
