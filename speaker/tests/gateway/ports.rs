@@ -155,3 +155,53 @@ fn past_the_quota_new_flows_fail_fast() {
         world.no_leak();
     }
 }
+
+/// Short connections from four pods to one remote, many more than each pod has ports, and all pods want the same: each comes
+/// back to those that it has had, while they rest for the others.
+#[test]
+fn pods_come_back_to_their_own_ports() {
+    const EACH: usize = 5_000;
+    /// How many ports a pod has.
+    const OWN: usize = 1_024;
+    let world = World::build();
+    let to = SocketAddr::new(ip(REMOTE[0]), HURRIED);
+    for pod in &world.pods[..4] {
+        let range = format!("40000 {}", 40_000 + OWN - 1);
+        pod.sysctl("net.ipv4.ip_local_port_range", &range).unwrap();
+    }
+    let server = hurry(&world.remote, 4 * EACH);
+    let begun = Instant::now();
+    let failed: usize = thread::scope(|scope| {
+        let visitors: Vec<_> = world.pods[..4]
+            .iter()
+            .map(|pod| {
+                scope.spawn(move || {
+                    pod.run(|| {
+                        (0..EACH)
+                            .filter(|_| {
+                                let visited = TcpStream::connect_timeout(&to, PATIENCE)
+                                    .and_then(|mut stream| stream.read_to_end(&mut Vec::new()));
+                                visited.is_err()
+                            })
+                            .count()
+                    })
+                })
+            })
+            .collect();
+        visitors
+            .into_iter()
+            .map(|visitor| visitor.join().unwrap())
+            .sum()
+    });
+    println!(
+        "{} connections, {:.0} a second, {failed} failed; {:?}",
+        4 * EACH,
+        f64::from(u32::try_from(4 * EACH).unwrap()) / begun.elapsed().as_secs_f64(),
+        world.gateway().counts()
+    );
+    assert_eq!(failed, 0);
+    server.join().unwrap();
+    assert_eq!(world.count("bound"), 4 * EACH as u64);
+    assert_eq!((world.count("no-port"), world.count("unknown")), (0, 0));
+    world.no_leak();
+}
