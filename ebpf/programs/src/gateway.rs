@@ -25,7 +25,7 @@ use landfall_ebpf_common::egress::gateway::{Filter, Hop, Reason, source_flag};
 use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
 
 use crate::context::Context as _;
-use crate::packet::{ETH_HEADER, Frame, Kind, Packet, SYN, TCP, UDP, landfall_read_any};
+use crate::packet::{ETH_HEADER, Frame, ICMPV6, Kind, Packet, SYN, TCP, UDP, landfall_read_any};
 use crate::translate::{DESTINATION, SOURCE, landfall_translate};
 use crate::{DROP, NEXT, echo, flows, tunnel};
 use answer::{landfall_gateway_answer, say};
@@ -174,6 +174,12 @@ pub extern "C" fn landfall_gateway_inward(skb: *mut __sk_buff) -> i32 {
     }
 }
 
+/// Whose address signs an answer, and to which node it goes, as [`landfall_gateway_answer`] has it.
+#[inline(always)]
+fn signed(hop: u16, node: u16) -> u32 {
+    u32::from(hop) | u32::from(node) << 16
+}
+
 #[inline(always)]
 fn drop(reason: Reason) -> i32 {
     maps::note(reason);
@@ -237,7 +243,7 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
         return drop(Reason::NoWay);
     };
-    let own = u32::from(found.hop);
+    let own = signed(found.hop, found.node);
     if packet.ttl <= 1 {
         maps::note(Reason::Expired);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
@@ -309,7 +315,7 @@ fn begin<F: Family>(
         return Err(landfall_gateway_answer(
             context.skb.skb,
             say::EXPIRED,
-            u32::from(hop),
+            signed(hop, source.node),
         ));
     }
     if let Some(room) = F::room() {
@@ -328,7 +334,7 @@ fn begin<F: Family>(
     Err(landfall_gateway_answer(
         context.skb.skb,
         say::PROHIBITED | up,
-        u32::from(hop),
+        signed(hop, source.node),
     ))
 }
 
@@ -434,14 +440,20 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     if !translated {
         return drop(Reason::Unreadable);
     }
-    if words(&node.address) != [0; 4]
-        && landfall_gateway_tunnel(context.skb.skb, u32::from(found.hop)) != 0
-    {
+    if tunnelled(context.skb.skb, found.hop).is_none() {
         return drop(Reason::NoWay);
     }
     maps::note(Reason::In);
     // SAFETY: it takes numbers only.
     unsafe { bpf_redirect(node.interface, 0) as i32 }
+}
+
+/// If a node is reached by the tunnel, says that the frame at hand goes to it.
+#[inline(always)]
+fn tunnelled(skb: *mut __sk_buff, number: u16) -> Option<()> {
+    let node = maps::node(number)?;
+    let near = words(&node.address) == [0; 4];
+    (near || landfall_gateway_tunnel(skb, u32::from(number)) == 0).then_some(())
 }
 
 /// Says to which node the frame at hand goes, which is about to be sent by the tunnel; 0 if that is said.
@@ -473,6 +485,9 @@ fn unbound(context: &TcContext, packet: &mut Packet, readable: bool) -> i32 {
             return NOT_OURS;
         }
     }
+    if asks_for_neighbour(context, packet) {
+        return NOT_OURS;
+    }
     // A SYN to a port that no Service has is refused, where the address is a Service's.
     let refusable =
         readable && packet.kind == Kind::Whole && packet.protocol == TCP && packet.is_syn();
@@ -488,6 +503,17 @@ fn unbound(context: &TcContext, packet: &mut Packet, readable: bool) -> i32 {
     } else {
         Reason::Unbound
     })
+}
+
+/// Neighbour discovery is the announcer's (RFC 4861, 4: types 133 to 137).
+#[inline(always)]
+fn asks_for_neighbour(context: &TcContext, packet: &Packet) -> bool {
+    packet.protocol == ICMPV6
+        && packet.v6
+        && packet.kind != Kind::LaterFragment
+        && context
+            .load::<u8>(packet.transport)
+            .is_ok_and(|kind| (133..=137).contains(&kind))
 }
 
 /// What a gateway sends to a pod of this node is marked, so that the check of its way back knows it.

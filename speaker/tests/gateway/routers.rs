@@ -14,7 +14,7 @@ use super::world::{
 };
 
 /// Who answers a datagram with this TTL, and how: the ICMP message's type.
-fn hop(from: &Netns, to: IpAddr, ttl: u32) -> (IpAddr, u8) {
+pub(super) fn hop(from: &Netns, to: IpAddr, ttl: u32) -> (IpAddr, u8) {
     from.run(|| {
         let v4 = to.is_ipv4();
         let (domain, protocol) = if v4 {

@@ -9,6 +9,7 @@ use landfall_speaker::datapath::egress::{Peer, PeerId, Uplink};
 use landfall_speaker::egress::{Pod, Tenant};
 
 use super::bytes::exchange;
+use super::routers::hop;
 use super::world::{EGRESS, LINES, PATIENCE, REMOTE, SERVER, World, ask, ip, mac_of, tcp_seen_as};
 
 const POD: [&str; 2] = ["10.244.3.10", "fd00:244:3::10"];
@@ -100,6 +101,10 @@ fn pods_of_nodes_off_the_segment_leave_by_their_egress_address() {
             ping(&pod, to, PATIENCE).unwrap();
             exchange(&pod, SocketAddr::new(to, LINES), 20_000_000);
         }
+        // What the gateway itself says goes back by the tunnel, too.
+        let (gateway, expired) = [("10.88.0.11", 11), ("fd00:88::11", 3)][family];
+        let to = ip(REMOTE[family]);
+        assert_eq!(hop(&pod, to, 2), (ip(gateway), expired));
         // Those on the segment are not concerned.
         assert_eq!(tcp_seen_as(&world.pods[0], ip(SERVER[family])), ip(egress));
     }

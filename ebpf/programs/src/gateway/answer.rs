@@ -41,8 +41,8 @@ pub(super) mod say {
 
 /// Answers the packet at hand. It is dropped in any case.
 ///
-/// A global function: verified once, whoever calls it. `own` is the number of the hop whose address signs an error; 0, if
-/// the packet's own destination does.
+/// A global function: verified once, whoever calls it. The lower half of `own` is the number of the hop whose address signs
+/// an error, 0 if the packet's own destination does; the upper half that of the pod's node, if it is another's pod.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn landfall_gateway_answer(skb: *mut __sk_buff, what: u32, own: u32) -> i32 {
@@ -69,6 +69,9 @@ pub extern "C" fn landfall_gateway_answer(skb: *mut __sk_buff, what: u32, own: u
         error_v4(&context, packet, what, own)
     };
     if sent.is_none() {
+        return DROP;
+    }
+    if own >> 16 != 0 && super::tunnelled(skb, (own >> 16) as u16).is_none() {
         return DROP;
     }
     maps::note(Reason::Answered);
@@ -239,12 +242,12 @@ fn error_v4(context: &TcContext, packet: &Packet, what: u32, own: u32) -> Option
     if frame[INSIDE] != 0x45 {
         return None;
     }
-    let from = match own {
+    let from = match own as u16 {
         0 => {
             let [.., a, b, c, d] = packet.flow.vip.0;
             u32::from_ne_bytes([a, b, c, d])
         }
-        own => maps::hop(own as u16)?.own_v4,
+        own => maps::hop(own)?.own_v4,
     };
     if from == 0 {
         return None;
@@ -267,9 +270,9 @@ fn error_v6(context: &TcContext, packet: &Packet, what: u32, own: u32) -> Option
     let frame = maps::frame()?;
     ethernet(context, frame)?;
     copy(context, ETH_HEADER, frame, INSIDE, QUOTED_V6)?;
-    let from = match own {
+    let from = match own as u16 {
         0 => packet.flow.vip.0,
-        own => maps::hop(own as u16)?.own_v6,
+        own => maps::hop(own)?.own_v6,
     };
     if from == [0; 16] {
         return None;

@@ -313,3 +313,21 @@ fn answers_of_another_gateway_are_marked() {
         assert_eq!(gate.run(GATEWAY_INGRESS, &frame, 1), (NEXT, frame, 1));
     }
 }
+
+/// Who looks whether an egress address is still where it was is answered by the announcer.
+#[test]
+fn neighbour_discovery_passes() {
+    let mut gate = Gate::load();
+    let [_, world] = WORLDS;
+    for kind in 133..=137 {
+        let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+        message.extend([0; 24]);
+        gate.passes(&mk(STRANGER, world.remote, world.egress, 58, 255, &message));
+        gate.passes(&mk(STRANGER, world.remote, world.second, 58, 255, &message));
+    }
+    let report = [131, 0, 0, 0, 0, 0, 0, 0];
+    gate.drops(
+        &mk(STRANGER, world.remote, world.second, 58, 1, &report),
+        Reason::Unbound,
+    );
+}
