@@ -151,6 +151,7 @@ impl Filter {
         let high = (a as u64) << 32 | b as u64;
         let low = (c as u64) << 32 | d as u64;
         let mixed = (high.rotate_left(17) ^ low).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mixed = (mixed ^ (mixed >> 32)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let place = (mixed >> 48) as u32;
         (
             (place / 64) as usize & (FILTER_WORDS - 1),
@@ -348,6 +349,7 @@ mod tests {
             filter.pods[word] |= bit;
         }
         let set: u32 = filter.pods.iter().map(|word| word.count_ones()).sum();
-        assert!((8_000..=10_000).contains(&set), "{set}");
+        // A random one would be 9 276.
+        assert!((9_000..=10_000).contains(&set), "{set}");
     }
 }

@@ -196,6 +196,44 @@ fn the_budget_is_used_to_the_last_port() {
     }
 }
 
+/// Whatever was opened and closed before: nobody is refused while a port is free, and nobody is given another's.
+#[test]
+fn nobody_is_refused_while_a_port_is_free() {
+    for seed in 1..=6 {
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut remote = Remote::new();
+        let mut open: Vec<u16> = Vec::new();
+        // Filled to a different height each time, then opened and closed at random.
+        let height = 40_000 + usize::try_from(seed).expect("few") * 4_000;
+        for turn in 0..150_000_u32 {
+            if turn % 1_000 == 0 {
+                remote.now += 3;
+                remote.keep();
+            }
+            let closes = open.len() > height || dice.port(0, 4) == 0;
+            if closes && !open.is_empty() {
+                let place = usize::from(dice.port(0, u16::MAX)) % open.len();
+                remote.close(open.swap_remove(place));
+                continue;
+            }
+            let pod = u32::from(dice.port(0, 9));
+            let own = dice.port(1, u16::MAX);
+            let free = remote.ports.len() < BUDGET as usize;
+            let owned = remote.ports.get(&own).copied();
+            let got = remote.open(pod, own);
+            assert!(got.is_some() || !free, "seed {seed}, turn {turn}");
+            if own >= FIRST && owned.is_none() {
+                assert_eq!(got, Some(own));
+            }
+            if let Some(port) = got {
+                open.push(port);
+            }
+        }
+        let distinct: BTreeSet<u16> = open.iter().copied().collect();
+        assert_eq!(distinct.len(), open.len(), "given twice");
+    }
+}
+
 /// One port is given back, and whoever comes after its rest has it.
 #[test]
 fn the_last_port_is_found() {
