@@ -4,6 +4,7 @@
 //! `landfall-runtime`; the indexes of this crate take nothing else. Everything here is plain data.
 
 mod egress;
+mod virtual_ip;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,6 +20,7 @@ use crate::selector::{LabelSelector, Labels};
 pub use egress::{
     Bandwidth, EgressPolicy, EgressSource, EgressSpec, EgressStatus, Holder, OldFlows, Pod,
 };
+pub use virtual_ip::VirtualIp;
 
 /// A node's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -422,81 +424,6 @@ impl Advertisement {
             cross_segment: CrossSegment::default(),
             unknown_port: UnknownPort::default(),
         }
-    }
-}
-
-/// A `VirtualIP`: one address in use, as the controller wrote it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VirtualIp {
-    /// The address.
-    pub address: IpAddr,
-    /// The pool it came from.
-    pub pool: Arc<str>,
-    /// The group it moves with: all addresses of one holder carry the same group.
-    pub group: Arc<str>,
-    /// The Services that hold it. Only an address with holders is announced; a freed one rests without.
-    pub services: Vec<ObjectKey>,
-    /// The egress policies whose pods leave by it: the one that holds it, or those that use its Services' address.
-    pub egress_policies: Vec<Arc<str>>,
-    /// `spec.former`: the Services that held it and have it back at once, while it rests.
-    pub former: Vec<ObjectKey>,
-    /// `spec.formerEgressPolicies`: the same of egress policies.
-    pub former_policies: Vec<Arc<str>>,
-    /// `spec.retain`: whether its pool wanted it kept should the pool no longer contain it, or be deleted.
-    pub retain: bool,
-    /// `status.leader`, as a speaker reported it.
-    pub leader: Option<NodeName>,
-    /// `status.standby`, likewise.
-    pub standby: Option<NodeName>,
-    /// Ports that flows of a policy's pods have on it (`status.egress`), as the leader reported.
-    pub ports_in_use: BTreeMap<Arc<str>, u64>,
-    /// `status.conditions`, as a speaker reported them.
-    pub conditions: Vec<Condition>,
-}
-
-impl VirtualIp {
-    /// An address that nobody holds and nobody reported on.
-    pub fn unheld(address: IpAddr, pool: Arc<str>, group: Arc<str>) -> Self {
-        Self {
-            address,
-            pool,
-            group,
-            services: Vec::new(),
-            egress_policies: Vec::new(),
-            former: Vec::new(),
-            former_policies: Vec::new(),
-            retain: false,
-            leader: None,
-            standby: None,
-            ports_in_use: BTreeMap::new(),
-            conditions: Vec::new(),
-        }
-    }
-
-    /// Whether anybody holds it.
-    pub fn is_held(&self) -> bool {
-        !self.services.is_empty() || !self.egress_policies.is_empty()
-    }
-
-    /// Who holds it: its Services, or the policy that does without any. Policies of a Service's address do not hold it
-    /// themselves: they go where the Service goes.
-    pub fn holders(&self) -> Vec<Holder> {
-        if self.services.is_empty() {
-            let policies = self.egress_policies.iter().cloned();
-            return policies.map(Holder::EgressPolicy).collect();
-        }
-        self.services.iter().cloned().map(Holder::Service).collect()
-    }
-
-    /// Who held it and has it back at once, while it rests.
-    pub fn former_holders(&self) -> impl Iterator<Item = Holder> {
-        let services = self.former.iter().cloned().map(Holder::Service);
-        let policies = self
-            .former_policies
-            .iter()
-            .cloned()
-            .map(Holder::EgressPolicy);
-        services.chain(policies)
     }
 }
 

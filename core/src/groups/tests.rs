@@ -1,6 +1,7 @@
 use super::*;
 use crate::model::{EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows};
 use crate::selector::LabelSelector;
+use crate::steering::Distribution;
 
 fn mk_node(name: &str, labels: &[(&str, &str)]) -> Event {
     Event::Apply(Object::Node(Node {
