@@ -1,5 +1,7 @@
 //! The thread that makes the kernel hold what the loop wants, and looks every second whether it still does.
 
+mod guard;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -368,43 +370,6 @@ impl Task {
             attachments.insert(interface, attachment);
         }
         self.report(attachments);
-    }
-
-    /// Attaches the guard where pods leave, while there are policies. Before all is known it stays where an earlier process
-    /// has left it.
-    fn guard(&mut self) {
-        let Some(uplink) = self.uplink.as_mut() else {
-            return;
-        };
-        let nowhere = BTreeSet::new();
-        let wanted = match &self.wanted.egress {
-            Some(leaving) => &leaving.outside,
-            None if self.wanted.complete => &nowhere,
-            None => return,
-        };
-        for gone in uplink.guarded().difference(wanted) {
-            uplink.unguard(*gone);
-        }
-        let mut unguarded = BTreeMap::new();
-        for interface in wanted {
-            match uplink.guard(*interface) {
-                Ok((_, Some(restored))) => count_restored(&self.metrics, *interface, restored),
-                Ok((_, None)) => {}
-                Err(error) => {
-                    unguarded.insert(*interface, error.to_string());
-                }
-            }
-        }
-        if unguarded != self.unguarded {
-            for (interface, reason) in &unguarded {
-                tracing::warn!(
-                    interface = interface_name(*interface),
-                    reason,
-                    "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
-                );
-            }
-            self.unguarded = unguarded;
-        }
     }
 
     /// The same for the drivers of those uplinks that carry the program and whose drivers the user has named. After

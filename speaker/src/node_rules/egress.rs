@@ -13,6 +13,7 @@
 //! Inside and outside are told by interface: what would not leave by an uplink stays. Of what would, the networks of
 //! the cluster and its VIPs stay too.
 
+mod entry;
 pub(super) mod flows;
 pub(super) mod keeper;
 pub(super) mod routes;

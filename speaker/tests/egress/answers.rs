@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
 use landfall_lab::server::TCP_PORT;
-use landfall_lab::{Netns, Network};
+use landfall_lab::{Mac, Netns, Network};
+use landfall_speaker::node_rules::NodeRules as _;
 
 use super::flow::{A_WHILE, line, remote};
 use super::node::{Cluster, Plan};
@@ -160,4 +161,49 @@ fn a_service_of_pods_stays_in_the_cluster() {
         assert_eq!(line(&cluster.pod(0).netns, service, A_WHILE).unwrap(), own);
     }
     assert_eq!(cluster.dropped("no-gateway"), 0);
+}
+
+/// Where the programs deliver, a client's packet comes from the leader with the pod's address by now, and the leader may be
+/// the gateway. The programs' mark tells it from what comes back to a tenant.
+#[test]
+fn what_the_programs_have_delivered_is_answered_and_not_led() {
+    let cluster = Cluster::armed(&Plan {
+        native: true,
+        ..Plan::default()
+    });
+    cluster.lab.serve_pods().unwrap();
+    let arrival = cluster.parts.as_ref().unwrap().rules.arrival_mark();
+    assert_eq!(arrival, Some(0x1000), "it is asked for");
+    // In place of the leader and of the program: who asks comes by the gateway, and is marked here.
+    let gateway = cluster.lab.node("node2").unwrap().addresses(Network::Lan);
+    let nets = landfall_lab::address::pod_cidrs(1);
+    for (net, gateway) in nets.iter().zip(gateway) {
+        let router = cluster.lab.router();
+        router
+            .ip(&format!("route replace {net} via {gateway}"))
+            .unwrap();
+    }
+    for marked in [true, false] {
+        if marked {
+            let rule = "add rule inet program pre iifname eth0 tcp dport 8080 meta mark set 0x1000";
+            let chain = "add chain inet program pre { type filter hook prerouting priority raw; }";
+            let script = format!("add table inet program\n{chain}\n{rule}\n");
+            cluster.node().nft(&script).unwrap();
+        } else {
+            cluster.node().nft("delete table inet program\n").unwrap();
+        }
+        let to = if marked {
+            Network::Lan.mac(1)
+        } else {
+            Mac(cluster.gateway_mac())
+        };
+        for (pod, remote) in cluster.pod(0).addresses.into_iter().zip(remote()) {
+            cluster.wire.clear();
+            let heard = line(cluster.lab.remote(), (pod, TCP_PORT).into(), A_WHILE);
+            assert_eq!(heard.unwrap(), remote);
+            for frame in cluster.wire.outbound() {
+                assert_eq!((frame.source, frame.to), (pod, to), "marked: {marked}");
+            }
+        }
+    }
 }

@@ -177,6 +177,31 @@ fn routes_that_somebody_removes_are_put_back() {
     cluster.assert_clean(&[]);
 }
 
+/// What leaves by an uplink that is gone, or down, is dropped; what leaves by others is not the worse for it.
+#[test]
+fn an_uplink_that_is_gone_stops_its_own_tenants_only() {
+    let mut cluster = Cluster::build(&Plan::default());
+    let mut policy = cluster.mk_policy();
+    policy.gateway.as_mut().unwrap().uplink = "eth7".into();
+    cluster.egress.policies.insert("other".into(), policy);
+    let mut egress = cluster.egress.clone();
+    cluster.place(&mut egress, 1, Some("other"));
+    cluster.egress = egress;
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    for (remote, egress) in remote().into_iter().zip(cluster.egress_ips()) {
+        assert_eq!(
+            seen_as(&cluster.pod(0).netns, remote),
+            (Some(egress), Some(egress)),
+            "{}",
+            cluster.state()
+        );
+        assert_eq!(seen_as(&cluster.pod(1).netns, remote), (None, None));
+    }
+    cluster.assert_clean(&[]);
+}
+
 /// The gateway moves: one word to the node, and packets go there.
 #[test]
 fn another_gateway_is_one_more_word() {

@@ -37,6 +37,8 @@ pub(super) struct Plan {
     pub(super) second_nic: bool,
     /// Nodes reach each other's pods by an interface that is no uplink.
     pub(super) management: bool,
+    /// The programs deliver what comes in, and not the packet filter.
+    pub(super) native: bool,
     pub(super) pods: u8,
 }
 
@@ -47,6 +49,7 @@ impl Default for Plan {
             pod_links: PodLinks::Bridge,
             second_nic: false,
             management: false,
+            native: false,
             pods: 2,
         }
     }
@@ -57,6 +60,7 @@ pub(super) struct Cluster {
     pub(super) lab: Lab,
     pub(super) nic: Nic,
     pub(super) cni: Cni,
+    native: bool,
     pub(super) wire: Wire,
     pub(super) parts: Option<Parts>,
     pub(super) egress: Egress,
@@ -105,6 +109,7 @@ impl Cluster {
             parts: None,
             nic,
             cni: plan.cni,
+            native: plan.native,
             lab,
             _server: server,
         };
@@ -261,6 +266,10 @@ impl Cluster {
         let pins = self.lab.mount_pins().unwrap().join(NODE);
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = std::sync::mpsc::channel();
+        let config = node_rules::Config {
+            translated: self.native,
+            ..node_rules::Config::default()
+        };
         let thread = self.node().spawn("rules", move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -268,12 +277,12 @@ impl Cluster {
                 .unwrap();
             runtime.block_on(async {
                 let mut registry = Registry::default();
-                let config = datapath::Config {
+                let path = datapath::Config {
                     watch: Duration::from_millis(200),
                     ..datapath::Config::new(pins)
                 };
-                let path: Box<dyn DataPath> = Box::new(datapath::start(config, &mut registry));
-                let rules = node_rules::start(node_rules::Config::default(), &mut registry);
+                let path: Box<dyn DataPath> = Box::new(datapath::start(path, &mut registry));
+                let rules = node_rules::start(config, &mut registry);
                 let rules = Arc::new(rules);
                 tell.send((rules.clone(), path, Arc::new(registry)))
                     .unwrap();

@@ -12,18 +12,21 @@
 //! guard a frame goes to an address that no bridge forwards.
 
 use std::collections::BTreeSet;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use landfall_core::ip::Family;
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 use serde::Deserialize;
 
 use super::super::routes::{Route, default_routes, router};
 use super::super::tool::{ToolError, run};
 use super::super::{Config, Leaving, Rules, TUNNEL};
+use super::entry::{Entry, Shown};
 use super::ways::{self, Way, Ways};
 use super::{merged, own};
 
@@ -34,8 +37,6 @@ const NOBODY: [IpAddr; 2] = [
 ];
 /// Its Ethernet address: the nearest bridge's, which no bridge forwards (IEEE 802.1Q, table 8-1).
 const NO_FRAME_GOES_THERE: &str = "01:80:c2:00:00:0e";
-/// A metric behind all others'.
-const LAST: u32 = 0xff00_0000;
 /// The most that the tunnel puts in front of a packet: Ethernet, VXLAN, UDP, and IPv4 or IPv6.
 const TUNNEL_HEADERS: [u32; 2] = [50, 70];
 
@@ -90,80 +91,6 @@ pub(in super::super) struct Table {
     routes: BTreeSet<Entry>,
 }
 
-/// A route of a table.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Entry {
-    /// When the others are gone. The first to be written.
-    Blackhole,
-    Throw(IpNet),
-    Link(IpNet, Arc<str>),
-    Default {
-        via: Option<IpAddr>,
-        dev: Arc<str>,
-        mtu: Option<u32>,
-    },
-}
-
-impl fmt::Display for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Blackhole => write!(f, "blackhole default metric {LAST}"),
-            Self::Throw(net) => write!(f, "throw {net}"),
-            Self::Link(net, dev) => write!(f, "{net} dev {dev}"),
-            Self::Default { via, dev, mtu } => {
-                write!(f, "default")?;
-                if let Some(via) = via {
-                    write!(f, " via {via}")?;
-                }
-                write!(f, " dev {dev}")?;
-                if via.is_some() {
-                    write!(f, " onlink")?;
-                }
-                mtu.map_or(Ok(()), |mtu| write!(f, " mtu {mtu}"))
-            }
-        }
-    }
-}
-
-/// A route, as `ip -j route` prints it.
-#[derive(Debug, Deserialize)]
-struct Shown {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    dst: String,
-    gateway: Option<IpAddr>,
-    dev: Option<Arc<str>>,
-    #[serde(default)]
-    metrics: Vec<Metrics>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Metrics {
-    mtu: Option<u32>,
-}
-
-impl Shown {
-    /// The same as one of ours; nothing, if it is of no such kind.
-    fn entry(self) -> Option<Entry> {
-        let net = || -> Option<IpNet> {
-            let address = || self.dst.parse().map(|address: IpAddr| IpNet::from(address));
-            self.dst.parse().or_else(|_| address()).ok()
-        };
-        let is_default = self.dst == "default";
-        match self.kind.as_deref() {
-            Some("blackhole") if is_default => Some(Entry::Blackhole),
-            Some("throw") => net().map(Entry::Throw),
-            None | Some("unicast") if is_default => Some(Entry::Default {
-                via: self.gateway,
-                mtu: self.metrics.iter().find_map(|metrics| metrics.mtu),
-                dev: self.dev?,
-            }),
-            None | Some("unicast") => net().zip(self.dev).map(|(net, dev)| Entry::Link(net, dev)),
-            _ => None,
-        }
-    }
-}
-
 /// The tables for these ways, and a word on each that lacks something.
 pub(in super::super) async fn plan(
     asked: &Asked,
@@ -173,7 +100,8 @@ pub(in super::super) async fn plan(
     let (_, egress) = config.egress_marks();
     let mut tables = Vec::new();
     let mut missing = Vec::new();
-    for family in [Family::V4, Family::V6] {
+    let up = up();
+    for family in families() {
         let defaults = if ways.keys().any(|way| way.here) {
             default_routes(family).await?
         } else {
@@ -191,7 +119,9 @@ pub(in super::super) async fn plan(
                 dev: way.uplink.clone(),
                 mtu: None,
             };
-            if way.here {
+            if !takes(&way.uplink, family, &up) {
+                // Nothing leaves until it is back, which is heard of.
+            } else if way.here {
                 routes.extend(connected(&way.uplink, family).await?);
                 let router = router(&way.uplink, family, &defaults, config);
                 if router.is_some() || is_default(&way.uplink, &defaults) {
@@ -223,6 +153,31 @@ pub(in super::super) async fn plan(
     Ok((tables, missing))
 }
 
+/// The families that the kernel has.
+fn families() -> impl Iterator<Item = Family> {
+    let has_v6 = fs::exists("/proc/sys/net/ipv6").unwrap_or(true);
+    [Some(Family::V4), has_v6.then_some(Family::V6)]
+        .into_iter()
+        .flatten()
+}
+
+/// The interfaces that are up.
+fn up() -> BTreeSet<String> {
+    let all = getifaddrs().into_iter().flatten();
+    all.filter(|it| it.flags.contains(InterfaceFlags::IFF_UP))
+        .map(|it| it.interface_name)
+        .collect()
+}
+
+/// Whether an uplink takes packets of a family.
+fn takes(uplink: &str, family: Family, up: &BTreeSet<String>) -> bool {
+    let disabled = || {
+        let path = format!("/proc/sys/net/ipv6/conf/{uplink}/disable_ipv6");
+        fs::read_to_string(path).is_ok_and(|text| text.trim() == "1")
+    };
+    up.contains(uplink) && (family == Family::V4 || !disabled())
+}
+
 fn nobody(family: Family) -> IpAddr {
     match family {
         Family::V4 => NOBODY[0],
@@ -245,7 +200,9 @@ async fn mtu(way: &Way, asked: &Asked) -> Result<Option<u32>, ToolError> {
     let Some(peer) = asked.peer.filter(|_| *way.uplink == *TUNNEL) else {
         return Ok(None);
     };
-    let printed = run("ip", &["-j", "route", "get", &peer.to_string()], "").await?;
+    // Without a route to it there may be one later, which is heard of.
+    let asked = ["-j", "route", "get", &peer.to_string()];
+    let printed = run("ip", &asked, "").await.unwrap_or_default();
     let to: Vec<Shown> = serde_json::from_str(&printed).unwrap_or_default();
     let Some(outer) = to.first().and_then(|route| route.dev.as_deref()) else {
         return Ok(None);
@@ -270,12 +227,12 @@ async fn connected(uplink: &Arc<str>, family: Family) -> Result<Vec<Entry>, Tool
 
 /// Makes these tables so, beside what is there: a packet with the mark finds the old way or the new one.
 pub(in super::super) async fn install(tables: &[Table], config: &Config) -> Result<(), ToolError> {
-    for family in [Family::V4, Family::V6] {
+    for family in families() {
         let mut batch = String::new();
         let rules = rules(family, config).await?;
         for table in tables.iter().filter(|table| table.family == family) {
             let Table { way, number, .. } = table;
-            if !way.here {
+            if table.leads_away() {
                 let _ = writeln!(
                     batch,
                     "neigh replace {} lladdr {NO_FRAME_GOES_THERE} dev {} nud permanent",
@@ -314,7 +271,7 @@ pub(in super::super) fn answering(tables: &[Table]) -> BTreeSet<Arc<str>> {
 
 /// Takes away all rules and tables of ours but these: once no packet gets their marks any more.
 pub(in super::super) async fn prune(tables: &[Table], config: &Config) -> Result<(), ToolError> {
-    for family in [Family::V4, Family::V6] {
+    for family in families() {
         let mut batch = String::new();
         for rule in rules(family, config).await? {
             let wanted = |table: &Table| table.family == family && table.is_found_by(&rule);
@@ -353,7 +310,7 @@ pub(in super::super) async fn prune(tables: &[Table], config: &Config) -> Result
 async fn forget_nobody(family: Family, tables: &[Table]) -> Result<(), ToolError> {
     let nobody = nobody(family).to_string();
     for dev in nobodies(family).await? {
-        let used = |table: &Table| !table.way.here && table.way.uplink == dev;
+        let used = |table: &Table| table.leads_away() && table.way.uplink == dev;
         if !tables.iter().any(used) {
             let del = [flag(family), "neigh", "del", &nobody, "dev", &dev];
             run("ip", &del, "").await?;
@@ -385,7 +342,7 @@ pub(in super::super) async fn are_there(
     tables: &[Table],
     config: &Config,
 ) -> Result<bool, ToolError> {
-    for family in [Family::V4, Family::V6] {
+    for family in families() {
         let rules = rules(family, config).await?;
         for table in tables.iter().filter(|table| table.family == family) {
             if !rules.iter().any(|rule| table.is_found_by(rule)) {
@@ -394,7 +351,7 @@ pub(in super::super) async fn are_there(
             if shown(table).await != table.routes {
                 return Ok(false);
             }
-            if !table.way.here && !nobodies(family).await?.contains(&table.way.uplink) {
+            if table.leads_away() && !nobodies(family).await?.contains(&table.way.uplink) {
                 return Ok(false);
             }
         }
@@ -412,6 +369,12 @@ struct Rule {
 }
 
 impl Table {
+    /// Whether it leads to another node, and the uplink takes packets.
+    fn leads_away(&self) -> bool {
+        let defaults = |route: &Entry| matches!(route, Entry::Default { .. });
+        !self.way.here && self.routes.iter().any(defaults)
+    }
+
     fn is_found_by(&self, rule: &Rule) -> bool {
         let hex = |text: &Option<String>| {
             let digits = text.as_deref()?.strip_prefix("0x")?;

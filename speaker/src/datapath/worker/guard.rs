@@ -1,0 +1,44 @@
+//! Where the guard is: at the interfaces to the outside, while there are policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Task, count_restored, interface_name};
+
+impl Task {
+    /// Attaches the guard where pods leave, while there are policies. Before all is known it stays where an earlier process
+    /// has left it.
+    pub(super) fn guard(&mut self) {
+        let Some(uplink) = self.uplink.as_mut() else {
+            return;
+        };
+        let nowhere = BTreeSet::new();
+        let wanted = match &self.wanted.egress {
+            Some(leaving) => &leaving.outside,
+            None if self.wanted.complete => &nowhere,
+            None => return,
+        };
+        for gone in uplink.guarded().difference(wanted) {
+            uplink.unguard(*gone);
+        }
+        let mut unguarded = BTreeMap::new();
+        for interface in wanted {
+            match uplink.guard(*interface) {
+                Ok((_, Some(restored))) => count_restored(&self.metrics, *interface, restored),
+                Ok((_, None)) => {}
+                Err(error) => {
+                    unguarded.insert(*interface, error.to_string());
+                }
+            }
+        }
+        if unguarded != self.unguarded {
+            for (interface, reason) in &unguarded {
+                tracing::warn!(
+                    interface = interface_name(*interface),
+                    reason,
+                    "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
+                );
+            }
+            self.unguarded = unguarded;
+        }
+    }
+}
