@@ -1,12 +1,13 @@
 //! What is not known does not leave, nor what has no gateway, nor what claims to be another's, nor anything of a tenant's
 //! where the guard is missing.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use landfall_lab::raw::send_frame;
 use landfall_lab::server::{TCP_PORT, UDP_PORT};
-use landfall_lab::{Netns, PodLinks};
+use landfall_lab::{Mac, Netns, PodLinks};
 use landfall_speaker::node_rules::NodeRules as _;
 
 use super::flow::{A_WHILE, Datagrams, line, remote, seen_as};
@@ -268,4 +269,60 @@ fn in_the_cluster_all_is_as_ever() {
     for reason in ["unknown", "forged", "invalid", "no-gateway"] {
         assert_eq!(cluster.dropped(reason), 0, "{reason}");
     }
+}
+
+/// An IPv4 packet with a TCP header that nobody takes: connection tracking calls it invalid, and then it has no connection
+/// and is not translated.
+fn mk_invalid(source: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 40, 0, 1, 0x40, 0, 64, 6, 0, 0];
+    packet.extend(source.octets());
+    packet.extend(to.octets());
+    let words = packet
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum: u32 = words.sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    packet[10..12].copy_from_slice(&u16::try_from(sum ^ 0xffff).unwrap().to_be_bytes());
+    // From port 4000 to 25, without a flag, and with a checksum that is wrong.
+    packet.extend([
+        0x0f, 0xa0, 0, 25, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0, 0xff, 0xff, 0xab, 0xcd, 0, 0,
+    ]);
+    packet
+}
+
+#[test]
+fn what_is_invalid_does_not_leave_with_a_tenants_address() {
+    let cluster = Cluster::armed(&Plan::default());
+    let shown = cluster.node().ip("-o link show cni0").unwrap();
+    let mut words = shown.split_whitespace();
+    assert!(words.any(|word| word == "link/ether"), "{shown}");
+    let bridge: Mac = words.next().unwrap().parse().unwrap();
+    let [IpAddr::V4(to), _] = remote() else {
+        panic!("the first is of IPv4")
+    };
+    let send = |number: usize| {
+        let pod = cluster.pod(number);
+        let IpAddr::V4(source) = pod.addresses[0] else {
+            panic!("the first is of IPv4")
+        };
+        let mut frame = bridge.0.to_vec();
+        frame.extend([2, 0, 0, 0, 0, 9, 8, 0]);
+        frame.extend(mk_invalid(source, to));
+        let interface = pod.netns.interface_index("eth0").unwrap();
+        pod.netns.run(|| send_frame(interface, &frame).unwrap());
+        IpAddr::V4(source)
+    };
+    send(0);
+    until("it is counted", || cluster.dropped("invalid") == 1);
+    assert_eq!(cluster.wire.outbound(), [].into());
+    // Nobody's tenant's leaves, and shows what a tenant's would be.
+    let source = send(1);
+    until("it has left", || {
+        cluster
+            .wire
+            .outbound()
+            .iter()
+            .any(|frame| frame.source == source)
+    });
 }
