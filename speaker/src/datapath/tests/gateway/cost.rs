@@ -39,11 +39,14 @@ impl Gate {
     }
 }
 
-/// A SYN of the flow with this number: a remote of its own for each 60 000.
-fn mk_syn(number: u32, flags: u8) -> Vec<u8> {
-    let [world, _] = WORLDS;
+/// A segment of the flow with this number: a remote of its own for each 60 000.
+fn mk_flow(world: World, number: u32, flags: u8) -> Vec<u8> {
     let [_, _, high, low] = (number / 60_000).to_be_bytes();
-    let remote = v4(198, 51, high, low);
+    let remote = if world.pod.is_ipv4() {
+        v4(198, 51, high, low)
+    } else {
+        v6(0x2001, 0xdb9, u16::from_be_bytes([high, low]))
+    };
     let port = u16::try_from(2000 + number % 60_000).expect("a port");
     mk(OTHER, world.pod, remote, 6, 64, &mk_tcp(port, 443, flags))
 }
@@ -73,11 +76,9 @@ fn cost() {
         let mut gate = Gate::sized(1 << 20);
         gate.set(&mk_own());
         let begun = Instant::now();
-        if world.pod.is_ipv4() {
-            for number in 0..bindings {
-                let (action, out) = gate.comes(&mk_syn(number, SYN));
-                assert_eq!((action, source(&out)), (SENT, world.egress));
-            }
+        for number in 0..bindings {
+            let (action, out) = gate.comes(&mk_flow(world, number, SYN));
+            assert_eq!((action, source(&out)), (SENT, world.egress));
         }
         let new = begun.elapsed().as_nanos() / u128::from(bindings);
         let of = |flags: u8| {
@@ -145,7 +146,7 @@ fn cost_in_memory() {
     let mut gate = Gate::sized(1 << 20);
     let before = held(&gate.ebpf, &[map::OUT_V4]);
     for number in 0..MANY {
-        gate.comes(&mk_syn(number, SYN));
+        gate.comes(&mk_flow(WORLDS[0], number, SYN));
     }
     let after = held(&gate.ebpf, &[map::OUT_V4]);
     println!(
