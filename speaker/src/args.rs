@@ -180,6 +180,10 @@ pub struct Args {
     )]
     pub xdp: Vec<String>,
 
+    /// Treat the packets of egress policies' pods. Hidden: the gateways' half of it is not connected yet.
+    #[arg(long, hide = true)]
+    pub egress: bool,
+
     /// How often the flows are compared with connection tracking, in seconds. Hidden: only tests are in a hurry.
     #[arg(
         long,

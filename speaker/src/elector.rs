@@ -89,8 +89,8 @@ pub struct Identity {
     pub manifests: bool,
     /// Who delivers to endpoints that are pods.
     pub delivery: Delivery,
-    /// The bits of the packet mark by which egress is judged.
-    pub egress_mark: u32,
+    /// The bits of the packet mark by which egress is judged; nothing, if packets are not treated by it.
+    pub egress_mark: Option<u32>,
     /// Where to gossip.
     pub gossip: SocketAddr,
     /// Other speakers that were named.

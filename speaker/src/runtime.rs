@@ -119,7 +119,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         boot,
         manifests: args.manifests.is_some(),
         delivery: args.delivery,
-        egress_mark: args.egress_mark,
+        egress_mark: args.egress.then_some(args.egress_mark),
         gossip: address,
         peers: peers(&args).await?,
     };

@@ -176,20 +176,19 @@ pub(super) fn ahead(
     words.collect()
 }
 
-/// The place behind those. They were there when the programs were listed; if the last went meanwhile, that is an error,
-/// and the next look finds the place anew.
+/// The place behind those, good for as long as the link is there that comes with it. They were there when the programs
+/// were listed; if the last went meanwhile, that is an error, and the next look finds the place anew.
 pub(super) fn behind(
     pins: &Pins,
     interface: u32,
     ahead: &[&'static str],
-) -> Result<LinkOrder, UplinkError> {
+) -> Result<(LinkOrder, Option<SchedClassifierLink>), UplinkError> {
     let Some(last) = ahead.last() else {
-        return Ok(LinkOrder::first());
+        return Ok((LinkOrder::first(), None));
     };
     let link: FdLink = PinnedLink::from_pin(pins.link(interface, last))?.into();
-    Ok(LinkOrder::after_link(&SchedClassifierLink::try_from(
-        link,
-    )?)?)
+    let link = SchedClassifierLink::try_from(link)?;
+    Ok((LinkOrder::after_link(&link)?, Some(link)))
 }
 
 /// The programs, loaded.
@@ -390,7 +389,8 @@ impl Uplink {
         let pin = self.pins.link(interface, side.word());
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(&pin);
-        let options = TcAttachOptions::TcxOrder(behind(&self.pins, interface, &ahead)?);
+        let (order, _last) = behind(&self.pins, interface, &ahead)?;
+        let options = TcAttachOptions::TcxOrder(order);
         let program = classifier(&mut self.ebpf, side.program())?;
         let id = program
             .attach_with_options(&name, side.attach_type(), options)

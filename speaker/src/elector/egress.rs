@@ -143,6 +143,7 @@ pub(super) struct Leaving {
 impl Speaker {
     /// What follows from it for this node, that has uplinks (by index) to segments with VIPs.
     pub(super) fn leaving(&mut self, uplinks: &BTreeSet<u32>) -> Option<Leaving> {
+        let mark = self.identity.egress_mark?;
         let egress = self.wanted_egress()?;
         let outside = self.interfaces.iter().filter(|interface| {
             uplinks.contains(&interface.index)
@@ -164,7 +165,7 @@ impl Speaker {
                 node,
                 egress,
                 outside,
-                mark: self.identity.egress_mark,
+                mark,
             }),
         })
     }

@@ -202,7 +202,7 @@ impl World {
             boot: BootId(boot),
             manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
-            egress_mark: crate::egress::MARK,
+            egress_mark: Some(crate::egress::MARK),
             gossip: "10.88.0.1:7950".parse().unwrap(),
             peers: Vec::new(),
         };

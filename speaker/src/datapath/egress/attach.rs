@@ -136,7 +136,8 @@ impl Attached {
         }
         // A program can be at a hook once only: out first, then in again, some microseconds later.
         remove(pins, interface, side);
-        let options = TcAttachOptions::TcxOrder(behind(pins, interface, &ahead)?);
+        let (order, _last) = behind(pins, interface, &ahead)?;
+        let options = TcAttachOptions::TcxOrder(order);
         let program = classifier(ebpf, side.program())?;
         let id = program
             .attach_with_options(&name, side.attach_type(), options)
