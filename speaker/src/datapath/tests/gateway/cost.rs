@@ -114,7 +114,7 @@ fn cost() {
             &mk_tcp(1, 2, ACK),
         );
         let idle = gate.cost(GATEWAY_INGRESS, &unknown);
-        let out = gate.cost(EGRESS_OUT, &of(ACK));
+        let out = gate.cost(GATEWAY_EGRESS, &of(ACK));
         let inward = gate.cost(GATEWAY_INGRESS, &back(ACK));
         // All of them were translated.
         let runs = u64::from(REPEAT) * 5;
