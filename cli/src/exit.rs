@@ -41,6 +41,7 @@ fn lacks(error: &anyhow::Error) -> bool {
         Some(
             LabError::Command { .. }
             | LabError::Io { .. }
+            | LabError::UnreadableLedger { .. }
             | LabError::Timeout { .. }
             | LabError::Unknown { .. }
             | LabError::Closing

@@ -55,6 +55,21 @@ pub enum LabError {
         #[source]
         source: std::io::Error,
     },
+    /// A lab's ledger is damaged.
+    #[error(
+        "{} cannot be read ({why}), so it is kept and what it names was left alone: look for {named} in `ip netns list` and in {}, \
+         end what runs there (`ip netns pids`), remove it (`ip netns del`, `rm -r`), and then this file",
+        file.display(),
+        std::env::temp_dir().display()
+    )]
+    UnreadableLedger {
+        /// The ledger.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+        /// What its entries are called, as a pattern.
+        named: String,
+    },
     /// Something did not come to pass in its time.
     #[error("{what} did not happen within {after:?}{hint}")]
     Timeout {

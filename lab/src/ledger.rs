@@ -3,10 +3,12 @@
 //! Every namespace, process and directory of a lab is entered here and struck out when it is gone. The ledger
 //! is mirrored to a file under `/run/landfall-lab`, so that `landfall lab down` finds what a killed process
 //! left behind, and it is what a signal handler clears. Nothing that is not in a ledger is ever removed, and a
-//! process only when its start time still is the one written down.
+//! process only when its start time still is the one written down. The file is replaced as a whole: whoever
+//! reads it while it is written, or after a kill in the midst of that, reads what it was or what it is now.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -108,9 +110,43 @@ fn ledger() -> MutexGuard<'static, Ledger> {
         .unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A ledger's file is called so, with its owner's number between.
+const FILE: (&str, &str) = ("ledger-", ".json");
+/// And so what is to replace it.
+const DRAFT: (&str, &str) = (".ledger-", ".draft");
+
+/// The number in such a name.
+fn owner_in(name: &str, (prefix, suffix): (&str, &str)) -> Option<i32> {
+    let number = name.strip_prefix(prefix)?.strip_suffix(suffix)?;
+    number.parse().ok()
+}
+
 impl Ledger {
-    fn file(&self) -> PathBuf {
-        Path::new(STATE_DIR).join(format!("ledger-{}.json", self.owner.pid))
+    fn called(&self, (prefix, suffix): (&str, &str)) -> String {
+        format!("{prefix}{}{suffix}", self.owner.pid)
+    }
+
+    /// Reads one. `None`: it has been struck out in the meantime.
+    fn read(file: &Path) -> Result<Option<Self>> {
+        let text = match fs::read_to_string(file) {
+            Ok(text) => Ok(text),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => Err(error.to_string()),
+        };
+        text.and_then(|text| serde_json::from_str(&text).map_err(|error| error.to_string()))
+            .map(Some)
+            .map_err(|why| {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                LabError::UnreadableLedger {
+                    file: file.to_owned(),
+                    why,
+                    named: owner_in(&name, FILE).map_or_else(
+                        || "lf-*".to_owned(),
+                        // As lab ids are made.
+                        |pid| format!("lf-{pid:x}[g-z]*"),
+                    ),
+                }
+            })
     }
 
     fn is_empty(&self) -> bool {
@@ -118,16 +154,22 @@ impl Ledger {
     }
 
     fn save(&self) -> Result<()> {
-        let file = self.file();
+        self.save_in(Path::new(STATE_DIR))
+    }
+
+    fn save_in(&self, directory: &Path) -> Result<()> {
+        let file = directory.join(self.called(FILE));
         if self.is_empty() {
             let _ = fs::remove_file(&file);
             // Only goes when no other lab is left.
-            let _ = fs::remove_dir(STATE_DIR);
+            let _ = fs::remove_dir(directory);
             return Ok(());
         }
         let text = serde_json::to_string(self).expect("a ledger is plain data");
-        fs::create_dir_all(STATE_DIR)
-            .and_then(|()| fs::write(&file, text))
+        let draft = directory.join(self.called(DRAFT));
+        fs::create_dir_all(directory)
+            .and_then(|()| fs::write(&draft, text))
+            .and_then(|()| fs::rename(&draft, &file))
             .context(|| format!("writing {}", file.display()))
     }
 
@@ -160,7 +202,6 @@ impl Ledger {
         self.processes.clear();
         self.namespaces.clear();
         self.directories.clear();
-        let _ = self.save();
         failed
     }
 }
@@ -224,7 +265,9 @@ pub(crate) fn strike_directory(path: &Path) {
 pub fn close() -> Vec<LabError> {
     let mut ledger = ledger();
     ledger.closed = true;
-    ledger.clear()
+    let failed = ledger.clear();
+    let _ = ledger.save();
+    failed
 }
 
 /// What [`sweep`] found.
@@ -236,42 +279,56 @@ pub struct Swept {
     pub processes: Vec<String>,
     /// Ledgers of processes that still run and keep their own labs: left alone.
     pub in_use_by: Vec<i32>,
-    /// What could not be removed.
+    /// What could not be removed, and ledgers that cannot be read: they are kept, for nothing else knows what
+    /// they name.
     pub failed: Vec<LabError>,
 }
 
 /// Removes what processes left behind that are gone.
-pub fn sweep() -> Result<Swept> {
+pub fn sweep() -> Swept {
+    sweep_in(Path::new(STATE_DIR))
+}
+
+fn sweep_in(directory: &Path) -> Swept {
     let mut swept = Swept::default();
-    let Ok(entries) = fs::read_dir(STATE_DIR) else {
-        return Ok(swept);
+    let Ok(entries) = fs::read_dir(directory) else {
+        return swept;
     };
     for entry in entries.flatten() {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with("ledger-") {
-            continue;
-        }
-        let text = fs::read_to_string(&path).context(|| format!("reading {}", path.display()))?;
-        let Ok(mut ledger) = serde_json::from_str::<Ledger>(&text) else {
+        if owner_in(&name, DRAFT).is_some_and(|pid| ProcessId::of(pid).is_none()) {
+            // What was to be made by this entry was not begun.
             let _ = fs::remove_file(&path);
-            continue;
-        };
-        if ledger.owner.alive() {
-            swept.in_use_by.push(ledger.owner.pid);
+        }
+        if !name.starts_with(FILE.0) {
             continue;
         }
-        swept.namespaces.extend(ledger.namespaces.iter().cloned());
-        swept.processes.extend(
-            ledger
-                .processes
-                .iter()
-                .filter(|(_, process)| process.alive())
-                .map(|(name, _)| name.clone()),
-        );
-        swept.failed.extend(ledger.clear());
+        match Ledger::read(&path) {
+            Ok(Some(ledger)) => swept.take(ledger, &path),
+            Ok(None) => {}
+            Err(error) => swept.failed.push(error),
+        }
     }
-    Ok(swept)
+    swept
+}
+
+impl Swept {
+    /// Removes what a ledger names, and the ledger, unless its owner still runs.
+    fn take(&mut self, mut ledger: Ledger, file: &Path) {
+        if ledger.owner.alive() {
+            self.in_use_by.push(ledger.owner.pid);
+            return;
+        }
+        self.namespaces.extend(ledger.namespaces.iter().cloned());
+        let living = ledger
+            .processes
+            .iter()
+            .filter(|(_, process)| process.alive());
+        self.processes.extend(living.map(|(name, _)| name.clone()));
+        self.failed.extend(ledger.clear());
+        let _ = fs::remove_file(file);
+    }
 }
 
 #[cfg(test)]
@@ -288,5 +345,90 @@ mod tests {
         };
         assert!(!other.alive());
         assert!(!other.signal(Signal::SIGKILL));
+    }
+    /// A number that no process has: Linux ends at 4 194 304.
+    const NOBODY: i32 = i32::MAX;
+
+    /// A directory of the test's own, and one that a ledger names.
+    fn mk_directories(test: &str) -> (PathBuf, PathBuf) {
+        let base = std::env::temp_dir().join(format!("lf-ledger-{test}-{}", std::process::id()));
+        let (state, named) = (base.join("state"), base.join("named"));
+        fs::create_dir_all(&state).unwrap();
+        fs::create_dir_all(&named).unwrap();
+        (state, named)
+    }
+
+    fn mk_ledger(owner: ProcessId, named: &Path) -> Ledger {
+        Ledger {
+            owner,
+            namespaces: BTreeSet::new(),
+            processes: BTreeMap::new(),
+            directories: BTreeSet::from([named.to_owned()]),
+            closed: false,
+        }
+    }
+
+    fn files(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap().flatten();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_kept_and_told_and_the_rest_is_swept() {
+        let (state, named) = mk_directories("kept");
+        // As a kill between truncating and writing leaves it.
+        let (torn, pid) = (state.join("ledger-31059.json"), NOBODY);
+        fs::write(&torn, "").unwrap();
+        mk_ledger(ProcessId { pid, started: 1 }, &named)
+            .save_in(&state)
+            .unwrap();
+        // A kill in the midst of writing leaves the old ledger and this.
+        fs::write(state.join(format!(".ledger-{pid}.draft")), "{").unwrap();
+        for turn in 0..2 {
+            let swept = sweep_in(&state);
+            assert!(!named.exists(), "the dead owner's things are gone");
+            assert_eq!(files(&state), ["ledger-31059.json"], "turn {turn}");
+            let [error] = &swept.failed[..] else {
+                panic!("{swept:?}");
+            };
+            let text = error.to_string();
+            assert!(text.contains(&torn.display().to_string()), "{text}");
+            assert!(text.contains("lf-7953[g-z]*"), "{text}");
+        }
+        fs::remove_dir_all(state.parent().unwrap()).unwrap();
+    }
+
+    /// A reader sees a ledger whole at every moment of its being written, and leaves the living owner's alone.
+    #[test]
+    fn a_ledger_is_never_half_written() {
+        let (state, named) = mk_directories("whole");
+        let me = ProcessId::of(i32::try_from(std::process::id()).unwrap()).unwrap();
+        let mut ledger = mk_ledger(me, &named);
+        ledger.save_in(&state).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for number in 0..500 {
+                    // Long and short by turns: a file that is written over is seen empty or with a rest.
+                    let filler = format!("lf-nobody-{}", "x".repeat(number % 2 * 20_000));
+                    ledger.namespaces = BTreeSet::from([filler]);
+                    ledger.save_in(&state).unwrap();
+                }
+            });
+            while !writer.is_finished() {
+                let swept = sweep_in(&state);
+                assert!(swept.failed.is_empty(), "{:?}", swept.failed);
+                assert_eq!(swept.in_use_by, [me.pid]);
+            }
+        });
+        assert!(named.exists());
+        ledger.directories.clear();
+        ledger.namespaces.clear();
+        ledger.save_in(&state).unwrap();
+        assert!(!state.exists(), "the last ledger takes the directory along");
+        fs::remove_dir_all(state.parent().unwrap()).unwrap();
     }
 }
