@@ -9,18 +9,36 @@ use std::time::{Duration, Instant};
 use landfall_ebpf_common::tcx;
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::manifests::{Manifests, Policy};
-use landfall_lab::{Lab, Netns, Topology};
+use landfall_lab::{Lab, Netns, Network, Topology};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A node with a speaker that serves one Service by both families on its second interface, so that there is a
-/// policy route too.
+/// The table of the first uplink's policy route.
+const TABLE: u32 = 7950;
+
+/// A node with a speaker that serves one Service by both families. Its default routes are by another interface than
+/// the VIPs', so that there are policy routes too.
 fn mk_lab() -> Lab {
     let lab = Lab::build(Topology {
         nodes: 1,
         ..Topology::default()
     })
     .unwrap();
+    let netns = &lab.node("node1").unwrap().netns;
+    for (flag, family) in [("-4", 0), ("-6", 1)] {
+        netns.ip(&format!("{flag} route del default")).unwrap();
+        for (network, nic, metric) in [
+            (Network::Management, "mgmt0", 100),
+            (Network::Lan, "eth0", 200),
+        ] {
+            let router = network.both(1)[family];
+            netns
+                .ip(&format!(
+                    "{flag} route add default via {router} dev {nic} metric {metric}"
+                ))
+                .unwrap();
+        }
+    }
     let manifests = Manifests::new(lab.manifests_dir());
     manifests.write_nodes(&lab).unwrap();
     manifests.write_pool().unwrap();
@@ -55,12 +73,16 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// How many programs are at the uplink by TCX: one for what comes in, one for what leaves.
+/// How many programs are by TCX at the VIPs' uplink and at the interface of the default route: at each one for what
+/// comes in, one for what leaves.
 fn attached(netns: &Netns) -> usize {
     netns.run(|| {
-        let uplink = nix::net::if_::if_nametoindex("eth0").unwrap();
-        let at = |hook| tcx::programs(uplink, hook).unwrap().len();
-        at(tcx::Hook::Ingress) + at(tcx::Hook::Egress)
+        let at = |nic| {
+            let index = nix::net::if_::if_nametoindex(nic).unwrap();
+            let at = |hook| tcx::programs(index, hook).unwrap().len();
+            at(tcx::Hook::Ingress) + at(tcx::Hook::Egress)
+        };
+        at("eth0") + at("mgmt0")
     })
 }
 
@@ -68,17 +90,39 @@ fn has_table(netns: &Netns) -> bool {
     netns.exec("nft list tables").unwrap().contains("landfall")
 }
 
+/// The rules by mark of a family, and the routes that they lead to.
+fn policy_routes(netns: &Netns, family: &str) -> (Vec<String>, String) {
+    let rules = netns.ip(&format!("{family} rule")).unwrap();
+    let rules = rules.lines().filter(|line| line.contains("fwmark"));
+    // A table without a route is none, which is an error.
+    let routes = netns.ip(&format!("{family} route show table {TABLE}"));
+    (
+        rules.map(str::to_owned).collect(),
+        routes.unwrap_or_default(),
+    )
+}
+
 #[test]
 fn nothing_is_left_on_the_node() {
     let lab = mk_lab();
     let netns = &lab.node("node1").unwrap().netns;
     let pins = lab.mount_pins().unwrap().join("node1");
-    until("the data path is attached", || attached(netns) == 2);
+    until("the data path is attached", || attached(netns) == 4);
     until("the table is written", || has_table(netns));
+    let are_there = |family| {
+        let (rules, routes) = policy_routes(netns, family);
+        rules.len() == 2 && routes.contains("dev eth0")
+    };
+    for family in ["-4", "-6"] {
+        until("the policy routes are made", || are_there(family));
+    }
     lab.stop("node1", SPEAKER);
     thread::sleep(Duration::from_millis(300));
-    assert_eq!(attached(netns), 2, "a killed speaker's program goes on");
+    assert_eq!(attached(netns), 4, "a killed speaker's programs go on");
     assert!(has_table(netns), "a killed speaker's table stays");
+    for family in ["-4", "-6"] {
+        assert!(are_there(family), "a killed speaker's policy routes stay");
+    }
     // As a speaker makes it where a node is off the segment.
     netns
         .ip("link add landfall0 type vxlan external dstport 7952")
@@ -87,7 +131,7 @@ fn nothing_is_left_on_the_node() {
     let output = uninstall(netns, &pins);
     assert!(output.status.success(), "{}", text(&output));
     assert!(
-        text(&output).contains("eBPF links: 2 removed"),
+        text(&output).contains("eBPF links: 4 removed"),
         "{}",
         text(&output)
     );
@@ -101,8 +145,8 @@ fn nothing_is_left_on_the_node() {
     assert!(!netns.ip("link").unwrap().contains("landfall0"));
     assert!(!pins.exists(), "{} is gone", pins.display());
     for family in ["-4", "-6"] {
-        let rules = netns.ip(&format!("{family} rule")).unwrap();
-        assert!(!rules.contains("fwmark"), "{rules}");
+        let left = policy_routes(netns, family);
+        assert_eq!(left, (Vec::new(), String::new()), "{family}");
     }
 
     let (_, to_nobody) = std::io::pipe().unwrap();
