@@ -72,18 +72,21 @@ impl Flows {
     }
 
     /// The same, when these pods' node has died.
-    pub fn count_apart(mut self, is_dead: impl Fn(&str) -> bool) -> Census {
-        drop(self.count.take());
-        let fates = self
-            .thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    pub fn count_apart(self, is_dead: impl Fn(&str) -> bool) -> Census {
         let mut census = Census::default();
-        for (pod, fate) in fates {
+        for (pod, fate) in self.fates() {
             census.count(fate);
             census.on_dead_node += usize::from(is_dead(&pod));
         }
         census
+    }
+
+    /// Asks every flow once more; what became of each, by the pod that it leads to.
+    pub fn fates(mut self) -> Vec<(String, Fate)> {
+        drop(self.count.take());
+        self.thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 

@@ -10,9 +10,9 @@ use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use kube::api::PostParams;
 use landfall_lab::Lab;
-use landfall_lab::measure::census::{Census, Flows};
+use landfall_lab::measure::census::Flows;
 use landfall_lab::measure::neighbours::{self, Watch};
-use landfall_lab::measure::{connects, datagrams, stream};
+use landfall_lab::measure::{connects, datagrams, stream, stream::Fate};
 use landfall_lab::server::{TCP_PORT, UDP_PORT};
 use landfall_tests::{Cluster, PATIENCE, chart, client, eventually, objects};
 use serde_json::json;
@@ -55,12 +55,34 @@ pub(crate) struct Outcome {
     pub(crate) sent: usize,
     pub(crate) stall: Option<Duration>,
     pub(crate) connect: Option<Duration>,
-    pub(crate) flows: Census,
+    /// What became of the established flows, by pod.
+    pub(crate) flows: Vec<(String, Fate)>,
     /// Who answered for the VIP before and after, by number of answers.
     pub(crate) answers: [BTreeMap<String, usize>; 2],
 }
 
-/// Prints it, in a line that can be read across faults.
+impl Outcome {
+    fn count(&self, fate: Fate) -> usize {
+        self.flows.iter().filter(|(_, of)| *of == fate).count()
+    }
+
+    /// Whether a pod was on the node that was struck.
+    fn was_struck(&self, pod: &str) -> bool {
+        let node = pod.split_once("-pod").map(|(node, _)| node);
+        node == Some(&self.leader_before)
+    }
+
+    /// The pods on other nodes whose flows were reset.
+    pub(crate) fn reset_elsewhere(&self) -> Vec<&str> {
+        let reset = self.flows.iter().filter(|(_, fate)| *fate == Fate::Reset);
+        reset
+            .map(|(pod, _)| pod.as_str())
+            .filter(|pod| !self.was_struck(pod))
+            .collect()
+    }
+}
+
+/// Prints it, in a line that can be read across faults, and a line for each flow that is not alive.
 pub(crate) fn report(outcome: &Outcome) {
     let millis = |duration: Duration| format!("{:.0}", duration.as_secs_f64() * 1000.0);
     let gaps: Vec<String> = outcome
@@ -79,12 +101,24 @@ pub(crate) fn report(outcome: &Outcome) {
         outcome.sent,
         outcome.stall.map_or_else(|| "-".to_owned(), millis),
         outcome.connect.map_or_else(|| "-".to_owned(), millis),
-        outcome.flows.alive,
-        outcome.flows.reset,
-        outcome.flows.stalled,
+        outcome.count(Fate::Alive),
+        outcome.count(Fate::Reset),
+        outcome.count(Fate::Stalled),
         outcome.answers[0],
         outcome.answers[1],
     );
+    for (pod, fate) in outcome
+        .flows
+        .iter()
+        .filter(|(_, fate)| *fate != Fate::Alive)
+    {
+        let place = if outcome.was_struck(pod) {
+            "on the node that was struck"
+        } else {
+            "on another node"
+        };
+        println!("      {fate:?}: a flow to {pod}, {place}");
+    }
 }
 
 impl<'a> Scene<'a> {
@@ -225,7 +259,7 @@ impl<'a> Scene<'a> {
                 .collect(),
             lost: reports.iter().map(|(_, report)| report.lost()).sum(),
             sent: reports.iter().map(|(_, report)| report.sent.len()).sum(),
-            flows: flows.count(),
+            flows: flows.fates(),
             stall: stream.stop().map(|report| report.longest_stall),
             connect: connects.stop().worst(),
             answers: [
