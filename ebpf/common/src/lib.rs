@@ -96,7 +96,8 @@ pub enum Verdict {
     FlowsFull,
     /// An answer that was given the VIP's address for source.
     Answered,
-    /// Dropped: its client is in none of the Service's source ranges, or it came by the tunnel from nobody known.
+    /// Dropped: its client is in none of the Service's source ranges, it came by the tunnel from nobody known, or it
+    /// resets, at the endpoint's own address, a flow that its client has with a VIP.
     Refused,
     /// Dropped: its endpoint could not tell it from another flow of the same client.
     Collided,

@@ -5,7 +5,7 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use landfall_ebpf_common::{
-    Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, Fragment, FragmentKey, Verdict,
+    Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Verdict,
     flow_state,
 };
 
@@ -262,6 +262,14 @@ pub(crate) fn answered(packet: &Packet) -> Option<Endpoint> {
         answer.seen = now;
     }
     Some(answer.vip)
+}
+
+/// Whether answers to a TCP flow are translated, and its endpoint has not closed it.
+#[inline(always)]
+pub(crate) fn is_answered(key: &FlowKey) -> bool {
+    // SAFETY: an entry that is replaced meanwhile is another flow's of the same addresses and ports.
+    let answer = unsafe { ANSWERS.get(key).or_else(|| HALF_ANSWERS.get(key)) };
+    answer.is_some_and(|answer| answer.state != flow_state::CLOSING)
 }
 
 /// A first fragment tells the ports of those that follow.

@@ -9,6 +9,8 @@
 //!              └─> echo     answers to echo requests
 //!        └─> witness  answers to other nodes that ask whether this one takes packets
 //!
+//!        └─> resets   of what left untranslated, while nobody translated what leaves
+//!
 //! tunnel  ──> steer            what comes from nodes that are not on the segment
 //! answers ──> packet, flows    what leaves, and answers a flow that was translated
 //! egress_out ──> guard         what leaves and is a pod's, where pods have addresses of their own
@@ -35,6 +37,7 @@ mod guard;
 mod maps;
 mod native;
 mod packet;
+mod resets;
 mod spread;
 mod steer;
 mod translate;
@@ -44,7 +47,7 @@ mod witness;
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_TX};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
-use landfall_ebpf_common::vip_flag;
+use landfall_ebpf_common::{Verdict, vip_flag};
 
 use crate::context::Context as _;
 use crate::packet::Frame;
@@ -63,7 +66,12 @@ pub fn landfall_uplink(context: TcContext) -> i32 {
         return witness::answer(&context);
     };
     let Some(vip) = maps::vip(&frame.vip) else {
-        return NEXT;
+        return if resets::is_stray(&context, &frame) {
+            maps::note(Verdict::Refused);
+            DROP
+        } else {
+            NEXT
+        };
     };
     // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
     let segments = unsafe { (*context.skb.skb).gso_segs };

@@ -10,7 +10,7 @@ use crate::maps;
 const ETH_SOURCE: usize = 6;
 pub(crate) const ETH_HEADER: usize = 14;
 const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
+pub(crate) const ETH_P_IPV6: u16 = 0x86dd;
 pub(crate) const IPV4_HEADER: usize = 20;
 pub(crate) const IPV6_HEADER: usize = 40;
 /// Where the addresses lie in an IPv4 header (RFC 791) and in an IPv6 header (RFC 8200).
@@ -41,14 +41,14 @@ pub(crate) const ACK: u8 = 16;
 
 /// The key of an IPv4 address as it is in a frame.
 #[inline(always)]
-fn mapped(address: u32) -> VipKey {
+pub(crate) fn mapped(address: u32) -> VipKey {
     let [a, b, c, d] = address.to_ne_bytes();
     VipKey::v4([a, b, c, d])
 }
 
 /// What lies at an offset of the frame: in place, if that part of it is in one piece.
 #[inline(always)]
-fn load<T: Copy>(context: &impl Context, offset: usize) -> Option<T> {
+pub(crate) fn load<T: Copy>(context: &impl Context, offset: usize) -> Option<T> {
     match context.at(offset) {
         Some(value) => Some(value),
         None => context.load(offset),

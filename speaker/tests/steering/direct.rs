@@ -1,5 +1,6 @@
 //! Connections to pods by the pods' own addresses are nobody's flows, though a VIP's port leads to the same endpoint: not
 //! for the comparisons of the flow tables with connection tracking, and not for new tables that look for what was before.
+//! Nor do flows end where answers come by those addresses while nobody translates them.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -12,7 +13,7 @@ use landfall_lab::manifests::LINES;
 use landfall_lab::server::TCP_PORT;
 use landfall_lab::{Lab, Netns, Network, Pod, Topology};
 
-use super::cluster::{Cluster, PATIENCE, vips};
+use super::cluster::{Cluster, PATIENCE, mk_three, vips};
 use super::flow::{Flow, all_alive, await_served, open};
 
 /// What a speaker logs when it has compared.
@@ -125,4 +126,43 @@ fn connections_past_the_vip_outlive_comparisons() {
     }
     outlive_comparisons(&cluster, &mut flows, "under comparisons of new tables");
     println!("{:?}", cluster.verdicts());
+}
+
+/// Somebody takes the program off a node's egress: what leaves meanwhile carries the pods' addresses, which the client
+/// can reach, and it resets there what it does not know.
+#[test]
+fn answers_that_leave_untranslated_end_no_flow() {
+    let (cluster, _) = mk_three(true);
+    let lab = &cluster.lab;
+    route_to_pods(lab, lab.client());
+    let [v4, v6] = vips();
+    await_served(&cluster, v6, &cluster.pods());
+    let mut flows = open(&cluster, v4, 3 * CONNECTIONS);
+    flows.extend(open(&cluster, v6, 3 * CONNECTIONS));
+    let pins = lab.mount_pins().unwrap();
+    for node in lab.nodes() {
+        let links = pins.join(&node.name).join(format!("layout-{LAYOUT}/links"));
+        let mut links = std::fs::read_dir(links)
+            .unwrap()
+            .map(|it| it.unwrap().path());
+        let egress = links.find(|link| link.to_string_lossy().ends_with("-egress"));
+        let refused = || cluster.verdicts_of(&node.name)["refused"];
+        let before = refused();
+        let egress = egress.unwrap();
+        let begun = Instant::now();
+        // Until the client has reset something: the program goes a moment after its pin, which is all that holds it, and
+        // may be back before anybody has answered.
+        while refused() == before {
+            let _ = std::fs::remove_file(&egress);
+            all_alive(&cluster, &mut flows, "while nobody translates");
+            assert!(begun.elapsed() < PATIENCE, "the client resets nothing");
+        }
+        println!(
+            "{}: {} flows, all answered after {:?}, {} resets dropped",
+            node.name,
+            flows.iter().filter(|flow| flow.node() == node.name).count(),
+            begun.elapsed(),
+            refused() - before
+        );
+    }
 }

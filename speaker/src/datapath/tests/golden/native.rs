@@ -471,6 +471,57 @@ fn a_connection_past_the_vip_is_not_that_of_a_closed_flow() {
     }
 }
 
+/// Answers that leave while the program at the egress is away come from the endpoint's own address. A client that can
+/// reach it resets what it does not know.
+#[test]
+fn a_flow_is_not_reset_past_the_vip() {
+    let mut program = mk_program();
+    for vip in VIPS {
+        let to = endpoint(vip, 1);
+        let past = |from: IpAddr, port, to: SocketAddr, flags| {
+            let mut payload = mk_transport(6, port, to.port());
+            payload[13] = flags;
+            mk_between(from, to.ip(), 6, &payload)
+        };
+        for ends in [&[SYN][..], &[ACK]] {
+            for flags in ends {
+                let mut payload = mk_transport(6, 6000, 80);
+                payload[13] = *flags;
+                program.handed_up(&mk_sound(vip, 6, &payload));
+            }
+            let before = program.verdict(Verdict::Refused);
+            for (count, flags) in [(1, RST), (2, RST | ACK)] {
+                let (action, _) = program.raw(&past(client(vip), 6000, to, flags));
+                assert_eq!(action, 2, "{vip}: dropped");
+                assert_eq!(program.verdict(Verdict::Refused), before + count);
+            }
+            let others = [
+                // What opens a connection past the VIP; other clients, ports and endpoints; what is cut short.
+                past(client(vip), 6000, to, SYN),
+                past(client(vip), 6000, to, ACK),
+                past(vip, 6000, to, RST),
+                past(client(vip), 6001, to, RST),
+                past(client(vip), 6000, SocketAddr::new(to.ip(), 8081), RST),
+                past(client(vip), 6000, endpoint(vip, 2), RST),
+                past(client(vip), 6000, to, RST)[..if vip.is_ipv4() { 47 } else { 67 }].to_vec(),
+            ];
+            for frame in others {
+                assert_eq!(program.handed_up(&frame), frame, "{vip}: another's");
+            }
+        }
+        // The client resets its flow itself, at the VIP: the endpoint hears it.
+        let mut reset = mk_transport(6, 6000, 80);
+        reset[13] = RST;
+        let heard = past(client(vip), 6000, to, RST);
+        assert_eq!(program.handed_up(&mk_sound(vip, 6, &reset)), heard, "{vip}");
+        // What the endpoint has closed is nobody's to keep.
+        let mut end = mk_transport(6, 8080, 6000);
+        end[13] = ACK | FIN;
+        program.leaves(&mk_between(to.ip(), client(vip), 6, &end));
+        assert_eq!(program.handed_up(&heard), heard, "{vip}: it has ended");
+    }
+}
+
 #[test]
 fn what_nobody_here_serves_or_is_cut_short_is_left_as_it_is() {
     let mut program = mk_program();
