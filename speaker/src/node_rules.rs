@@ -259,7 +259,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         written: None,
         routes: None,
         routed: BTreeSet::new(),
-        complaints: Vec::new(),
+        complaints: routes::Complaints::new(),
         leaving: egress::keeper::Routes::default(),
         before: None,
         own: VecDeque::new(),

@@ -163,3 +163,54 @@ fn what_the_programs_translate_is_answered_by_the_uplink_of_the_vip() {
     await_served(&lab, lab.client(), vips);
     await_served(&lab, lab.remote(), vips);
 }
+
+/// How often the node's speaker has logged this.
+fn said(lab: &Lab, words: &str) -> usize {
+    lab.log(NODE, SPEAKER).unwrap().matches(words).count()
+}
+
+fn await_said(lab: &Lab, words: &str, times: usize) {
+    let begun = Instant::now();
+    while said(lab, words) < times {
+        let log = || lab.log(NODE, SPEAKER).unwrap();
+        assert!(begun.elapsed() < PATIENCE, "{words}, in {}", log());
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The default route leaves the uplink at run time, and leaves no router there.
+#[test]
+fn a_router_that_is_missed_is_named_once() {
+    const MISSED: &str = "eth0 has no IPv4 router";
+    const BY_ETH1: &str = "beyond it leave by eth1; add a default route with a higher metric on eth0, or --uplink-gateway";
+    const AGAIN: &str = "eth0: IPv4 answers to clients beyond it leave by it again";
+    let vips = Network::Lan.both(200);
+    let lab = mk_lab(vips);
+    speak(&lab, true);
+    await_served(&lab, lab.client(), vips);
+    assert_eq!(said(&lab, MISSED), 0, "it is there");
+    let netns = lab.host(NODE).unwrap();
+    let default = |nic: &str, router: IpAddr| {
+        let route = format!("route replace default via {router} dev {nic}");
+        netns.ip(&route).unwrap();
+    };
+    for times in 1..3 {
+        default("eth1", Network::SecondLan.both(1)[0]);
+        await_said(&lab, MISSED, times);
+        assert_eq!(said(&lab, BY_ETH1), times);
+        // Other routes come and go, and it is said already.
+        netns.ip("route add 203.0.113.0/24 dev eth1").unwrap();
+        thread::sleep(A_WHILE);
+        netns.ip("route del 203.0.113.0/24 dev eth1").unwrap();
+        thread::sleep(A_WHILE);
+        assert_eq!(said(&lab, MISSED), times, "said once");
+        default("eth0", Network::Lan.both(1)[0]);
+        await_said(&lab, AGAIN, times);
+    }
+    // Another reason is news.
+    default("eth1", Network::SecondLan.both(1)[0]);
+    await_said(&lab, BY_ETH1, 3);
+    netns.ip("route del default").unwrap();
+    await_said(&lab, "leave by another interface", 1);
+    assert_eq!(said(&lab, MISSED), 4);
+}

@@ -72,13 +72,16 @@ pub(super) fn uplinks(rules: &Rules) -> BTreeSet<(Arc<str>, Family)> {
     uplinks
 }
 
+/// Why uplinks have no policy route that they should have, for people.
+pub(super) type Complaints = BTreeMap<(Arc<str>, Family), String>;
+
 /// The policy routes that these uplinks want on this node, and a word on each that cannot be made.
 pub(super) async fn plan(
     uplinks: &BTreeSet<(Arc<str>, Family)>,
     config: &Config,
-) -> Result<(BTreeSet<PolicyRoute>, Vec<String>), ToolError> {
+) -> Result<(BTreeSet<PolicyRoute>, Complaints), ToolError> {
     let mut wanted = BTreeSet::new();
-    let mut missing = Vec::new();
+    let mut missing = Complaints::new();
     if !config.policy_routes {
         return Ok((wanted, missing));
     }
@@ -99,11 +102,14 @@ pub(super) async fn plan(
             continue;
         }
         let Some(gateway) = router(uplink, *family, routes, config) else {
-            missing.push(format!(
+            let complaint = format!(
                 "{uplink} has no {family} router: answers to clients beyond it leave by {}; \
                  add a default route with a higher metric on {uplink}, or --uplink-gateway {uplink}=ADDRESS",
-                preferred.and_then(|route| route.dev.as_deref()).unwrap_or("another interface")
-            ));
+                preferred
+                    .and_then(|route| route.dev.as_deref())
+                    .unwrap_or("another interface")
+            );
+            missing.insert((uplink.clone(), *family), complaint);
             continue;
         };
         let index = names
@@ -112,10 +118,11 @@ pub(super) async fn plan(
             .unwrap_or_default();
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let Some(mark) = config.mark(index) else {
-            missing.push(format!(
+            let complaint = format!(
                 "{uplink}: no mark is left for it: widen the mark's mask {:#x}",
                 config.mark_mask
-            ));
+            );
+            missing.insert((uplink.clone(), *family), complaint);
             continue;
         };
         wanted.insert(PolicyRoute {

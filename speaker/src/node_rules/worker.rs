@@ -15,7 +15,7 @@ use super::egress::flows::{Before, Settling, settling};
 use super::kube_proxy::KubeProxy;
 use super::metrics::{ByFamily, ByReason, Metrics};
 use super::netfilter::{Event, Query, TableFamily, Watch};
-use super::routes::{self, PolicyRoute};
+use super::routes::{self, Complaints, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
 use super::{Config, Rules, Shared, egress, stale, tunnel};
@@ -51,7 +51,8 @@ pub(super) struct Worker {
     pub(super) routed: BTreeSet<(Arc<str>, Family)>,
     /// The routes of what leaves by policies.
     pub(super) leaving: egress::keeper::Routes,
-    pub(super) complaints: Vec<String>,
+    /// What stands against policy routes, as it was said last.
+    pub(super) complaints: Complaints,
     /// The processes that made our last changes.
     pub(super) own: VecDeque<u32>,
 }
@@ -244,12 +245,7 @@ impl Worker {
         }
         let (planned, complaints) = routes::plan(&uplinks, &self.config).await?;
         self.routed = uplinks;
-        if complaints != self.complaints {
-            for complaint in &complaints {
-                tracing::warn!("{complaint}");
-            }
-            self.complaints = complaints;
-        }
+        self.complain(complaints);
         if self.routes.as_ref() == Some(&planned) {
             return Ok(false);
         }
@@ -259,14 +255,32 @@ impl Worker {
         Ok(true)
     }
 
+    /// Says what stands against a policy route when that is new or another, and when it has gone.
+    fn complain(&mut self, complaints: Complaints) {
+        for (uplink, complaint) in &complaints {
+            if self.complaints.get(uplink) != Some(complaint) {
+                tracing::warn!("{complaint}");
+            }
+        }
+        for place in self.complaints.keys() {
+            if self.routed.contains(place) && !complaints.contains_key(place) {
+                let (uplink, family) = place;
+                tracing::info!("{uplink}: {family} answers to clients beyond it leave by it again");
+            }
+        }
+        self.complaints = complaints;
+    }
+
     /// Whether the routes still are what they should be, now that some route, rule or link changed.
-    async fn are_routes_right(&self) -> bool {
+    async fn are_routes_right(&mut self) -> bool {
         if self.written.is_none() {
             return true; // about to be written anyway
         }
-        let Ok((planned, _)) = routes::plan(&self.routed, &self.config).await else {
+        let Ok((planned, complaints)) = routes::plan(&self.routed, &self.config).await else {
             return false;
         };
+        // A route that there was none of, and that cannot be made now, is no difference.
+        self.complain(complaints);
         self.routes.as_ref() == Some(&planned)
             && routes::are_there(&planned, &self.config)
                 .await
