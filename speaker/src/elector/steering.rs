@@ -421,7 +421,9 @@ impl Speaker {
             let spread = service.spreads.get(&family_port);
             let nodes = spread.map_or_else(Distribution::default, |spread| {
                 spread.over(serves, |node| {
-                    vip.placement.cross_segment || !reach.far.contains(node)
+                    !reach.far.contains(node)
+                        || (vip.placement.cross_segment
+                            && self.has_way_out(node, Family::of(vip.address)))
                 })
             });
             let port_id = PortId {

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use landfall_core::groups::Group;
+use landfall_core::ip::Family;
 use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
@@ -84,6 +85,22 @@ impl Speaker {
             tunnel: self.tunnel().unwrap_or_default(),
             far: Arc::new(far.unwrap_or_default()),
         }
+    }
+
+    /// Whether a node that is not on the segment has a way for answers to any client, as far as can be known: a default
+    /// route. Where that leads to is not told, nor which other routes there are.
+    pub(super) fn has_way_out(&self, name: &NodeName, family: Family) -> bool {
+        let register = self.election.register(name);
+        register.is_some_and(|register| {
+            register.interfaces.iter().any(|interface| {
+                let (v4, v6) = interface.default_route;
+                interface.up
+                    && match family {
+                        Family::V4 => v4,
+                        Family::V6 => v6,
+                    }
+            })
+        })
     }
 
     /// The nodes as they are reached by the tunnel.

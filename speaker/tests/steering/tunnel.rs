@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use landfall_lab::Nic;
 use landfall_lab::fault::Fault;
@@ -12,11 +12,13 @@ use landfall_lab::manifests::LINES;
 use landfall_lab::{Network, Topology};
 use serde_json::json;
 
-use super::cluster::{Cluster, vips};
+use super::cluster::{Cluster, PATIENCE, vips};
 use super::flow::{Flow, all_alive, await_served, open};
 
 /// How much goes each way.
 const BYTES: u64 = 20_000_000;
+/// How many connections are made.
+const CONNECTIONS: usize = 40;
 /// By then gossip has given up a node.
 const GIVEN_UP: Duration = Duration::from_secs(5);
 /// The node that has a leg in another segment only.
@@ -103,6 +105,72 @@ fn a_node_off_the_segment_serves_by_the_tunnel() {
     assert_eq!(pods, BTreeSet::from([&*far[0].name]));
 }
 
+/// A node whose uplink fails is reached by the tunnel from then on. What its pods answer had that uplink for way.
+#[test]
+fn a_node_without_a_way_to_clients_serves_nobody() {
+    let cluster = Cluster::build(Topology::default());
+    let lab = &cluster.lab;
+    let pods = cluster.pods();
+    cluster.serve(&pods);
+    advertise(&cluster, "Always");
+    cluster.speak();
+    let leader = cluster.await_leader(vips()[0], |_| true);
+    for vip in vips() {
+        await_served(&cluster, vip, &pods);
+    }
+    let cut = lab.nodes().iter().find(|node| node.name != leader).unwrap();
+    cut.netns.ip("link set eth0 down").unwrap();
+    let others: Vec<_> = pods
+        .iter()
+        .copied()
+        .filter(|pod| pod.node != cut.name)
+        .collect();
+    thread::sleep(GIVEN_UP);
+    let tunnel = lab.node(&leader).unwrap().netns.ip("link show landfall0");
+    assert!(tunnel.is_ok(), "it is not reached by a tunnel: {tunnel:?}");
+    // None of so many is lost: a third of them would be the cut node's.
+    for vip in vips() {
+        for _ in 0..CONNECTIONS {
+            let flow = Flow::open(lab.client(), (vip, LINES).into()).unwrap();
+            assert_ne!(flow.node(), cut.name);
+        }
+        await_served(&cluster, vip, &others);
+    }
+
+    // When nobody else serves, it is better than nobody.
+    let own: Vec<_> = pods
+        .iter()
+        .copied()
+        .filter(|pod| pod.node == cut.name)
+        .collect();
+    cluster.serve(&own);
+    let begun = Instant::now();
+    loop {
+        let state = lab.speaker_state(&leader).unwrap();
+        let ports = state["steering"]["ports"].as_object().unwrap();
+        if !ports.is_empty() && ports.values().all(|nodes| nodes[&*cut.name] == 1) {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{}", state["steering"]);
+        thread::sleep(Duration::from_millis(100));
+    }
+    cluster.serve(&pods);
+
+    // With a way it serves again.
+    let [_, v6] = cut.addresses(Network::Lan);
+    let [router_v4, router_v6] = Network::Lan.both(1);
+    cut.netns
+        .ip_batch(&format!(
+            "link set eth0 up\naddress replace {v6}/64 dev eth0 nodad\n\
+             route replace default via {router_v4} dev eth0\n\
+             route replace default via {router_v6} dev eth0\n"
+        ))
+        .unwrap();
+    for vip in vips() {
+        await_served(&cluster, vip, &pods);
+    }
+}
+
 /// Nobody but the other nodes sends into the tunnel.
 #[test]
 fn strangers_do_not_come_in() {
@@ -125,10 +193,7 @@ fn strangers_do_not_come_in() {
         Some(numbers.sum::<u64>())
     };
     while dropped().is_none() {
-        assert!(
-            begun.elapsed() < super::cluster::PATIENCE,
-            "there is no tunnel"
-        );
+        assert!(begun.elapsed() < PATIENCE, "there is no tunnel");
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     let to: IpAddr = far.addresses(Network::SecondLan)[0];
@@ -139,7 +204,7 @@ fn strangers_do_not_come_in() {
         })
         .unwrap();
     while dropped() == Some(0) {
-        assert!(begun.elapsed() < super::cluster::PATIENCE, "it was let in");
+        assert!(begun.elapsed() < PATIENCE, "it was let in");
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
 }
