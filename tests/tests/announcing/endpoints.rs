@@ -1,4 +1,8 @@
 //! How soon the tables of all nodes follow the endpoints, with the real kube-proxy delivering. Times are printed.
+//!
+//! A busy machine may be late now and then, so half of the times are held to a few times the goal. What clients lose
+//! needs no clock: an addition that comes to the tables sooner than to kube-proxy costs them SYNs, and so does a removal
+//! that comes much later.
 
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
@@ -17,6 +21,12 @@ const SERVICE: &str = "followed";
 const ROUNDS: usize = 10;
 /// What the busiest machine does not need; the goal is 100 ms.
 const GENEROUS: Duration = Duration::from_secs(5);
+/// What half of the times keep to on a busy machine.
+const MEDIAN: Duration = Duration::from_millis(500);
+/// A SYN that is lost is sent again after so long: a connection that took less lost none (RFC 6298, 2.1).
+const SYN_AGAIN: Duration = Duration::from_secs(1);
+/// What a connection takes at the most, if another endpoint is being added; nearly all keep to it on a busy machine.
+const CONNECT: Duration = Duration::from_millis(300);
 
 /// A Service whose slice the test writes, and what belongs to it.
 struct Followed<'a> {
@@ -95,7 +105,7 @@ impl<'a> Followed<'a> {
     }
 }
 
-/// The median and the longest, in words.
+/// The median and the longest, in words; the times are sorted after it.
 fn summary(times: &mut [Duration]) -> String {
     times.sort();
     let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
@@ -109,7 +119,8 @@ fn summary(times: &mut [Duration]) -> String {
 }
 
 /// An endpoint that is removed or not ready leaves all tables at once; one that comes is in them when its node's
-/// kube-proxy is ready, and no sooner.
+/// kube-proxy is ready, and no sooner. Connections come meanwhile: all come about, and next to none loses a SYN. It may
+/// where kube-proxy hears of a removal some milliseconds before the tables do.
 pub(crate) fn removed_and_added(scene: &Scene<'_>) {
     let followed = Followed::create(scene);
     let nodes = scene.lab().nodes();
@@ -117,6 +128,9 @@ pub(crate) fn removed_and_added(scene: &Scene<'_>) {
     for node in nodes {
         followed.tables(&node.name, true, || followed.write(all()));
     }
+    scene.served(&[followed.vip]);
+    let to = SocketAddr::new(followed.vip, TCP_PORT);
+    let probe = connects::Probe::start_every(scene.lab().client(), to, Duration::from_millis(10));
     let (mut removals, mut rules, mut additions) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..ROUNDS {
         let node = &nodes[round % nodes.len()];
@@ -144,6 +158,14 @@ pub(crate) fn removed_and_added(scene: &Scene<'_>) {
         });
         additions.push(there.saturating_duration_since(ready));
     }
+    let report = probe.stop();
+    let connects = report.established.len();
+    let sent_again = report.established.iter();
+    let sent_again = sent_again.filter(|took| **took >= SYN_AGAIN).count();
+    println!(
+        "      {connects} connects meanwhile: {sent_again} lost a SYN, slowest {:?}",
+        report.worst()
+    );
     println!(
         "      slice -> removed from all tables: {}",
         summary(&mut removals)
@@ -153,6 +175,12 @@ pub(crate) fn removed_and_added(scene: &Scene<'_>) {
         "      kube-proxy ready -> in all tables: {}",
         summary(&mut additions)
     );
+    for times in [&removals, &additions] {
+        assert!(times[times.len() / 2] < MEDIAN, "{times:?}");
+    }
+    assert_eq!(report.failed, 0, "of {connects}");
+    // Tables that follow a second later than kube-proxy cost a tenth of all and more.
+    assert!(sent_again * 20 < connects, "{sent_again} of {connects}");
 }
 
 /// New connections come while one node after the other gets its first endpoint: each is served, and none had to
@@ -166,7 +194,7 @@ pub(crate) fn added_under_load(scene: &Scene<'_>) {
         pods.map(|pod| (pod, State::Ready))
     };
     let to = SocketAddr::new(followed.vip, TCP_PORT);
-    let (mut slowest, mut connects) = (Vec::new(), 0);
+    let mut connects = Vec::new();
     for _ in 0..3 {
         followed.tables(&nodes[0].name, true, || followed.write(first(1)));
         for node in &nodes[1..] {
@@ -183,12 +211,17 @@ pub(crate) fn added_under_load(scene: &Scene<'_>) {
         }
         let report = probe.stop();
         assert_eq!(report.failed, 0, "of {}", report.established.len());
-        connects += report.established.len();
-        slowest.extend(report.worst());
+        connects.extend(report.established);
     }
-    println!(
-        "      {connects} connects, one every {PACE:?}: slowest {:?}",
-        slowest.iter().max().unwrap()
+    connects.sort();
+    let (most, slowest) = (
+        connects[connects.len() * 19 / 20],
+        connects[connects.len() - 1],
     );
-    assert!(slowest.iter().all(|took| *took < Duration::from_secs(1)));
+    println!(
+        "      {} connects, one every {PACE:?}: 95 % within {most:?}, slowest {slowest:?}",
+        connects.len()
+    );
+    assert!(slowest < SYN_AGAIN, "{slowest:?}");
+    assert!(most < CONNECT, "{most:?}");
 }
