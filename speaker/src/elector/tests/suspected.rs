@@ -36,7 +36,7 @@ impl Silent {
                 {
                     let event = AnnouncerEvent::Hello {
                         interface: *interface,
-                        from: MacAddr([2; 6]),
+                        from: mac_of(&"n2".into()),
                         payload: echo::message(echo::ANSWER, token).to_vec(),
                     };
                     host.speaker.announcer(event, now);
