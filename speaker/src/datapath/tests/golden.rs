@@ -39,7 +39,7 @@ pub(super) const XDP_TX: u32 = 3;
 pub(super) const NODES: [&str; 3] = ["here", "other", "third"];
 
 /// What became of a frame.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     /// Left to the next program, as it was.
     Next,
@@ -190,16 +190,18 @@ impl Program {
         tried(driver(&mut self.ebpf).expect("the object holds it"), frame)
     }
 
+    /// What becomes of a frame; it is counted as what it is.
     fn fate(&mut self, frame: &[u8]) -> Fate {
         // At the driver first, as on a node: it sends the same frames to the same nodes, and leaves all others alone.
         let driven = self.driven(frame);
+        let before = self.tables.verdicts();
         let (action, out) = self.raw(frame);
         if action == 7 {
             assert_eq!(driven, (XDP_TX, out.clone()), "at the driver");
         } else {
             assert_eq!(driven, (XDP_PASS, frame.to_vec()), "at the driver");
         }
-        match action {
+        let fate = match action {
             // TCX_NEXT, TC_ACT_SHOT, TC_ACT_REDIRECT.
             u32::MAX => {
                 assert_eq!(out, frame, "the frame must stay as it is");
@@ -214,20 +216,46 @@ impl Program {
                 assert_eq!(out[6..12], frame[..6], "from this node's MAC");
                 assert_eq!(out[12..14], frame[12..14]);
                 if out[14..] == frame[14..] {
-                    return Fate::Sent(to);
+                    Fate::Sent(to)
+                } else {
+                    let at = if frame[12..14] == [0x08, 0] { 22 } else { 21 };
+                    let mut expected = frame[14..].to_vec();
+                    expected[at - 14] = out[at];
+                    if at == 22 {
+                        expected[10..12].copy_from_slice(&out[24..26]);
+                        assert_eq!(is_sound(&out[14..]), is_sound(&frame[14..]), "the checksum");
+                    }
+                    assert_eq!(out[14..], expected, "the TTL and the checksum, and no more");
+                    Fate::HandedOn(to, out[at])
                 }
-                let at = if frame[12..14] == [0x08, 0] { 22 } else { 21 };
-                let mut expected = frame[14..].to_vec();
-                expected[at - 14] = out[at];
-                if at == 22 {
-                    expected[10..12].copy_from_slice(&out[24..26]);
-                    assert_eq!(is_sound(&out[14..]), is_sound(&frame[14..]), "the checksum");
-                }
-                assert_eq!(out[14..], expected, "the TTL and the checksum, and no more");
-                Fate::HandedOn(to, out[at])
             }
             other => panic!("an action nobody should see: {other}"),
-        }
+        };
+        let after = self.tables.verdicts();
+        let counted = Verdict::ALL.into_iter().filter(|verdict| {
+            let grown = after[*verdict as usize] - before[*verdict as usize];
+            assert!(grown <= 1, "{verdict:?} counts {grown} times");
+            // It stands beside what became of the packet.
+            grown == 1 && *verdict != Verdict::FlowsFull
+        });
+        let counted: Vec<Verdict> = counted.collect();
+        let fits = match (fate, &counted[..]) {
+            (Fate::Sent(_), [verdict]) => *verdict == Verdict::Steered,
+            (Fate::HandedOn(..), [verdict]) => *verdict == Verdict::HandedOn,
+            (Fate::Dropped, [verdict]) => matches!(
+                verdict,
+                Verdict::Unreachable | Verdict::Waiting | Verdict::Refused | Verdict::Collided
+            ),
+            (Fate::Next, [verdict]) => matches!(
+                verdict,
+                Verdict::Delivered | Verdict::Unserved | Verdict::StrayFragment
+            ),
+            // What is for nobody here, and what is not steered.
+            (Fate::Next, []) => true,
+            _ => false,
+        };
+        assert!(fits, "{fate:?} counts as {counted:?}");
+        fate
     }
 
     fn verdict(&self, verdict: Verdict) -> u64 {

@@ -1,8 +1,12 @@
 //! TCP flows: which node delivers them when tables change.
 
+use aya::maps::{HashMap, MapData};
 use landfall_ebpf_common::handing_on::FIRST_TTL;
+use landfall_ebpf_common::{Flow, FlowKey, MAX_FLOWS, VipKey, map};
 
 use super::*;
+
+type Flows<'a> = HashMap<&'a mut MapData, FlowKey, Flow>;
 
 #[test]
 fn a_flow_stays_where_it_began() {
@@ -34,6 +38,66 @@ fn a_flow_stays_where_it_began() {
             program.fate(&mk(vip, 6, &mk_tcp(later, 80, SYN))),
             Fate::Sent("other")
         );
+    }
+}
+
+/// With no room left a flow is delivered all the same, known by its SYN alone, and counted; those that are known stay.
+#[test]
+fn a_full_table_delivers() {
+    let mut program = Program::load();
+    let ports: Vec<u16> = (5000..u16::MAX)
+        .filter(|port| VIPS.iter().all(|vip| owner(*vip, *port, &NODES) == "here"))
+        .take(2)
+        .collect();
+    let of = |vip, port, flags| mk(vip, 6, &mk_tcp(port, 80, flags));
+    for vip in VIPS {
+        assert_eq!(program.fate(&of(vip, ports[0], SYN)), Fate::Next);
+        assert_eq!(program.fate(&of(vip, ports[0], ACK)), Fate::Next);
+    }
+    let flows = program.ebpf.map_mut(map::FLOWS).expect("it is not taken");
+    let mut flows = Flows::try_from(flows).expect("it is a hash");
+    let others = (0..MAX_FLOWS).map(|number| FlowKey {
+        protocol: 6,
+        client_port: 1,
+        port: 1,
+        client: [0; 16],
+        vip: VipKey::v4(number.to_be_bytes()),
+    });
+    let full = others
+        .map(|key| flows.insert(key, Flow::default(), 0))
+        .find_map(Result::err);
+    assert!(full.is_some(), "it has room for more than it says");
+    for vip in VIPS {
+        let before = program.verdict(Verdict::FlowsFull);
+        assert_eq!(program.fate(&of(vip, ports[1], SYN)), Fate::Next);
+        for more in 1..3 {
+            assert_eq!(program.fate(&of(vip, ports[1], ACK)), Fate::Next);
+            assert_eq!(program.verdict(Verdict::FlowsFull), before + more);
+        }
+        // The table changes: what is known stays.
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+        assert_eq!(program.fate(&of(vip, ports[0], ACK)), Fate::Next);
+        assert_eq!(program.verdict(Verdict::FlowsFull), before + 2);
+    }
+}
+
+/// Nobody has heard yet where a node is: its clients try again.
+#[test]
+fn who_cannot_be_sent_anything_is_unreachable() {
+    let mut program = Program::load();
+    let unheard = NodeState {
+        mac: None,
+        ..mk_node("other")
+    };
+    program.change(&Change::Node(mk_id("other"), Some(unheard)));
+    for vip in VIPS {
+        let port = port_of(vip, &[("other", &NODES)]);
+        let before = program.verdict(Verdict::Unreachable);
+        for flags in [SYN, ACK] {
+            let frame = mk(vip, 6, &mk_tcp(port, 80, flags));
+            assert_eq!(program.fate(&frame), Fate::Dropped);
+        }
+        assert_eq!(program.verdict(Verdict::Unreachable), before + 2);
     }
 }
 

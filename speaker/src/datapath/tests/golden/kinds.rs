@@ -274,8 +274,10 @@ fn echo_requests_are_answered() {
         let right = sum(&frame).to_be_bytes();
         frame[at + 2..at + 4].copy_from_slice(&right);
         assert_eq!(program.driven(&frame), (XDP_PASS, frame.clone()));
+        let before = program.verdict(Verdict::Echoed);
         let (action, out) = program.raw(&frame);
         assert_eq!(action, 7);
+        assert_eq!(program.verdict(Verdict::Echoed), before + 1);
         assert_eq!((&out[..6], &out[6..12]), (&frame[6..12], &frame[..6]));
         assert_eq!(out[at], reply);
         assert_eq!(
