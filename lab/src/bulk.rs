@@ -51,6 +51,18 @@ impl Content {
     }
 }
 
+/// The client's side of it, over a connection whose server was asked for it.
+pub fn over(stream: std::net::TcpStream, bytes: u64, received: &AtomicU64) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
+            exchange(read, write, bytes, Content::Clients, received).await
+        })
+}
+
 /// Sends `bytes` of `mine` while it receives as many of the other side's; `received` counts them. An error also if they
 /// are not what the other side says it has sent.
 pub async fn exchange(

@@ -43,6 +43,7 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+pub mod behind;
 pub mod bulk;
 pub mod error;
 pub mod failover;
@@ -53,6 +54,7 @@ pub mod ledger;
 pub mod manifests;
 pub mod measure;
 pub mod netns;
+pub mod packets;
 mod ping;
 pub mod process;
 pub mod raw;

@@ -14,7 +14,6 @@ mod steering {
     mod fragments;
     mod hops;
     mod own_clients;
-    mod packet;
     mod path_mtu;
     mod pod_links;
     mod policy;

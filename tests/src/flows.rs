@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use landfall_lab::Netns;
-use landfall_lab::server::WHO_AM_I;
+use landfall_lab::bulk;
+use landfall_lab::server::{BULK, WHO_AM_I};
 
 use crate::PATIENCE;
 
@@ -25,7 +27,12 @@ pub struct Flow {
 impl Flow {
     /// Opens one, and asks who is there.
     pub fn open(from: &Netns, to: SocketAddr) -> std::io::Result<Self> {
-        let stream = from.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+        Self::open_within(from, to, PATIENCE)
+    }
+
+    /// The same, if the connection is there in time.
+    pub fn open_within(from: &Netns, to: SocketAddr, time: Duration) -> std::io::Result<Self> {
+        let stream = from.run(|| TcpStream::connect_timeout(&to, time))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(STALLED))?;
         let mut flow = Self {
@@ -41,6 +48,13 @@ impl Flow {
     /// The node of its pod.
     pub fn node(&self) -> &str {
         self.pod.split_once("-pod").map_or("", |(node, _)| node)
+    }
+
+    /// Sends many bytes and gets as many; all must be what was sent. `received` counts them meanwhile.
+    pub fn exchange(self, bytes: u64, received: &AtomicU64) -> std::io::Result<()> {
+        let mut stream = self.stream.into_inner();
+        writeln!(stream, "{BULK}{bytes}")?;
+        bulk::over(stream, bytes, received)
     }
 
     fn ask(&mut self) -> std::io::Result<()> {

@@ -24,6 +24,8 @@ mod restarts;
 mod scene;
 #[path = "announcing/steering.rs"]
 mod steering;
+#[path = "announcing/wire.rs"]
+mod wire;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
@@ -58,6 +60,12 @@ fn announcing() {
         endpoints::added_under_load,
         delivery::cluster_policy,
         delivery::iptables,
+        wire::many_bytes,
+        wire::shuffled_fragments,
+        wire::smaller_mtu,
+        wire::behind_one_nat,
+        wire::behind_nodes,
+        wire::forward_drop,
         native::delivers,
         native::without_steering,
         native::no_endpoints,

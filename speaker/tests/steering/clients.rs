@@ -1,10 +1,10 @@
 //! Wherever a client is, it is served, and the pod sees its own address.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use landfall_lab::manifests::LINES;
-use landfall_lab::{Lab, Netns, Network};
+use landfall_lab::{Netns, Network, behind};
 use socket2::{Domain, Socket, Type};
 
 use super::cluster::{Cluster, PATIENCE, mk_three, vips};
@@ -12,36 +12,6 @@ use super::flow::{Flow, await_served};
 
 /// As many connections reach every one of three nodes, but for one time in ten thousand.
 const CONNECTIONS: usize = 30;
-
-/// A host on a link of its own behind another host, its gateway; the `number`-th.
-fn mk_behind(lab: &Lab, gateway: &Netns, number: u8) -> Netns {
-    let role = format!("behind{number}");
-    let host = Netns::create_in(lab.id(), &role).unwrap();
-    gateway.veth(&role, &host, "eth0").unwrap();
-    gateway
-        .ip_batch(&format!(
-            "address add 10.66.{number}.1/24 dev {role}\n\
-             address add fd00:66:{number}::1/64 dev {role} nodad\n"
-        ))
-        .unwrap();
-    host.ip_batch(&format!(
-        "address add 10.66.{number}.2/24 dev eth0\n\
-         address add fd00:66:{number}::2/64 dev eth0 nodad\n\
-         route add default via 10.66.{number}.1\n\
-         route add default via fd00:66:{number}::1\n"
-    ))
-    .unwrap();
-    host
-}
-
-/// The addresses of the host that [`mk_behind`] makes.
-fn behind(number: u8) -> [IpAddr; 2] {
-    let group = u16::from(number);
-    [
-        Ipv4Addr::new(10, 66, number, 2).into(),
-        Ipv6Addr::new(0xfd00, 0x66, group, 0, 0, 0, 0, 2).into(),
-    ]
-}
 
 /// Opens connections, all of which must be served by pods that see `address`: the pods.
 fn served(from: &Netns, vip: IpAddr, address: IpAddr) -> BTreeSet<String> {
@@ -75,7 +45,8 @@ fn two_behind_one_nat() {
     const PORTS: std::ops::Range<u16> = 40_000..40_020;
     let (cluster, _) = mk_three(false);
     let router = cluster.lab.router();
-    let clients = [1, 2].map(|number| (number, mk_behind(&cluster.lab, router, number)));
+    let clients =
+        [1, 2].map(|number| (number, behind::host(&cluster.lab, router, number).unwrap()));
     router
         .nft(
             "table inet nat_of_clients {
@@ -91,7 +62,7 @@ fn two_behind_one_nat() {
         let mut flows = Vec::new();
         for port in PORTS {
             for (number, from) in &clients {
-                let own = behind(*number)[usize::from(vip.is_ipv6())];
+                let own = behind::addresses(*number)[usize::from(vip.is_ipv6())];
                 let to: SocketAddr = (vip, LINES).into();
                 let stream = from.run(|| -> std::io::Result<TcpStream> {
                     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
@@ -153,7 +124,7 @@ fn routed_through_a_node() {
     let (cluster, leader) = mk_three(false);
     let lab = &cluster.lab;
     let through = lab.nodes().iter().find(|node| node.name != leader).unwrap();
-    let client = mk_behind(lab, &through.netns, 3);
+    let client = behind::host(lab, &through.netns, 3).unwrap();
     // The way back: by the default route of the pods' nodes, and the router knows the rest.
     let [v4, v6] = through.addresses(Network::Lan);
     lab.router()
@@ -161,7 +132,7 @@ fn routed_through_a_node() {
             "route add 10.66.3.0/24 via {v4}\nroute add fd00:66:3::/64 via {v6}\n"
         ))
         .unwrap();
-    for (vip, address) in vips().into_iter().zip(behind(3)) {
+    for (vip, address) in vips().into_iter().zip(behind::addresses(3)) {
         println!("{vip}: served by {:?}", served(&client, vip, address));
     }
     // Without a pod on the way, it is the pods of the other nodes that serve.
@@ -172,7 +143,7 @@ fn routed_through_a_node() {
         .collect();
     cluster.serve(&elsewhere);
     let names: BTreeSet<String> = elsewhere.iter().map(|pod| pod.name.clone()).collect();
-    for (vip, address) in vips().into_iter().zip(behind(3)) {
+    for (vip, address) in vips().into_iter().zip(behind::addresses(3)) {
         await_served(&cluster, vip, &elsewhere);
         assert_eq!(served(&client, vip, address), names);
     }

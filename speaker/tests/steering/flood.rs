@@ -8,7 +8,7 @@ use landfall_lab::manifests::LINES;
 
 use super::cluster::{mk_three, vips};
 use super::flow::{Flow, all_alive, open};
-use super::packet::{Raw, syn};
+use landfall_lab::packets::{Raw, syn};
 
 /// How many SYNs are sent, half of them to each VIP: three times what the table of half-open flows holds.
 const SYNS: u32 = 50_000;

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use landfall_lab::bulk::{self, Content};
+use landfall_lab::bulk;
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::manifests::LINES;
 use landfall_lab::server::{BULK, WHO_AM_I};
@@ -74,14 +74,7 @@ impl Flow {
     pub(super) fn exchange(self, bytes: u64, received: &AtomicU64) -> std::io::Result<()> {
         let mut stream = self.stream.into_inner();
         writeln!(stream, "{BULK}{bytes}")?;
-        stream.set_nonblocking(true)?;
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(async {
-                let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
-                bulk::exchange(read, write, bytes, Content::Clients, received).await
-            })
+        bulk::over(stream, bytes, received)
     }
 
     /// Ends it from both sides.

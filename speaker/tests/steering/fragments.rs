@@ -8,7 +8,7 @@ use landfall_lab::{Network, Pod};
 
 use super::cluster::{PATIENCE, mk_three, vips};
 use super::flow::await_served;
-use super::packet::{Raw, fragments};
+use landfall_lab::packets::{Raw, fragments};
 
 /// Datagrams longer than the MTU reach the node that serves the client, whole.
 #[test]

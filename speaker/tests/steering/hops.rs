@@ -22,7 +22,7 @@ use pnet_packet::tcp::TcpFlags;
 
 use super::cluster::{Cluster, PATIENCE, vips};
 use super::flow::await_served;
-use super::packet::{datagram, segment};
+use landfall_lab::packets::{datagram, segment};
 use tables::{Tables, is_seeded};
 use tap::{Identity, Seen, Tap};
 

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use landfall_lab::Netns;
+use crate::Netns;
 use pnet_packet::ip::{IpNextHeaderProtocol, IpNextHeaderProtocols};
 use pnet_packet::ipv4::MutableIpv4Packet;
 use pnet_packet::ipv6::MutableIpv6Packet;
@@ -18,17 +18,20 @@ const TCP_HEADER: usize = 20;
 const FRAGMENT: usize = 1448;
 
 /// Sends IP packets as they are, but for IPv4's header checksum, which the kernel fills in.
-pub(super) struct Raw(Socket);
+#[derive(Debug)]
+pub struct Raw(Socket);
 
 impl Raw {
-    pub(super) fn open(from: &Netns, to: IpAddr) -> Self {
+    /// From a host, for destinations of a family.
+    pub fn open(from: &Netns, to: IpAddr) -> Self {
         let domain = Domain::for_address((to, 0).into());
         // Of this protocol a socket takes whole packets, of both families (raw(7)).
         let raw = Protocol::from(libc::IPPROTO_RAW);
-        Self(from.run(|| Socket::new(domain, Type::RAW, Some(raw)).unwrap()))
+        Self(from.run(|| Socket::new(domain, Type::RAW, Some(raw)).expect("the sizes are right")))
     }
 
-    pub(super) fn send(&self, to: IpAddr, packet: &[u8]) -> std::io::Result<usize> {
+    /// Sends one; how many bytes that were.
+    pub fn send(&self, to: IpAddr, packet: &[u8]) -> std::io::Result<usize> {
         self.0.send_to(packet, &SocketAddr::new(to, 0).into())
     }
 }
@@ -41,11 +44,11 @@ fn ip(
     fragment: Option<(u32, usize, bool)>,
     payload: &[u8],
 ) -> Vec<u8> {
-    let short = |length: usize| u16::try_from(length).unwrap();
+    let short = |length: usize| u16::try_from(length).expect("the sizes are right");
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
             let mut packet = vec![0; IPV4_HEADER];
-            let mut header = MutableIpv4Packet::new(&mut packet).unwrap();
+            let mut header = MutableIpv4Packet::new(&mut packet).expect("the sizes are right");
             header.set_version(4);
             header.set_header_length(5);
             header.set_total_length(short(IPV4_HEADER + payload.len()));
@@ -54,7 +57,7 @@ fn ip(
             header.set_source(from);
             header.set_destination(to);
             if let Some((id, offset, more)) = fragment {
-                header.set_identification(u16::try_from(id).unwrap());
+                header.set_identification(u16::try_from(id).expect("the sizes are right"));
                 header.set_flags(u8::from(more));
                 header.set_fragment_offset(short(offset / 8));
             }
@@ -74,7 +77,7 @@ fn ip(
             };
             inside.extend(payload);
             let mut packet = vec![0; IPV6_HEADER];
-            let mut header = MutableIpv6Packet::new(&mut packet).unwrap();
+            let mut header = MutableIpv6Packet::new(&mut packet).expect("the sizes are right");
             header.set_version(6);
             header.set_payload_length(short(inside.len()));
             header.set_next_header(next);
@@ -92,8 +95,8 @@ fn ip(
 fn udp_datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     let mut datagram = vec![0; UDP_HEADER];
     datagram.extend(data);
-    let length = u16::try_from(datagram.len()).unwrap();
-    let mut header = MutableUdpPacket::new(&mut datagram).unwrap();
+    let length = u16::try_from(datagram.len()).expect("the sizes are right");
+    let mut header = MutableUdpPacket::new(&mut datagram).expect("the sizes are right");
     header.set_source(from.port());
     header.set_destination(to.port());
     header.set_length(length);
@@ -111,7 +114,7 @@ fn udp_datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
 }
 
 /// A UDP datagram in one packet.
-pub(super) fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+pub fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     let datagram = udp_datagram(from, to, data);
     ip(
         from.ip(),
@@ -123,7 +126,7 @@ pub(super) fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8>
 }
 
 /// The fragments of a UDP datagram, in their order.
-pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<Vec<u8>> {
+pub fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<Vec<u8>> {
     let datagram = udp_datagram(from, to, data);
     let number = datagram.len().div_ceil(FRAGMENT);
     datagram
@@ -137,14 +140,14 @@ pub(super) fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) 
 }
 
 /// A SYN.
-pub(super) fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
+pub fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
     segment(from, to, sequence, tcp::TcpFlags::SYN)
 }
 
-/// A TCP segment without data.
-pub(super) fn segment(from: SocketAddr, to: SocketAddr, sequence: u32, flags: u8) -> Vec<u8> {
+/// A TCP segment without data, with these flags (RFC 9293, 3.1).
+pub fn segment(from: SocketAddr, to: SocketAddr, sequence: u32, flags: u8) -> Vec<u8> {
     let mut segment = vec![0; TCP_HEADER];
-    let mut header = MutableTcpPacket::new(&mut segment).unwrap();
+    let mut header = MutableTcpPacket::new(&mut segment).expect("the sizes are right");
     header.set_source(from.port());
     header.set_destination(to.port());
     header.set_sequence(sequence);
