@@ -54,8 +54,8 @@ impl Drop for Intruder<'_> {
 /// It is found before the first announcement, which waits until the other one is gone.
 pub(crate) fn before_the_first_announcement(scene: &Scene<'_>) {
     for (name, family, address) in [
-        ("taken-v4", "IPv4", IpAddr::V4(Network::Lan.v4(230))),
-        ("taken-v6", "IPv6", IpAddr::V6(Network::Lan.v6(230))),
+        ("taken-v4", "IPv4", IpAddr::V4(Network::Lan.v4(253))),
+        ("taken-v6", "IPv6", IpAddr::V6(Network::Lan.v6(253))),
     ] {
         let intruder = Intruder::new(scene, address);
         let spec = json!({"ipFamilyPolicy": SINGLE, "ipFamilies": [family]});

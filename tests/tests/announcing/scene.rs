@@ -22,7 +22,7 @@ apiVersion: landfall.dev/v1alpha1
 kind: IPAddressPool
 metadata: {name: lan}
 spec:
-  addresses: [10.88.0.200-10.88.0.249, 'fd00:88::200-fd00:88::249']
+  addresses: [10.88.0.200-10.88.0.253, 'fd00:88::200-fd00:88::253']
   quarantine: 1h
 ---
 apiVersion: landfall.dev/v1alpha1
