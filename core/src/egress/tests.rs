@@ -2,10 +2,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::model::{
-    EgressSource, EgressSpec, EgressStatus, Namespace, OldFlows, Purpose, ServiceAllocation,
-    VirtualIp,
-};
+use crate::model::{EgressSource, Namespace, Purpose, ServiceAllocation, VirtualIp};
 use crate::selector::{LabelSelector, Labels};
 
 pub(super) fn mk_labels(labels: &[(&str, &str)]) -> Labels {
@@ -37,32 +34,11 @@ pub(super) fn mk_policy(
     let selector = |labels: &[(&str, &str)]| {
         (!labels.is_empty()).then(|| LabelSelector::of_labels(labels.iter().copied()))
     };
-    EgressPolicy {
-        name: name.into(),
-        uid: String::new(),
-        generation: 1,
-        created: 0,
-        spec: EgressSpec {
-            namespaces: selector(namespaces),
-            pods: selector(pods),
-            source: EgressSource::Pool {
-                name: "out".into(),
-                count: 1,
-                families: Vec::new(),
-            },
-            destinations: BTreeSet::new(),
-            excluded: BTreeSet::new(),
-            gateways: None,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            on_appear: OldFlows::Keep,
-            on_delete: OldFlows::Keep,
-            hairpin: false,
-        },
-        status: EgressStatus::default(),
-        since: BTreeMap::new(),
-    }
+    let mut policy = EgressPolicy::plain(name, EgressSource::of_pool("out"));
+    policy.generation = 1;
+    policy.spec.namespaces = selector(namespaces);
+    policy.spec.pods = selector(pods);
+    policy
 }
 
 pub(super) fn mk_pool(name: &str, namespaces: &[&str]) -> Pool {

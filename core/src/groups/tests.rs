@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::{EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows};
+use crate::model::{EgressPolicy, EgressSource};
 use crate::selector::LabelSelector;
 use crate::steering::Distribution;
 
@@ -147,29 +147,10 @@ fn mk_egress_vip(address: &str, group: &str, service: Option<&str>) -> Event {
 }
 
 fn mk_policy(gateways: Option<LabelSelector>) -> Event {
-    let spec = EgressSpec {
-        namespaces: None,
-        pods: Some(LabelSelector::of_labels([("app", "mail")])),
-        source: EgressSource::Addresses(Vec::new()),
-        destinations: BTreeSet::new(),
-        excluded: BTreeSet::new(),
-        gateways,
-        ports_per_pod: None,
-        ports: None,
-        bandwidth: None,
-        on_appear: OldFlows::Keep,
-        on_delete: OldFlows::Keep,
-        hairpin: false,
-    };
-    Event::Apply(Object::EgressPolicy(Box::new(EgressPolicy {
-        name: "mail".into(),
-        uid: String::new(),
-        generation: 1,
-        created: 0,
-        spec,
-        status: EgressStatus::default(),
-        since: BTreeMap::new(),
-    })))
+    let mut policy = EgressPolicy::plain("mail", EgressSource::Addresses(Vec::new()));
+    policy.spec.pods = Some(LabelSelector::of_labels([("app", "mail")]));
+    policy.spec.gateways = gateways;
+    Event::Apply(Object::EgressPolicy(Box::new(policy)))
 }
 
 #[test]

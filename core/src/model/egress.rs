@@ -86,6 +86,17 @@ pub enum EgressSource {
     Service(ObjectKey),
 }
 
+impl EgressSource {
+    /// One address of each family that a pool has.
+    pub fn of_pool(name: &str) -> Self {
+        Self::Pool {
+            name: name.into(),
+            count: 1,
+            families: Vec::new(),
+        }
+    }
+}
+
 /// `EgressPolicy.spec.bandwidth`, in each direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bandwidth {
@@ -172,4 +183,32 @@ pub struct EgressPolicy {
     pub status: EgressStatus,
     /// Since when each of its conditions is what it is, by type, in seconds since the Unix epoch.
     pub since: BTreeMap<String, i64>,
+}
+
+impl EgressPolicy {
+    /// One that says nothing but where its addresses come from: all pods, all destinations, any gateway, no limits.
+    pub fn plain(name: &str, source: EgressSource) -> Self {
+        Self {
+            name: name.into(),
+            uid: String::new(),
+            generation: 0,
+            created: 0,
+            spec: EgressSpec {
+                namespaces: None,
+                pods: None,
+                source,
+                destinations: BTreeSet::new(),
+                excluded: BTreeSet::new(),
+                gateways: None,
+                ports_per_pod: None,
+                ports: None,
+                bandwidth: None,
+                on_appear: OldFlows::default(),
+                on_delete: OldFlows::default(),
+                hairpin: false,
+            },
+            status: EgressStatus::default(),
+            since: BTreeMap::new(),
+        }
+    }
 }

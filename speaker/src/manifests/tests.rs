@@ -1,39 +1,14 @@
 use std::time::Duration;
 
-use landfall_core::model::{
-    EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows, Pool, Purpose,
-};
+use landfall_core::model::{EgressPolicy, EgressSource, Pool, Purpose};
 use landfall_core::selector::{LabelSelector, Labels};
 
 use super::*;
 
 fn mk_policy(name: &str) -> Event {
-    Event::Apply(Object::EgressPolicy(Box::new(EgressPolicy {
-        name: name.into(),
-        uid: String::new(),
-        generation: 0,
-        created: 0,
-        spec: EgressSpec {
-            namespaces: None,
-            pods: Some(LabelSelector::of_labels([("app", name)])),
-            source: EgressSource::Pool {
-                name: "out".into(),
-                count: 1,
-                families: Vec::new(),
-            },
-            destinations: BTreeSet::new(),
-            excluded: BTreeSet::new(),
-            gateways: None,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            on_appear: OldFlows::Keep,
-            on_delete: OldFlows::Keep,
-            hairpin: false,
-        },
-        status: EgressStatus::default(),
-        since: BTreeMap::new(),
-    })))
+    let mut policy = EgressPolicy::plain(name, EgressSource::of_pool("out"));
+    policy.spec.pods = Some(LabelSelector::of_labels([("app", name)]));
+    Event::Apply(Object::EgressPolicy(Box::new(policy)))
 }
 
 fn mk_pool() -> Event {

@@ -73,28 +73,11 @@ pub(in crate::ipam) fn mk_service(name: &str) -> Service {
 
 /// A policy for pods labelled `app: mail` that takes its addresses from there.
 pub(in crate::ipam) fn mk_policy(name: &str, source: EgressSource) -> EgressPolicy {
-    EgressPolicy {
-        name: name.into(),
-        uid: format!("uid-{name}"),
-        generation: 1,
-        created: 0,
-        spec: EgressSpec {
-            namespaces: None,
-            pods: Some(mk_selector("app", "mail")),
-            source,
-            destinations: BTreeSet::new(),
-            excluded: BTreeSet::new(),
-            gateways: None,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            on_appear: OldFlows::Keep,
-            on_delete: OldFlows::Keep,
-            hairpin: false,
-        },
-        status: EgressStatus::default(),
-        since: BTreeMap::new(),
-    }
+    let mut policy = EgressPolicy::plain(name, source);
+    policy.uid = format!("uid-{name}");
+    policy.generation = 1;
+    policy.spec.pods = Some(mk_selector("app", "mail"));
+    policy
 }
 
 /// So many addresses of each family that a pool has.

@@ -1,8 +1,6 @@
 //! What nodes are told of pods that leave by addresses of their own.
 
-use landfall_core::model::{
-    EgressPolicy, EgressSource, EgressSpec, EgressStatus, OldFlows, Pod, Purpose,
-};
+use landfall_core::model::{EgressPolicy, EgressSource, Pod, Purpose};
 use landfall_core::selector::LabelSelector;
 
 use super::*;
@@ -11,32 +9,9 @@ use crate::egress::{Egress, Gateway};
 const VIP: &str = "10.88.0.240";
 
 fn mk_policy() -> Object {
-    Object::EgressPolicy(Box::new(EgressPolicy {
-        name: "mail".into(),
-        uid: String::new(),
-        generation: 0,
-        created: 0,
-        spec: EgressSpec {
-            namespaces: None,
-            pods: Some(LabelSelector::of_labels([("app", "mta")])),
-            source: EgressSource::Pool {
-                name: "out".into(),
-                count: 1,
-                families: Vec::new(),
-            },
-            destinations: BTreeSet::new(),
-            excluded: BTreeSet::new(),
-            gateways: None,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            on_appear: OldFlows::Keep,
-            on_delete: OldFlows::Keep,
-            hairpin: false,
-        },
-        since: BTreeMap::new(),
-        status: EgressStatus::default(),
-    }))
+    let mut policy = EgressPolicy::plain("mail", EgressSource::of_pool("out"));
+    policy.spec.pods = Some(LabelSelector::of_labels([("app", "mta")]));
+    Object::EgressPolicy(Box::new(policy))
 }
 
 fn mk_pod(name: &str, node: &str, app: &str, address: &str) -> Object {
