@@ -77,14 +77,7 @@ impl Link {
     /// # Errors
     /// None that is expected.
     pub fn xdp_interface(&self) -> io::Result<u32> {
-        let mut info = XdpInfo::default();
-        let mut attr = InfoAttr {
-            bpf_fd: self.number(),
-            info_len: u32::try_from(size_of::<XdpInfo>()).expect("a few bytes"),
-            info: &raw mut info as u64,
-        };
-        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-        Ok(info.ifindex)
+        Ok(self.info()?.ifindex)
     }
 
     /// The id of its program.
@@ -92,6 +85,11 @@ impl Link {
     /// # Errors
     /// None that is expected.
     pub fn program(&self) -> io::Result<u32> {
+        Ok(self.info()?.program)
+    }
+
+    /// What the kernel says of it. Of a link of another kind only what comes before the kind's own is true.
+    fn info(&self) -> io::Result<XdpInfo> {
         let mut info = XdpInfo::default();
         let mut attr = InfoAttr {
             bpf_fd: self.number(),
@@ -99,7 +97,7 @@ impl Link {
             info: &raw mut info as u64,
         };
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-        Ok(info.program)
+        Ok(info)
     }
 
     /// Detaches its program now. Removing the last reference to a link does the same, but some time later.
