@@ -15,18 +15,7 @@ mod plane;
 mod rules;
 
 use env::Env;
-
-/// A scenario by name.
-type Scenario = (
-    &'static str,
-    fn(&Env) -> futures::future::LocalBoxFuture<'_, ()>,
-);
-
-macro_rules! scenarios {
-    ($($path:path),* $(,)?) => {
-        vec![$((stringify!($path), |env: &Env| Box::pin($path(env)))),*]
-    };
-}
+use plane::{Scenario, scenarios};
 
 #[test]
 fn controller() {
@@ -50,29 +39,5 @@ fn controller() {
         lifecycle::two_replicas,
         lifecycle::announced_is_mirrored,
     ];
-    let only = std::env::var("LANDFALL_SCENARIO").ok();
-    Env::run(move |env| async move {
-        let mut failed = Vec::new();
-        for (name, scenario) in scenarios {
-            if only
-                .as_ref()
-                .is_some_and(|only| !name.contains(only.as_str()))
-            {
-                continue;
-            }
-            env.clear().await;
-            let begun = std::time::Instant::now();
-            let run = std::panic::AssertUnwindSafe(scenario(&env));
-            let result = futures::FutureExt::catch_unwind(run).await;
-            let took = begun.elapsed().as_secs_f32();
-            println!(
-                "{} {name} ({took:.1} s)",
-                if result.is_ok() { "ok    " } else { "FAILED" }
-            );
-            if result.is_err() {
-                failed.push(name);
-            }
-        }
-        assert!(failed.is_empty(), "failed: {failed:?}");
-    });
+    Env::play(scenarios, &Env::clear);
 }

@@ -22,18 +22,7 @@ mod pods;
 mod reports;
 
 use env::Env;
-
-/// A scenario by name.
-type Scenario = (
-    &'static str,
-    fn(&Env) -> futures::future::LocalBoxFuture<'_, ()>,
-);
-
-macro_rules! scenarios {
-    ($($path:path),* $(,)?) => {
-        vec![$((stringify!($path), |env: &Env| Box::pin($path(env)))),*]
-    };
-}
+use plane::{Scenario, scenarios};
 
 #[test]
 fn policies() {
@@ -51,30 +40,8 @@ fn policies() {
         pods::churn,
         reports::without_the_kind,
     ];
-    let only = std::env::var("LANDFALL_SCENARIO").ok();
-    Env::run(move |env| async move {
-        let mut failed = Vec::new();
-        for (name, scenario) in scenarios {
-            if only
-                .as_ref()
-                .is_some_and(|only| !name.contains(only.as_str()))
-            {
-                continue;
-            }
-            env.clear().await;
-            env.clear_pods().await;
-            let begun = std::time::Instant::now();
-            let run = std::panic::AssertUnwindSafe(scenario(&env));
-            let result = futures::FutureExt::catch_unwind(run).await;
-            let took = begun.elapsed().as_secs_f32();
-            println!(
-                "{} {name} ({took:.1} s)",
-                if result.is_ok() { "ok    " } else { "FAILED" }
-            );
-            if result.is_err() {
-                failed.push(name);
-            }
-        }
-        assert!(failed.is_empty(), "failed: {failed:?}");
+    Env::play(scenarios, &async |env: &Env| {
+        env.clear().await;
+        env.clear_pods().await;
     });
 }

@@ -1,9 +1,13 @@
 //! The control plane of the scenarios, and controllers that run beside it.
 
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
+use futures::FutureExt as _;
+use futures::future::LocalBoxFuture;
 use kube::Client;
 use landfall_lab::{Lab, Program, Topology};
 use landfall_tests::{CONTROL_HOST, ControlPlane, PATIENCE, chart};
@@ -38,6 +42,16 @@ impl Controller {
     }
 }
 
+/// A scenario by name.
+pub(crate) type Scenario = (&'static str, fn(&Env) -> LocalBoxFuture<'_, ()>);
+
+macro_rules! scenarios {
+    ($($path:path),* $(,)?) => {
+        vec![$((stringify!($path), |env: &$crate::plane::Env| Box::pin($path(env)))),*]
+    };
+}
+pub(crate) use scenarios;
+
 impl Drop for Controller {
     fn drop(&mut self) {
         self.lab.stop(CONTROL_HOST, &self.name);
@@ -65,6 +79,29 @@ impl Env {
                 started: AtomicUsize::new(0),
             })
             .await;
+        });
+    }
+
+    /// Runs scenarios, one after the other on one control plane; `before` each. `LANDFALL_SCENARIO` selects.
+    pub(crate) fn play(scenarios: Vec<Scenario>, before: &impl AsyncFn(&Self)) {
+        let only = std::env::var("LANDFALL_SCENARIO").unwrap_or_default();
+        Self::run(async |env| {
+            let mut failed = Vec::new();
+            for (name, scenario) in scenarios {
+                if !name.contains(&only) {
+                    continue;
+                }
+                before(&env).await;
+                let begun = Instant::now();
+                let run = AssertUnwindSafe(scenario(&env));
+                let result = run.catch_unwind().await;
+                let word = if result.is_ok() { "ok    " } else { "FAILED" };
+                println!("{word} {name} ({:.1} s)", begun.elapsed().as_secs_f32());
+                if result.is_err() {
+                    failed.push(name);
+                }
+            }
+            assert!(failed.is_empty(), "failed: {failed:?}");
         });
     }
 
