@@ -102,8 +102,10 @@ pub struct HoldersKey {
     pub bucket: u32,
 }
 
-/// How many holders of a bucket are named; also how often a frame is handed on at most.
+/// How many holders of a bucket are named.
 pub const MAX_HOLDERS: usize = 4;
+/// How many nodes are asked for a flow at most.
+pub const MAX_ASKED: u8 = 6;
 /// How many buckets with holders the map has room for.
 pub const MAX_HELD: u32 = 131_072;
 

@@ -1,20 +1,22 @@
-//! How far a packet whose flow is unknown here may be handed on, and to whom.
+//! How a node finds the flow of a packet that it does not know.
 //!
-//! A packet in the middle of a TCP flow that its node does not know goes to a node that held its bucket before. Nodes
-//! may disagree about who that is, so what keeps packets from wandering are two things that no table can talk
-//! them out of. The number of times is in the packet: the first time its TTL (or hop limit) is cut down to
-//! [`FIRST_TTL`], and each further time lowers it by one, down to [`LAST_TTL`]. And each further time it goes to a
-//! node of a higher seed only, so that none hands the same packet on twice; the node that its own table names first
-//! begins with any, and does not hand on what was handed on before.
+//! A packet in the middle of a TCP flow may have been steered to a node that does not know the flow: it belongs to one
+//! that held its bucket before. The node it was steered to asks the others by sending it to them, one after the other:
+//! who knows the flow delivers it, and who does not sends it back. Only the one that asks decides whom to ask, and
+//! whether to answer for a flow that nobody knows; so it does not matter what the nodes that are asked believe.
+//!
+//! What keeps packets from wandering is in the packet. Its TTL (or hop limit) says how far the search is: it is cut down
+//! to [`FIRST_TTL`] for the first question, and each way there or back lowers it by one, so that questions are even and
+//! their returns odd. And nodes are asked in the order of their seeds, each once: the one that sends it back tells
+//! which are next.
 
-use crate::flow::MAX_HOLDERS;
+use crate::flow::MAX_ASKED;
 
-/// The highest TTL with which a packet is handed on. A client's packet that arrives with so little is rare, and
-/// fares worse only if its flow was moved: it is looked for at fewer nodes.
-pub const FIRST_TTL: u8 = 7;
-/// A packet that was handed on and has this TTL stays where it is; it is enough for the way to a pod.
-#[allow(clippy::cast_possible_truncation)] // It is 4.
-pub const LAST_TTL: u8 = FIRST_TTL - (MAX_HOLDERS as u8 - 1);
+/// The TTL of the first question. A client's packet that arrives with so little is rare, and fares worse only if its
+/// flow was moved: it is looked for at fewer nodes, or the client has to try again.
+pub const FIRST_TTL: u8 = LAST_TTL + 2 * (MAX_ASKED - 1);
+/// The TTL of the last question: what is left is enough for the way to a pod.
+pub const LAST_TTL: u8 = 8;
 
 /// A packet in the middle of a flow that this node does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,56 +27,54 @@ pub struct Arrival {
     pub from_peer: bool,
     /// This node's table names this node first.
     pub first_here: bool,
-    /// This node's seed.
-    pub seed: u64,
+    /// The other nodes have said which flows they hold.
+    pub settled: bool,
 }
 
 impl Arrival {
-    /// Whether another node has handed it on, rather than steered it.
+    /// Whether another node asks this one whether it knows the flow.
     #[inline(always)]
     #[allow(clippy::inline_always)] // The verifier sees straight code.
-    pub const fn was_handed_on(self) -> bool {
-        self.from_peer && self.ttl <= FIRST_TTL
+    pub const fn is_asked(self) -> bool {
+        self.from_peer
+            && self.ttl.is_multiple_of(2)
+            && self.ttl >= LAST_TTL
+            && self.ttl <= FIRST_TTL
     }
 
-    /// The TTL with which to hand it on; nothing if it stays here.
+    /// Whether this node has asked the one that sent it, in vain.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    pub const fn is_back(self) -> bool {
+        self.from_peer
+            && !self.ttl.is_multiple_of(2)
+            && self.ttl >= LAST_TTL - 1
+            && self.ttl < FIRST_TTL
+    }
+
+    /// The TTL with which the next is asked, or the question goes back; nothing if it goes no further.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     pub const fn ttl_after(self) -> Option<u8> {
-        if self.was_handed_on() {
-            if self.first_here || self.ttl <= LAST_TTL {
-                return None;
-            }
+        if self.is_asked() {
             return Some(self.ttl - 1);
         }
-        if self.ttl > FIRST_TTL {
-            Some(FIRST_TTL)
-        } else if self.ttl > 1 {
-            Some(self.ttl - 1)
+        let ttl = if self.ttl > FIRST_TTL {
+            FIRST_TTL
         } else {
-            None
-        }
+            self.ttl.saturating_sub(1) & !1
+        };
+        if ttl >= LAST_TTL { Some(ttl) } else { None }
     }
 
-    /// Whether it may go to the node with this seed.
+    /// Whether the node answers for the flow if nobody else can be asked: its pod's reset tells the client that the
+    /// flow is gone. Who was sent the packet and does not think that it should have been drops it: the tables are
+    /// changing, and the reset would end a flow that lives elsewhere. So does who has begun anew. The client tries again
+    /// until the tables agree and all has been said.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
-    pub const fn may_go_to(self, seed: u64) -> bool {
-        if self.first_here {
-            seed != self.seed
-        } else {
-            seed > self.seed
-        }
-    }
-
-    /// Whether it is dropped rather than delivered when there is nobody to hand it on to: the tables are changing.
-    /// A node that was sent it as if it were first, and does not think so, will know better when the client tries
-    /// again; a node that thinks it is first, and to which it was handed on, will be sent it as the first. If they
-    /// delivered it, the reset that answers would end a flow that lives elsewhere.
-    #[inline(always)]
-    #[allow(clippy::inline_always)] // As above.
-    pub const fn waits(self) -> bool {
-        self.from_peer && self.first_here == self.was_handed_on()
+    pub const fn answers(self) -> bool {
+        self.settled && (self.first_here || !self.from_peer)
     }
 }
 
@@ -83,6 +83,7 @@ mod tests {
     extern crate std;
 
     use super::*;
+    use std::collections::BTreeSet;
     use std::vec::Vec;
 
     /// A small generator, so that tables disagree in every way.
@@ -97,67 +98,97 @@ mod tests {
         }
     }
 
-    /// Each node has any opinion of who is first and who holds; the frame still stops.
+    /// Each node has any opinion of who is first and who may know the flow, and any of them knows it or nobody.
     #[test]
-    fn with_tables_that_disagree_a_frame_is_handed_on_four_times_at_most_and_by_no_node_twice() {
+    fn with_tables_that_disagree_each_node_is_asked_once_and_who_is_asked_never_answers_for_another()
+     {
         let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
-        let mut longest = 0;
+        let mut most = 0;
+        let mut found = 0;
         for _ in 0..100_000 {
             let nodes = 2 + dice.roll(14);
-            let opinions: Vec<(u64, Vec<u64>)> = (0..nodes)
+            let opinions: Vec<(u64, BTreeSet<u64>)> = (0..nodes)
                 .map(|_| {
-                    let holders = (0..dice.roll(9)).map(|_| dice.roll(nodes)).collect();
-                    (dice.roll(nodes), holders)
+                    let candidates = (0..dice.roll(9)).map(|_| dice.roll(nodes)).collect();
+                    (dice.roll(nodes), candidates)
                 })
                 .collect();
-            let mut ttl = u8::try_from(1 + dice.roll(255)).unwrap();
+            let knows = dice.roll(nodes + 1);
+            let unsettled: BTreeSet<u64> = (0..dice.roll(3)).map(|_| dice.roll(nodes)).collect();
+            let mut ttl = FIRST_TTL + 1 + u8::try_from(dice.roll(200)).unwrap();
             // A client's frame, or one that a leader steered.
-            let mut from = (dice.roll(2) == 0).then(|| dice.roll(nodes));
-            let mut at = dice.roll(nodes);
-            let mut handed_by = Vec::new();
-            loop {
-                let (first, holders) = &opinions[usize::try_from(at).unwrap()];
+            let steered_by = (dice.roll(2) == 0).then(|| dice.roll(nodes));
+            let (mut from, mut at) = (steered_by, dice.roll(nodes));
+            let asks = at;
+            let mut asked = Vec::new();
+            let answered_by = loop {
+                if at == knows {
+                    break Some(at);
+                }
+                let (first, candidates) = &opinions[usize::try_from(at).unwrap()];
                 let arrival = Arrival {
                     ttl,
                     from_peer: from.is_some(),
                     first_here: *first == at,
-                    seed: at,
+                    settled: !unsettled.contains(&at),
                 };
-                let Some(after) = arrival.ttl_after() else {
-                    break;
+                let after = arrival.ttl_after();
+                let next = if arrival.is_asked() {
+                    from
+                } else {
+                    assert_eq!(at, asks, "one node asks");
+                    let above = from.filter(|_| arrival.is_back());
+                    let mut open = candidates.iter().filter(|it| {
+                        **it != at && Some(**it) != from && above.is_none_or(|above| **it > above)
+                    });
+                    open.next().copied()
                 };
-                let next = holders
-                    .iter()
-                    .filter(|it| Some(**it) != from && **it != at && arrival.may_go_to(**it))
-                    .min();
-                let Some(next) = next else {
-                    break;
+                let (Some(next), Some(after)) = (next, after) else {
+                    break arrival.answers().then_some(at);
                 };
-                assert!(after < ttl, "each time lowers the TTL");
-                handed_by.push(at);
-                (from, at, ttl) = (Some(at), *next, after);
-                assert!(handed_by.len() <= MAX_HOLDERS, "{handed_by:?}");
+                assert!(after < ttl, "each way lowers the TTL");
+                if !arrival.is_asked() {
+                    asked.push(next);
+                }
+                (from, at, ttl) = (Some(at), next, after);
+                assert!(asked.len() <= usize::from(MAX_ASKED), "{asked:?}");
+            };
+            assert!(asked.is_sorted_by(|one, next| one < next), "{asked:?}");
+            if asked.contains(&knows) {
+                assert_eq!(answered_by, Some(knows), "who knows it is asked last");
+                found += 1;
+            } else {
+                assert!([Some(asks), None].contains(&answered_by), "{answered_by:?}");
             }
-            let mut unique = handed_by.clone();
-            unique.sort_unstable();
-            unique.dedup();
-            assert_eq!(unique.len(), handed_by.len(), "{handed_by:?}");
-            longest = longest.max(handed_by.len());
+            most = most.max(asked.len());
         }
-        assert_eq!(longest, MAX_HOLDERS, "as many as are allowed do happen");
+        assert_eq!(
+            most,
+            usize::from(MAX_ASKED),
+            "as many as are allowed do happen"
+        );
+        assert!(found > 10_000, "{found}");
+    }
+
+    #[test]
+    fn all_that_a_node_may_know_of_can_be_asked() {
+        // The holders and the spread before, or four spreads before; and who is first by the own table.
+        assert!(usize::from(MAX_ASKED) >= crate::MAX_HOLDERS + 2);
+        assert!(usize::from(MAX_ASKED) > crate::MAX_HISTORY);
     }
 
     #[test]
     fn what_is_about_to_expire_stays() {
-        for ttl in [0, 1] {
+        for ttl in 0..=LAST_TTL {
             for from_peer in [true, false] {
                 let arrival = Arrival {
                     ttl,
                     from_peer,
                     first_here: false,
-                    seed: 1,
+                    settled: true,
                 };
-                assert_eq!(arrival.ttl_after(), None);
+                let after = arrival.ttl_after();
+                assert!(after.is_none() || arrival.is_asked(), "{arrival:?}");
             }
         }
     }

@@ -29,8 +29,8 @@ pub mod tcx;
 pub use address::{MAX_VIPS, Vip, VipCount, VipKey, vip_flag};
 pub use flow::{
     Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Holders,
-    HoldersKey, MAX_DATAGRAMS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD, MAX_HOLDERS,
-    flow_state,
+    HoldersKey, MAX_ASKED, MAX_DATAGRAMS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HALF_OPEN, MAX_HELD,
+    MAX_HOLDERS, flow_state,
 };
 pub use port::{
     Driver, History, MAX_DRIVERS, MAX_HISTORY, MAX_NODES, MAX_PORTS, MAX_RANGES, MAX_ROUTED,
@@ -65,11 +65,22 @@ pub const GATEWAY_KEEP: &str = "landfall_gateway_keep";
 pub struct Settings {
     /// What this node's draws begin with; 0 until it is known.
     pub seed: u64,
-    /// Not 0 once the flows that were there before have been entered: until then nothing is handed on.
+    /// What is known of the flows that were there before, one of [`seeded`].
     pub seeded: u32,
     /// Bits of the packet mark that are set on what is given to an endpoint, so that the packet filter knows it; 0 for
     /// none.
     pub mark: u32,
+}
+
+/// What a node knows of the flows that were there before.
+pub mod seeded {
+    /// Nothing: it looks for no flow at other nodes, and delivers what comes.
+    pub const NOT: u32 = 0;
+    /// They have been entered; but not all others have said yet which flows they hold. For a flow that it does not
+    /// find it does not answer.
+    pub const ENTERED: u32 = 1;
+    /// The others have had the time to say it: what is not found is gone.
+    pub const SETTLED: u32 = 2;
 }
 
 /// What was done with packets to VIPs.

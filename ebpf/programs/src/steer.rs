@@ -4,7 +4,7 @@ use landfall_ebpf_common::handing_on::Arrival;
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{
     HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
-    port_flag,
+    port_flag, seeded,
 };
 
 use crate::context::Context;
@@ -142,32 +142,33 @@ pub extern "C" fn landfall_next() -> u32 {
 
 #[inline(always)]
 fn next(packet: &Packet) -> u32 {
-    let settings = maps::settings();
+    let seeded = maps::settings().seeded;
     let arrival = Arrival {
         ttl: packet.ttl,
         from_peer: packet.sender != 0,
         first_here: packet.here,
-        seed: settings.seed,
+        settled: seeded != seeded::ENTERED,
     };
-    let seeded = settings.seeded != 0;
-    let without = if packet.strays || (seeded && arrival.waits()) {
+    let without = if packet.strays || !arrival.answers() {
         Next::NOBODY
     } else {
         Next::HERE
     };
     // An error's TTL is its own, and it is no more than a hint: it goes no further.
-    if !seeded || packet.kind == Kind::Error {
+    if packet.kind == Kind::Error || (seeded == seeded::NOT && !arrival.is_asked()) {
         return without;
     }
     let Some(ttl) = arrival.ttl_after() else {
         return without;
     };
-    let number = if !packet.strays {
-        holder(packet, arrival)
-    } else if arrival.was_handed_on() || packet.target == packet.sender {
-        0
+    let number = if packet.strays {
+        // It is nobody's yet, and goes to whose it is; if that one thinks otherwise, no further.
+        let again = arrival.is_asked() || arrival.is_back() || packet.target == packet.sender;
+        if again { 0 } else { packet.target }
+    } else if arrival.is_asked() {
+        packet.sender
     } else {
-        packet.target
+        holder(packet, arrival)
     };
     if number == 0 {
         return without;
@@ -201,67 +202,70 @@ fn waits<C: Context>() -> i32 {
     }
 }
 
-/// The node that may know the flow of a packet, 0 for none.
+/// The node that is to be asked next for the flow of a packet, 0 for none.
 #[inline(always)]
 fn holder(packet: &Packet, arrival: Arrival) -> u16 {
+    let asked = maps::node(packet.sender).filter(|_| arrival.is_back());
     let mut next = Candidate {
         number: 0,
+        above: asked.map_or(0, |node| node.seed),
         seed: u64::MAX,
     };
     let key = HoldersKey {
         port: packet.number,
         bucket: packet.bucket,
     };
+    let mut said = false;
     if let Some(holders) = maps::holders(&key) {
         for place in 0..MAX_HOLDERS {
-            next.consider(holders.nodes[place], packet, arrival);
+            said |= next.consider(holders.nodes[place], packet);
         }
     }
-    // Where the holders have spoken, only what changed last is older than their word.
-    let known = next.number != 0;
     if let Some(history) = maps::history(packet.number) {
         for place in 0..MAX_HISTORY {
-            if known && place > 0 {
+            // Where the holders have spoken, only what changed last is older than their word.
+            if said && place > 0 {
                 break;
             }
             let spread = &history.spreads[place];
             if spread.count == 0 {
                 break;
             }
-            next.consider(choose(spread, packet.bucket, false), packet, arrival);
+            next.consider(choose(spread, packet.bucket, false), packet);
         }
     }
-    if next.number == 0 && arrival.waits() {
-        next.consider(packet.target, packet, arrival);
-    }
+    // Who was sent it, and does not think that it is first, knows who is.
+    next.consider(packet.target, packet);
     next.number
 }
 
-/// To whom to hand on next: of those that may, the one with the lowest seed.
+/// Whom to ask next: of those that may know it and were not asked yet, the one with the lowest seed.
 struct Candidate {
     number: u16,
+    /// Those up to this seed were asked.
+    above: u64,
     seed: u64,
 }
 
 impl Candidate {
+    /// Says whether the node is another that can be asked, or was.
     #[inline(always)]
-    fn consider(&mut self, number: u16, packet: &Packet, arrival: Arrival) {
-        if number == 0 || number == packet.sender {
-            return;
+    fn consider(&mut self, number: u16, packet: &Packet) -> bool {
+        if number == 0 {
+            return false;
         }
         let Some(node) = maps::node(number) else {
-            return;
+            return false;
         };
         let wanted = node_flag::ALIVE | node_flag::STEERS;
-        if node.flags & (wanted | node_flag::HERE) == wanted
-            && arrival.may_go_to(node.seed)
-            && node.seed < self.seed
-        {
-            *self = Self {
-                number,
-                seed: node.seed,
-            };
+        if node.flags & (wanted | node_flag::HERE) != wanted {
+            return false;
         }
+        if number != packet.sender && node.seed > self.above && node.seed < self.seed {
+            self.number = number;
+            self.seed = node.seed;
+        }
+        true
     }
 }
 

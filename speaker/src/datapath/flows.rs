@@ -227,7 +227,7 @@ impl Task {
         let seeded = compared.and_then(|reconciled| {
             tracing::debug!(?reconciled, "compared with connection tracking");
             match lock(&self.tables).as_mut() {
-                Some(tables) => tables.seeded(true).map_err(|error| error.to_string()),
+                Some(tables) => tables.entered().map_err(|error| error.to_string()),
                 None => Ok(()),
             }
         });

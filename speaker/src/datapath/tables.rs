@@ -18,7 +18,7 @@ use aya::Ebpf;
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
 use ipnet::IpNet;
 use landfall_core::steering::seed;
-use landfall_ebpf_common::{Settings, VipKey, map, routed_prefix};
+use landfall_ebpf_common::{Settings, VipKey, map, routed_prefix, seeded};
 
 use super::egress::guard::Guard;
 use super::{Change, VipCount};
@@ -46,6 +46,8 @@ pub(super) struct Tables {
     guard: Guard,
     ports: ports::Ports,
     settings: Array<MapData, Settings>,
+    /// The other nodes have had the time to say what they hold.
+    settled: bool,
     verdicts: PerCpuArray<MapData, u64>,
 }
 
@@ -80,6 +82,7 @@ impl Tables {
             guard: Guard::adopt(ebpf)?,
             ports: ports::Ports::adopt(ebpf)?,
             settings: taken(ebpf, map::SETTINGS)?,
+            settled: false,
             verdicts: taken(ebpf, map::VERDICTS)?,
         })
     }
@@ -111,25 +114,44 @@ impl Tables {
     /// Forgets what is past, and takes in what changes without a word.
     pub(super) fn expire(&mut self) -> Result<(), TablesError> {
         self.guard.refresh(&mut self.nodes)?;
-        self.ports.expire(ports::HISTORY)
+        if self.ports.expire(ports::HISTORY)? {
+            self.settled = true;
+            self.settle(|settings| {
+                if settings.seeded == seeded::ENTERED {
+                    settings.seeded = seeded::SETTLED;
+                }
+            })?;
+        }
+        Ok(())
     }
 
     /// As if it were long past.
     #[cfg(test)]
     pub(super) fn forget_history(&mut self) -> Result<(), TablesError> {
-        self.ports.expire(std::time::Duration::ZERO)
+        self.ports.expire(std::time::Duration::ZERO).map(|_| ())
     }
 
-    /// Whether the flows that were there before have been entered.
-    pub(super) fn seeded(&mut self, seeded: bool) -> Result<(), TablesError> {
-        self.settle(|settings| settings.seeded = u32::from(seeded))
+    /// The flows that were there before have been entered.
+    pub(super) fn entered(&mut self) -> Result<(), TablesError> {
+        let known = if self.settled {
+            seeded::SETTLED
+        } else {
+            seeded::ENTERED
+        };
+        self.settle(|settings| settings.seeded = settings.seeded.max(known))
+    }
+
+    /// What is known of the flows that were there before, one of [`seeded`].
+    #[cfg(test)]
+    pub(super) fn set_seeded(&mut self, seeded: u32) -> Result<(), TablesError> {
+        self.settle(|settings| settings.seeded = seeded)
     }
 
     /// Whether they have been, by this process or an earlier one.
     pub(super) fn is_seeded(&self) -> bool {
         self.settings
             .get(&0, 0)
-            .is_ok_and(|settings| settings.seeded != 0)
+            .is_ok_and(|settings| settings.seeded != seeded::NOT)
     }
 
     fn settle(&mut self, change: impl FnOnce(&mut Settings)) -> Result<(), TablesError> {

@@ -249,9 +249,10 @@ impl Ports {
         self.hold(key, known)
     }
 
-    /// Forgets earlier spreads that have been asked long enough.
-    pub(super) fn expire(&mut self, after: Duration) -> Result<(), TablesError> {
-        self.forget_holders(after)?;
+    /// Forgets earlier spreads that have been asked long enough. Says whether all others have just had the time to say
+    /// what they hold.
+    pub(super) fn expire(&mut self, after: Duration) -> Result<bool, TablesError> {
+        let settled = self.forget_holders(after)?;
         let over: Vec<PortKey> = self
             .changed
             .iter()
@@ -272,7 +273,7 @@ impl Ports {
             self.hold(key, known)?;
         }
         self.wide.sweep();
-        Ok(())
+        Ok(settled)
     }
 
     /// Removes what nobody asked for.
@@ -286,9 +287,9 @@ impl Ports {
     }
 
     /// Forgets who held flows by the word of an earlier process's time, once all have had the time to say it again.
-    fn forget_holders(&mut self, after: Duration) -> Result<(), TablesError> {
+    fn forget_holders(&mut self, after: Duration) -> Result<bool, TablesError> {
         if self.swept.is_none_or(|swept| swept.elapsed() < after) {
-            return Ok(());
+            return Ok(false);
         }
         self.swept = None;
         let held_no_more = self.holders.sweep();
@@ -301,7 +302,7 @@ impl Ports {
         for (key, known) in changed {
             self.hold(key, known)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn spread(&mut self, state: &PortState, nodes: &mut Nodes) -> Result<Spread, TablesError> {

@@ -17,7 +17,7 @@ use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::first;
 use landfall_ebpf_common::{
-    TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, Verdict, egress, rendezvous,
+    TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, Verdict, egress, rendezvous, seeded,
 };
 
 use super::super::driver::{Drivers, driver};
@@ -156,7 +156,10 @@ impl Program {
             }
         }
         program.change(&Change::Vip(COUNTED.into(), Some(VipState::default())));
-        program.tables.seeded(true).expect("the map takes it");
+        program
+            .tables
+            .set_seeded(seeded::SETTLED)
+            .expect("the map takes it");
         program
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use landfall_ebpf_common::{
     History, Holders, HoldersKey, LAYOUT, Member, Port, PortKey, Settings, Spread, VipKey, map,
-    node_flag, port_flag,
+    node_flag, port_flag, seeded,
 };
 use landfall_lab::{Lab, Nic, Node};
 
@@ -23,7 +23,7 @@ pub(super) fn is_seeded(lab: &Lab, node: &Node) -> bool {
         let map: Array<_, Settings> = Map::Array(pinned(lab, node, map::SETTINGS)?).try_into()?;
         map.get(&0, 0)
     };
-    settings().is_ok_and(|settings| settings.seeded != 0)
+    settings().is_ok_and(|settings| settings.seeded != seeded::NOT)
 }
 
 /// The pinned tables of a node whose speaker is gone.

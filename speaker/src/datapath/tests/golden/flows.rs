@@ -1,7 +1,7 @@
 //! TCP flows: which node delivers them when tables change.
 
 use aya::maps::{HashMap, MapData};
-use landfall_ebpf_common::handing_on::FIRST_TTL;
+use landfall_ebpf_common::handing_on::{FIRST_TTL, LAST_TTL};
 use landfall_ebpf_common::{Flow, FlowKey, MAX_FLOWS, VipKey, map};
 
 use super::*;
@@ -153,11 +153,11 @@ fn an_unknown_flow_is_looked_for_where_its_bucket_was() {
         program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
         let port = port_of(vip, &[("here", &NODES), ("other", &["other", "third"])]);
         let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
-        assert_eq!(program.fate(&data), Fate::HandedOn("other", 7));
+        assert_eq!(program.fate(&data), Fate::HandedOn("other", FIRST_TTL));
         // Steered here by another node, the same; but never back to it.
         assert_eq!(
             program.fate(&mk_from("third", 64, vip, 6, &mk_tcp(port, 80, ACK))),
-            Fate::HandedOn("other", 7)
+            Fate::HandedOn("other", FIRST_TTL)
         );
         assert_eq!(
             program.fate(&mk_from("other", 64, vip, 6, &mk_tcp(port, 80, ACK))),
@@ -166,12 +166,23 @@ fn an_unknown_flow_is_looked_for_where_its_bucket_was() {
         // A reset too, and an error about it not.
         assert_eq!(
             program.fate(&mk(vip, 6, &mk_tcp(port, 80, RST))),
-            Fate::HandedOn("other", 7)
+            Fate::HandedOn("other", FIRST_TTL)
         );
-        // It was handed on before, and this node is first: the next time it comes as to the first.
+        // Another asks: it is told that the flow is not known here, whatever this node believes.
         assert_eq!(
-            program.fate(&mk_from("third", 7, vip, 6, &mk_tcp(port, 80, ACK))),
-            Fate::Dropped
+            program.fate(&mk_from("third", FIRST_TTL, vip, 6, &mk_tcp(port, 80, ACK))),
+            Fate::HandedOn("third", FIRST_TTL - 1)
+        );
+        // This node has asked, in vain: nobody knows the flow, and its reset says so.
+        assert_eq!(
+            program.fate(&mk_from(
+                "other",
+                FIRST_TTL - 1,
+                vip,
+                6,
+                &mk_tcp(port, 80, ACK)
+            )),
+            Fate::Next
         );
         // A SYN begins a flow, and then it is known.
         assert_eq!(
@@ -188,12 +199,18 @@ fn nothing_is_handed_on_before_the_flows_were_entered() {
     let vip = V4.into();
     program.port(vip, Protocol::Tcp, 80, mk_port(&["other"]));
     program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
-    program.tables.seeded(false).expect("the map takes it");
+    program
+        .tables
+        .set_seeded(seeded::NOT)
+        .expect("the map takes it");
     let port = port_of(vip, &[("here", &NODES), ("other", &["other"])]);
     let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
     assert_eq!(program.fate(&data), Fate::Next);
-    program.tables.seeded(true).expect("the map takes it");
-    assert_eq!(program.fate(&data), Fate::HandedOn("other", 7));
+    program
+        .tables
+        .set_seeded(seeded::SETTLED)
+        .expect("the map takes it");
+    assert_eq!(program.fate(&data), Fate::HandedOn("other", FIRST_TTL));
     // Nor to who is gone, or does not keep flows.
     for state in [
         NodeState {
@@ -211,31 +228,57 @@ fn nothing_is_handed_on_before_the_flows_were_entered() {
 }
 
 #[test]
-fn who_is_asked_too_early_waits() {
+fn who_has_begun_anew_answers_for_no_flow_before_the_others_have_spoken() {
     let mut program = Program::load();
-    let vip = V4.into();
-    // By this node's table the flow is another's of a lower seed, and a third sent it here nevertheless.
-    program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
-    let seed = |node: &str| landfall_core::steering::seed(&node.into());
-    let below = ["other", "third"]
-        .into_iter()
-        .find(|node| seed(node) < seed("here"));
-    let from = |node: &str| if node == "other" { "third" } else { "other" };
-    if let Some(below) = below {
-        let port = port_of(vip, &[(below, &["other", "third"])]);
-        let frame = mk_from(from(below), 64, vip, 6, &mk_tcp(port, 80, ACK));
-        assert_eq!(program.fate(&frame), Fate::Dropped);
-        assert_eq!(program.verdict(Verdict::Waiting), 1);
+    for vip in VIPS {
+        let port = port_of(vip, &[("here", &NODES)]);
+        for frame in [
+            mk(vip, 6, &mk_tcp(port, 80, ACK)),
+            mk_from("other", 64, vip, 6, &mk_tcp(port, 80, ACK)),
+        ] {
+            let know = |program: &mut Program, what| {
+                program.tables.set_seeded(what).expect("the map takes it");
+            };
+            know(&mut program, seeded::ENTERED);
+            assert_eq!(program.fate(&frame), Fate::Dropped);
+            know(&mut program, seeded::SETTLED);
+            assert_eq!(program.fate(&frame), Fate::Next);
+        }
+        // A new one it takes.
+        let syn = mk(vip, 6, &mk_tcp(port, 80, SYN));
+        assert_eq!(program.fate(&syn), Fate::Next);
     }
-    let above = ["other", "third"]
-        .into_iter()
-        .find(|node| seed(node) > seed("here"));
-    if let Some(above) = above {
-        let port = port_of(vip, &[(above, &["other", "third"])]);
-        let frame = mk_from(from(above), 64, vip, 6, &mk_tcp(port, 80, ACK));
-        assert_eq!(program.fate(&frame), Fate::HandedOn(above, 7));
+}
+
+#[test]
+fn who_is_sent_anothers_flow_asks_and_never_answers_for_it() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
+        let port = port_of(vip, &[("other", &["other", "third"])]);
+        let from = |node, ttl| mk_from(node, ttl, vip, 6, &mk_tcp(port, 80, ACK));
+        // By this node's table the flow is another's, and a third sent it here nevertheless.
+        let fate = program.fate(&from("third", 64));
+        assert_eq!(fate, Fate::HandedOn("other", FIRST_TTL));
+        let waiting = program.verdict(Verdict::Waiting);
+        assert_eq!(program.fate(&from("other", FIRST_TTL - 1)), Fate::Dropped);
+        // The other itself has sent it here: their tables disagree, and soon will not.
+        assert_eq!(program.fate(&from("other", 64)), Fate::Dropped);
+        assert_eq!(program.verdict(Verdict::Waiting), waiting + 2);
+        // Asked by it, this node says that it does not know it, and forgets about it.
+        let fate = program.fate(&from("other", LAST_TTL));
+        assert_eq!(fate, Fate::HandedOn("other", LAST_TTL - 1));
+        // So does one that cannot look whether it does: it would reset what lives elsewhere.
+        program
+            .tables
+            .set_seeded(seeded::NOT)
+            .expect("the map takes it");
+        assert_eq!(fate, program.fate(&from("other", LAST_TTL)));
+        program
+            .tables
+            .set_seeded(seeded::SETTLED)
+            .expect("the map takes it");
     }
-    assert!(below.is_some() || above.is_some());
 }
 
 #[test]
@@ -290,8 +333,8 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
         Change::Holders(id, page, BTreeMap::from([(bucket, names)]))
     };
     program.change(&held_by(&["third", "here"]));
-    assert_eq!(program.fate(&data), Fate::HandedOn("third", 7));
-    // Two of them: first the one with the lower seed, and never back to where it came from.
+    assert_eq!(program.fate(&data), Fate::HandedOn("third", FIRST_TTL));
+    // Two of them: first the one with the lower seed, and not the one that steered it here, which has looked.
     program.change(&held_by(&["third", "other"]));
     let seed = |node: &str| landfall_core::steering::seed(&node.into());
     let (low, high) = if seed("other") < seed("third") {
@@ -299,10 +342,25 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
     } else {
         ("third", "other")
     };
-    assert_eq!(program.fate(&data), Fate::HandedOn(low, 7));
+    assert_eq!(program.fate(&data), Fate::HandedOn(low, FIRST_TTL));
     assert_eq!(
         program.fate(&mk_from(low, 64, vip, 6, &mk_tcp(port, 80, ACK))),
-        Fate::HandedOn(high, 7)
+        Fate::HandedOn(high, FIRST_TTL)
+    );
+    // Who did not know it has sent it back: the next is asked, and then nobody is left.
+    assert_eq!(
+        program.fate(&mk_from(low, FIRST_TTL - 1, vip, 6, &mk_tcp(port, 80, ACK))),
+        Fate::HandedOn(high, FIRST_TTL - 2)
+    );
+    assert_eq!(
+        program.fate(&mk_from(
+            high,
+            FIRST_TTL - 3,
+            vip,
+            6,
+            &mk_tcp(port, 80, ACK)
+        )),
+        Fate::Next
     );
     program.change(&Change::Holders(id, page, BTreeMap::new()));
     assert_eq!(program.fate(&data), Fate::Next);
