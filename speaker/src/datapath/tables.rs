@@ -13,6 +13,7 @@ mod wide;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
@@ -106,7 +107,10 @@ impl Tables {
             Change::Complete => {
                 self.ports.sweep()?;
                 self.vips.sweep()?;
-                self.nodes.sweep()
+                self.nodes.sweep()?;
+                // What an earlier process has left may be old, and not all others have said what is new.
+                self.settled = false;
+                self.settle(|settings| settings.seeded = settings.seeded.min(seeded::ENTERED))
             }
         }
     }
@@ -114,7 +118,12 @@ impl Tables {
     /// Forgets what is past, and takes in what changes without a word.
     pub(super) fn expire(&mut self) -> Result<(), TablesError> {
         self.guard.refresh(&mut self.nodes)?;
-        if self.ports.expire(ports::HISTORY)? {
+        self.forget(ports::HISTORY)
+    }
+
+    /// Forgets what is past for so long.
+    fn forget(&mut self, after: Duration) -> Result<(), TablesError> {
+        if self.ports.expire(after)? {
             self.settled = true;
             self.settle(|settings| {
                 if settings.seeded == seeded::ENTERED {
@@ -128,7 +137,7 @@ impl Tables {
     /// As if it were long past.
     #[cfg(test)]
     pub(super) fn forget_history(&mut self) -> Result<(), TablesError> {
-        self.ports.expire(std::time::Duration::ZERO).map(|_| ())
+        self.forget(Duration::ZERO)
     }
 
     /// The flows that were there before have been entered.

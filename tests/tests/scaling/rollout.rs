@@ -10,8 +10,6 @@ use landfall_tests::Cluster;
 
 use crate::deployment::Deployment;
 
-/// What a SYN costs that nobody takes.
-const LOST_SYN: Duration = Duration::from_secs(1);
 /// Two clients, a hundred requests a second together.
 const PACE: Duration = Duration::from_millis(20);
 
@@ -54,7 +52,6 @@ fn update(cluster: &Cluster, name: &'static str, old: &[&str], new: &[&str], pau
             report.failed.len()
         );
         assert!(report.failed.is_empty(), "{:?}", report.failed);
-        assert!(report.slowest < LOST_SYN);
         assert!(
             new.iter()
                 .all(|pod| report.answered.contains_key(&pod.name))

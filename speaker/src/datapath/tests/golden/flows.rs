@@ -244,9 +244,23 @@ fn who_has_begun_anew_answers_for_no_flow_before_the_others_have_spoken() {
             know(&mut program, seeded::SETTLED);
             assert_eq!(program.fate(&frame), Fate::Next);
         }
+        // A process begins where another has ended.
+        program.change(&Change::Complete);
+        let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+        assert_eq!(program.fate(&data), Fate::Dropped);
+        program.tables.entered().expect("the map takes it");
+        assert_eq!(program.fate(&data), Fate::Dropped);
+        program.tables.forget_history().expect("the maps take it");
+        assert_eq!(program.fate(&data), Fate::Next);
+        program.tables.entered().expect("the map takes it");
+        assert_eq!(program.fate(&data), Fate::Next);
         // A new one it takes.
         let syn = mk(vip, 6, &mk_tcp(port, 80, SYN));
         assert_eq!(program.fate(&syn), Fate::Next);
+        // The next VIP's port is known to this process, too.
+        for vip in VIPS {
+            program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+        }
     }
 }
 
