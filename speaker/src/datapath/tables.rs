@@ -107,12 +107,16 @@ impl Tables {
             Change::Complete => {
                 self.ports.sweep()?;
                 self.vips.sweep()?;
-                self.nodes.sweep()?;
-                // What an earlier process has left may be old, and not all others have said what is new.
-                self.settled = false;
-                self.settle(|settings| settings.seeded = settings.seeded.min(seeded::ENTERED))
+                self.nodes.sweep()
             }
         }
+    }
+
+    /// A process is about to say all it knows: what an earlier one has left may be old, and not all others have said what
+    /// is new.
+    pub(super) fn begin(&mut self) -> Result<(), TablesError> {
+        self.settled = false;
+        self.settle(|settings| settings.seeded = settings.seeded.min(seeded::ENTERED))
     }
 
     /// Forgets what is past, and takes in what changes without a word.

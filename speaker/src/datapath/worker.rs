@@ -336,6 +336,9 @@ impl Task {
                 self.metrics.refused.inc();
             }
         };
+        if changes.contains(&Change::Complete) {
+            complain(tables.begin());
+        }
         for change in changes {
             complain(tables.change(change));
         }

@@ -245,10 +245,12 @@ fn who_has_begun_anew_answers_for_no_flow_before_the_others_have_spoken() {
             assert_eq!(program.fate(&frame), Fate::Next);
         }
         // A process begins where another has ended.
-        program.change(&Change::Complete);
+        program.tables.begin().expect("the map takes it");
         let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
         assert_eq!(program.fate(&data), Fate::Dropped);
         program.tables.entered().expect("the map takes it");
+        assert_eq!(program.fate(&data), Fate::Dropped);
+        program.change(&Change::Complete);
         assert_eq!(program.fate(&data), Fate::Dropped);
         program.tables.forget_history().expect("the maps take it");
         assert_eq!(program.fate(&data), Fate::Next);
