@@ -22,7 +22,7 @@ mod schedule;
 mod task;
 pub mod twin;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,6 +110,8 @@ pub struct Interface {
     pub addresses: Vec<IpNet>,
     /// It carries a default route of the main table, by family (IPv4, IPv6).
     pub default_route: (bool, bool),
+    /// The routers of those, if they have any.
+    pub routers: (Option<Ipv4Addr>, Option<Ipv6Addr>),
 }
 
 /// What a probe before a VIP's first announcement found.

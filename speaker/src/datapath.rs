@@ -35,6 +35,8 @@ use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
 use prometheus_client::registry::Registry;
 
+use crate::egress::PolicyName;
+
 pub use egress::Leaving;
 pub use pins::{Removed, uninstall};
 pub use worker::Worker;
@@ -55,6 +57,8 @@ pub struct Config {
     pub watch: Duration,
     /// How often the flows are compared with connection tracking.
     pub compare: Duration,
+    /// The bits of the packet mark by which egress is judged; 0 if packets are not treated by it.
+    pub egress_mark: u32,
 }
 
 /// How often the flows are compared with connection tracking, where nothing else is asked for.
@@ -81,6 +85,7 @@ impl Config {
             xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
             compare: COMPARE,
+            egress_mark: 0,
         }
     }
 }
@@ -292,4 +297,8 @@ pub trait DataPath: Send + Sync {
     fn held(&self) -> Arc<Held>;
     /// How the program at the uplinks is attached, by interface index.
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
+    /// Whether this node translates what it is the gateway of.
+    fn gateway(&self) -> egress::State;
+    /// How many ports the pods of these policies have in use here.
+    fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64>;
 }

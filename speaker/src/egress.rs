@@ -11,6 +11,16 @@ use landfall_core::model::NodeName;
 /// (0x0f00). Calico may use them (0xffff0000, from the low end on), if it needs that many.
 pub const MARK: u32 = 0x3000_0000;
 
+/// The bits of the packet mark, of a run of two: that a packet was judged, and that it leaves by its policy's gateway.
+/// None, of none.
+pub const fn marks(run: u32) -> (u32, u32) {
+    if run == 0 {
+        return (0, 0);
+    }
+    let judged = 1 << run.trailing_zeros();
+    (judged, judged << 1)
+}
+
 /// A policy's name.
 pub type PolicyName = Arc<str>;
 

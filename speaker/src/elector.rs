@@ -91,6 +91,8 @@ pub struct Identity {
     pub delivery: Delivery,
     /// The bits of the packet mark by which egress is judged; nothing, if packets are not treated by it.
     pub egress_mark: Option<u32>,
+    /// Routers of interfaces that the user has named.
+    pub routers: Vec<(String, IpAddr)>,
     /// Where to gossip.
     pub gossip: SocketAddr,
     /// Other speakers that were named.
@@ -120,7 +122,8 @@ pub struct Speaker {
     keys: Keys,
     opener: Opener,
     sequence: u64,
-    interfaces: Arc<[Interface]>,
+    /// Nothing before the announcer has said it.
+    interfaces: Option<Arc<[Interface]>>,
     announced: BTreeMap<GroupId, BTreeMap<IpAddr, Announcement>>,
     conflicts: BTreeMap<IpAddr, Conflict>,
     checks: BTreeMap<GroupId, Check>,
@@ -190,7 +193,7 @@ impl Speaker {
             keys,
             opener: Opener::default(),
             sequence: 0,
-            interfaces: Arc::new([]),
+            interfaces: None,
             announced: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             checks: BTreeMap::new(),
@@ -268,7 +271,7 @@ impl Speaker {
     pub fn announcer(&mut self, event: AnnouncerEvent, now: Duration) {
         match event {
             AnnouncerEvent::Interfaces(interfaces) => {
-                self.interfaces = interfaces;
+                self.interfaces = Some(interfaces);
                 self.election.set_interfaces(self.facts());
                 self.stale.extend(self.announced.keys().cloned());
                 self.apply_at.get_or_insert(now);
@@ -467,7 +470,6 @@ impl Speaker {
             self.announce(id);
         }
         self.groups_changed |= !touched.is_empty();
-        // Before the sources were listed, what an earlier run left in the kernel is right, and nothing here is.
         if self.apply_due().is_some_and(|at| now >= at) {
             self.apply_at = None;
             self.applied_at = now;
@@ -486,10 +488,17 @@ impl Speaker {
         touched
     }
 
-    /// When [`Speaker::settle`] should be called next, for what it gathers.
+    /// When [`Speaker::settle`] should be called next, for what it gathers. Before the sources were listed and the
+    /// interfaces are known, what an earlier run left in the kernel is right, and nothing here is.
     pub fn apply_due(&self) -> Option<Duration> {
-        self.apply_at
-            .filter(|_| self.index.is_synced() && self.plan.has_begun())
+        let tenants_known = self.identity.egress_mark.is_none() || self.plan.has_begun();
+        let known = self.index.is_synced() && self.interfaces.is_some() && tenants_known;
+        self.apply_at.filter(|_| known)
+    }
+
+    /// The interfaces, as far as they are known.
+    fn interfaces(&self) -> &[Interface] {
+        self.interfaces.as_deref().unwrap_or_default()
     }
 
     fn apply_soon(&mut self, now: Duration) {
@@ -570,19 +579,19 @@ impl Speaker {
     }
 
     fn name_of(&self, interface: u32) -> Option<Arc<str>> {
-        self.interfaces
+        self.interfaces()
             .iter()
             .find(|known| known.index == interface)
             .map(|known| known.name.clone())
     }
 
     fn interface(&self, name: &str) -> Option<&Interface> {
-        self.interfaces.iter().find(|known| &*known.name == name)
+        self.interfaces().iter().find(|known| &*known.name == name)
     }
 
     /// What the election should know of the interfaces: no ports of bonds and bridges.
     fn facts(&self) -> Vec<InterfaceFact> {
-        self.interfaces
+        self.interfaces()
             .iter()
             .filter(|interface| !interface.enslaved)
             .map(|interface| InterfaceFact {

@@ -29,7 +29,7 @@ use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
 use crate::announcer::MacAddr;
-use crate::egress::{Egress, Pod};
+use crate::egress::{Egress, Pod, marks};
 
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -208,8 +208,7 @@ impl Config {
 
     /// The marks of what is judged, and of what leaves by a gateway.
     fn egress_marks(&self) -> (u32, u32) {
-        let judged = 1 << self.egress_mark.trailing_zeros();
-        (judged, judged << 1)
+        marks(self.egress_mark)
     }
 
     /// The values that the bits of the uplinks' mark may have beside the mark of what leaves by a gateway.

@@ -104,6 +104,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             delivery: args.delivery,
             xdp: args.xdp.iter().cloned().collect(),
             compare: Duration::from_secs(args.compare_every),
+            egress_mark: args.egress_mark,
             ..datapath::Config::new(&args.pins.bpf_pin_dir)
         },
         &mut registry,
@@ -120,6 +121,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         manifests: args.manifests.is_some(),
         delivery: args.delivery,
         egress_mark: args.egress.then_some(args.egress_mark),
+        routers: args.uplink_gateway.clone(),
         gossip: address,
         peers: peers(&args).await?,
     };

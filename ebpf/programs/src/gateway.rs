@@ -221,6 +221,14 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
             Err(action) => return action,
         },
     };
+    if !is_gateway(&found) {
+        // The guard has sent on what is a pod's of this node.
+        return if leaves {
+            NOT_OURS
+        } else {
+            drop(Reason::NotGateway)
+        };
+    }
     if leaves != (found.node == 0) {
         return if leaves {
             NOT_OURS
@@ -257,6 +265,12 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     }
     maps::note(Reason::Out);
     forward(packet, hop)
+}
+
+/// Whether this node is the gateway of a flow's policy.
+#[inline(always)]
+fn is_gateway(found: &Found) -> bool {
+    maps::policy(found.policy).is_some_and(|policy| policy.uplink != 0)
 }
 
 /// A pod's packet whose flow is not known: a flow begins, or an action says what becomes of the packet.
@@ -413,12 +427,19 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     let Some(found) = found else {
         return unbound(context, packet, readable);
     };
+    if !is_gateway(&found) {
+        return drop(Reason::NotGateway);
+    }
     set_words(&mut packet.from.address, words(&packet.flow.vip.0));
     packet.from.port = packet.flow.port;
     if found.hop == 0 {
         if landfall_translate(context.skb.skb, DESTINATION) != 0 {
             return drop(Reason::Unreadable);
         }
+        // So that the check of its way back finds the way that the pod's packets go.
+        // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+        let before = unsafe { (*context.skb.skb).mark };
+        context.set_mark(before | maps::mark());
         maps::note(Reason::In);
         return NEXT;
     }

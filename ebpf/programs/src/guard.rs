@@ -80,7 +80,12 @@ pub(crate) fn guard(context: &TcContext) -> i32 {
 #[inline(always)]
 fn of_another(told: &Told, marks: &Marks, ends: &Ends) -> i32 {
     let is_ours = told.from == 0 || told.mark & marks.judged != 0;
-    if is_ours || is_outside(told.from) || is_inside(&ends.destination) {
+    if is_ours || is_inside(&ends.destination) {
+        return NEXT;
+    }
+    // Another node's pod, which that node takes for a tenant of a gateway here: this one has not heard of it yet, or it
+    // would be translated by now.
+    if is_outside(told.from) && !(marks.is_gateway != 0 && is_of_network(&ends.source)) {
         return NEXT;
     }
     refuse(Guarded::Unjudged)
@@ -169,6 +174,14 @@ fn pair(ends: &Ends) -> Pair {
 #[inline(always)]
 fn is_outside(interface: u32) -> bool {
     OUTSIDE.get_ptr(&interface).is_some()
+}
+
+/// Whether an address lies in a network of the cluster's, as pods' do: nodes and stray pods are named one by one.
+#[inline(always)]
+fn is_of_network(address: &VipKey) -> bool {
+    INSIDE
+        .get(Key::new(128, address.0))
+        .is_some_and(|whole| *whole != 0)
 }
 
 /// Whether an address is the cluster's own.

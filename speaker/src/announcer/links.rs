@@ -1,7 +1,7 @@
 //! What netlink has told of links, addresses and default routes: pure, fed with messages.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv6Addr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -12,7 +12,9 @@ use rtnetlink::packet_route::address::{
 use rtnetlink::packet_route::link::{
     InfoPortKind, LinkAttribute, LinkEvent, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType,
+};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Interface, MacAddr};
@@ -58,7 +60,8 @@ struct Address {
 pub(super) struct Links {
     devices: BTreeMap<u32, Device>,
     addresses: BTreeMap<u32, BTreeMap<IpNet, Address>>,
-    default_routes: BTreeSet<(u32, bool)>,
+    /// By interface, and whether it is IPv6's: the router, if there is one.
+    default_routes: BTreeMap<(u32, bool), Option<IpAddr>>,
 }
 
 impl Links {
@@ -86,9 +89,10 @@ impl Links {
                     .map(|address| address.net)
                     .collect(),
                 default_route: (
-                    self.default_routes.contains(&(index, false)),
-                    self.default_routes.contains(&(index, true)),
+                    self.default_routes.contains_key(&(index, false)),
+                    self.default_routes.contains_key(&(index, true)),
                 ),
+                routers: self.routers(index),
             },
             link_local: of()
                 .filter(|address| address.link && address.usable)
@@ -97,6 +101,19 @@ impl Links {
                     IpAddr::V4(_) => None,
                 }),
         }
+    }
+
+    fn routers(&self, index: u32) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+        let of = |six| self.default_routes.get(&(index, six)).copied().flatten();
+        let v4 = match of(false) {
+            Some(IpAddr::V4(router)) => Some(router),
+            _ => None,
+        };
+        let v6 = match of(true) {
+            Some(IpAddr::V6(router)) => Some(router),
+            _ => None,
+        };
+        (v4, v6)
     }
 
     /// Takes in a message.
@@ -162,7 +179,7 @@ impl Links {
         let index = message.header.index;
         self.addresses.remove(&index);
         self.default_routes
-            .retain(|(interface, _)| *interface != index);
+            .retain(|(interface, _), _| *interface != index);
         Effect {
             routes: self.devices.remove(&index).is_some(),
             ..Effect::default()
@@ -193,14 +210,18 @@ impl Links {
         }
     }
 
-    /// Replaces all default routes.
+    /// Replaces all default routes. Of several by one interface the one with the lowest metric tells the router.
     pub(super) fn set_default_routes(&mut self, routes: &[RouteMessage]) {
+        let mut routes: Vec<&RouteMessage> =
+            routes.iter().filter(|route| is_default(route)).collect();
+        routes.sort_by_key(|route| std::cmp::Reverse(metric(route)));
         self.default_routes = routes
-            .iter()
-            .filter(|route| is_default(route))
+            .into_iter()
             .flat_map(|route| {
                 let six = route.header.address_family == AddressFamily::Inet6;
-                interfaces(route).map(move |index| (index, six))
+                ways(route)
+                    .into_iter()
+                    .map(move |(index, router)| ((index, six), router))
             })
             .collect();
     }
@@ -285,16 +306,38 @@ fn is_default(route: &RouteMessage) -> bool {
         && table == u32::from(RouteHeader::RT_TABLE_MAIN)
 }
 
-/// The interfaces a route leads out of.
-fn interfaces(route: &RouteMessage) -> impl Iterator<Item = u32> + '_ {
+/// The interfaces a route leads out of, and the routers there.
+fn ways(route: &RouteMessage) -> Vec<(u32, Option<IpAddr>)> {
+    let router = |attributes: &[RouteAttribute]| {
+        attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Gateway(RouteAddress::Inet(router)) => Some(IpAddr::V4(*router)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(router)) => Some(IpAddr::V6(*router)),
+            _ => None,
+        })
+    };
+    let own = router(&route.attributes);
     route
         .attributes
         .iter()
         .flat_map(|attribute| match attribute {
-            RouteAttribute::Oif(index) => vec![*index],
-            RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+            RouteAttribute::Oif(index) => vec![(*index, own)],
+            RouteAttribute::MultiPath(hops) => hops
+                .iter()
+                .map(|hop| (hop.interface_index, router(&hop.attributes)))
+                .collect(),
             _ => vec![],
         })
+        .collect()
+}
+
+fn metric(route: &RouteMessage) -> u32 {
+    let mut attributes = route.attributes.iter();
+    attributes
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Priority(metric) => Some(*metric),
+            _ => None,
+        })
+        .unwrap_or_default()
 }
 
 #[cfg(test)]

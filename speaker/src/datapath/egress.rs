@@ -44,4 +44,6 @@ pub struct Leaving {
     /// The bits of the packet mark by which the packet filter says its judgement
     /// ([`node_rules::Config`](crate::node_rules::Config)).
     pub mark: u32,
+    /// Where this node is.
+    pub around: Arc<Surroundings>,
 }

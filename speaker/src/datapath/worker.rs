@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 
+use super::egress::{self, Gateway, GatewayConfig};
 use super::flows::Flows;
 use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
@@ -20,6 +21,7 @@ use super::{
     Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
     NodeState, PortId, PortState, VipCount, VipState,
 };
+use crate::egress::{PolicyName, marks};
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
@@ -31,6 +33,7 @@ const SOON: Duration = Duration::from_millis(20);
 pub struct Worker {
     pub(super) shared: Arc<Shared>,
     flows: Arc<Flows>,
+    gateway: Gateway,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -62,6 +65,11 @@ impl Worker {
         let shared = Arc::new(Shared::default());
         let metrics = Metrics::register(registry, Arc::clone(&shared.tables));
         let flows = Arc::new(Flows::start(Arc::clone(&shared.tables), config.compare));
+        let gateway = GatewayConfig {
+            mark: marks(config.egress_mark).1,
+            ..GatewayConfig::new(&config.pin_dir)
+        };
+        let gateway = Gateway::start(gateway, registry);
         let mut task = Task {
             config,
             shared: Arc::clone(&shared),
@@ -81,6 +89,7 @@ impl Worker {
         Self {
             shared,
             flows,
+            gateway,
             thread: Some(thread),
         }
     }
@@ -99,6 +108,16 @@ impl DataPath for Worker {
     fn change(&self, changes: Vec<Change>) {
         if changes.is_empty() {
             return;
+        }
+        for change in &changes {
+            if let Change::Egress(leaving) = change {
+                match leaving {
+                    Some(it) => self
+                        .gateway
+                        .set(Arc::clone(&it.egress), Arc::clone(&it.around)),
+                    None => self.gateway.clear(),
+                }
+            }
         }
         let mut orders = lock(&self.shared.orders);
         orders.changes.extend(changes);
@@ -119,6 +138,14 @@ impl DataPath for Worker {
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
         lock(&self.shared.attachments).clone()
+    }
+
+    fn gateway(&self) -> egress::State {
+        self.gateway.state()
+    }
+
+    fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
+        self.gateway.used(policies)
     }
 }
 

@@ -47,7 +47,7 @@ impl Speaker {
             })
             .collect();
         let interfaces: Vec<Value> = self
-            .interfaces
+            .interfaces()
             .iter()
             .map(|interface| {
                 json!({

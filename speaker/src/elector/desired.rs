@@ -263,7 +263,7 @@ impl Speaker {
             })
         };
         let usable = || {
-            let own = self.interfaces.iter().filter(|i| &*i.name != TUNNEL);
+            let own = self.interfaces().iter().filter(|i| &*i.name != TUNNEL);
             own.filter(|i| i.up && !i.enslaved)
         };
         let mut likely: BTreeSet<u32> = usable()

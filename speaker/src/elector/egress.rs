@@ -4,6 +4,8 @@
 //! A change costs what it changes. A gateway stays known after its death until the next one is: rules and routes of the
 //! pods' nodes do not change in a fail-over, only where their packets go.
 
+mod around;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -145,7 +147,7 @@ impl Speaker {
     pub(super) fn leaving(&mut self, uplinks: &BTreeSet<u32>) -> Option<Leaving> {
         let mark = self.identity.egress_mark?;
         let egress = self.wanted_egress()?;
-        let outside = self.interfaces.iter().filter(|interface| {
+        let outside = self.interfaces().iter().filter(|interface| {
             uplinks.contains(&interface.index)
                 || interface.default_route.0
                 || interface.default_route.1
@@ -154,6 +156,7 @@ impl Speaker {
         let (names, outside) = outside
             .map(|interface| (interface.name.clone(), interface.index))
             .unzip();
+        let around = Arc::new(self.surroundings(uplinks));
         let node = self.identity.node.clone();
         Some(Leaving {
             rules: Arc::new(node_rules::Leaving {
@@ -166,6 +169,7 @@ impl Speaker {
                 egress,
                 outside,
                 mark,
+                around,
             }),
         })
     }

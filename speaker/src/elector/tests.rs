@@ -15,7 +15,9 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
+use crate::datapath::egress::State;
 use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
+use crate::egress::PolicyName;
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 
@@ -28,7 +30,8 @@ const KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 #[derive(Default)]
 struct Lower {
     rules: Mutex<Rules>,
-    uplinks: Mutex<BTreeSet<u32>>,
+    /// Nothing, if nobody has said where to be attached.
+    uplinks: Mutex<Option<BTreeSet<u32>>>,
     told: Mutex<Vec<Told>>,
     /// Why the programs are not attached.
     hindrance: Mutex<Option<String>>,
@@ -59,7 +62,7 @@ impl NodeRules for Lower {
 
 impl DataPath for Lower {
     fn attach(&self, interfaces: Interfaces) {
-        *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = interfaces.uplinks;
+        *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = Some(interfaces.uplinks);
     }
 
     fn change(&self, changes: Vec<Told>) {
@@ -75,11 +78,19 @@ impl DataPath for Lower {
         BTreeMap::new()
     }
 
+    fn gateway(&self) -> State {
+        State::Idle
+    }
+
+    fn ports_in_use(&self, _: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
+        BTreeMap::new()
+    }
+
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
         let hindrance = self.hindrance.lock().unwrap().clone();
         let attachment = hindrance.map_or(Attachment::Tcx, |reason| Attachment::Absent { reason });
         let uplinks = self.uplinks.lock().unwrap();
-        let attached = uplinks.iter().map(|it| (*it, attachment.clone()));
+        let attached = uplinks.iter().flatten().map(|it| (*it, attachment.clone()));
         attached.collect()
     }
 }
@@ -119,6 +130,7 @@ fn mk_interface(node: u8) -> Interface {
         enslaved: false,
         addresses: vec![format!("10.88.0.{}/24", 10 + node).parse().unwrap()],
         default_route: (true, false),
+        routers: (Some([10, 88, 0, 1].into()), None),
     }
 }
 
@@ -187,6 +199,16 @@ impl World {
     }
 
     fn boot(&mut self, n: u8, boot: u64) {
+        let host = self.boot_blind(n, boot);
+        let interfaces: Arc<[Interface]> = Arc::new([mk_interface(n)]);
+        let now = self.now;
+        self.host(&host)
+            .speaker
+            .announcer(AnnouncerEvent::Interfaces(interfaces), now);
+    }
+
+    /// One that knows no interfaces yet; its name.
+    fn boot_blind(&mut self, n: u8, boot: u64) -> String {
         let name = NodeName::from(format!("n{n}").as_str());
         let (member, news): (Member, _) = self.hub.join(name.clone(), BootId(boot));
         let (announcing, _events) = twin();
@@ -203,6 +225,7 @@ impl World {
             manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
             egress_mark: Some(crate::egress::MARK),
+            routers: Vec::new(),
             gossip: "10.88.0.1:7950".parse().unwrap(),
             peers: Vec::new(),
         };
@@ -214,8 +237,6 @@ impl World {
         for kind in kinds() {
             speaker.source(Event::Synced(kind));
         }
-        let interfaces: Arc<[Interface]> = Arc::new([mk_interface(n)]);
-        speaker.announcer(AnnouncerEvent::Interfaces(interfaces), self.now);
         let host = Host {
             speaker,
             announcing,
@@ -224,7 +245,8 @@ impl World {
             told: 0,
             touched: BTreeSet::new(),
         };
-        self.hosts.insert(name, host);
+        self.hosts.insert(name.clone(), host);
+        name.to_string()
     }
 
     fn step(&mut self) {
@@ -345,11 +367,30 @@ fn rules_and_data_path_follow() {
     assert_eq!(rules.vips.len(), 2);
     assert!(rules.uplinks.values().all(|uplink| &**uplink == "eth0"));
     let uplinks = host.lower.uplinks.lock().unwrap().clone();
-    assert_eq!(uplinks, BTreeSet::from([2]));
+    assert_eq!(uplinks, Some(BTreeSet::from([2])));
     assert_eq!(host.announcing.asked().listening, [2]);
     let told = host.lower.told.lock().unwrap();
     let marks = told.iter().filter(|it| matches!(it, Told::Mark(_)));
     assert_eq!(marks.collect::<Vec<_>>(), [&Told::Mark(ARRIVAL)]);
+}
+
+/// What an earlier run has attached stays where it is.
+#[test]
+fn nothing_is_taken_away_before_the_interfaces_are_known() {
+    let mut world = World::new(1);
+    let name = world.boot_blind(2, 7);
+    world.run(Duration::from_secs(3));
+    let lower = world.host(&name).lower.clone();
+    assert_eq!(*lower.uplinks.lock().unwrap(), None);
+    assert!(lower.told.lock().unwrap().is_empty());
+    let interfaces: Arc<[Interface]> = Arc::new([mk_interface(2)]);
+    let now = world.now;
+    world
+        .host(&name)
+        .speaker
+        .announcer(AnnouncerEvent::Interfaces(interfaces), now);
+    world.run(Duration::from_secs(1));
+    assert_eq!(*lower.uplinks.lock().unwrap(), Some(BTreeSet::from([2])));
 }
 
 /// Nodes hear each other on a segment before there is any address to announce there.
@@ -362,6 +403,7 @@ fn a_pool_that_comes_later_is_listened_for() {
         mac: MacAddr([2, 0, 0, 0, 1, 1]),
         addresses: vec!["10.89.0.11/24".parse().unwrap()],
         default_route: (false, false),
+        routers: (None, None),
         ..mk_interface(1)
     };
     let now = world.now;

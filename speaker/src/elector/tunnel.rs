@@ -59,7 +59,7 @@ impl Speaker {
         })
     }
 
-    fn addresses_of(&self, name: &NodeName) -> Vec<IpAddr> {
+    pub(super) fn addresses_of(&self, name: &NodeName) -> Vec<IpAddr> {
         let node = self.index.nodes().get(name);
         let of_object = node.into_iter().flat_map(|node| &node.addresses);
         let register = self.election.register(name);

@@ -351,6 +351,7 @@ impl Cluster {
                 egress: Arc::new(self.egress.clone()),
                 outside: outside.clone(),
                 mark: egress::MARK,
+                around: Arc::new(datapath::egress::Surroundings::nowhere()),
             })
         });
         let mut changes: Vec<Change> = landfall_lab::address::vips(0)

@@ -51,7 +51,7 @@ pub mod source_flag {
 pub struct Policy {
     /// What its name hashes to: by that a later process knows the number.
     pub name: u64,
-    /// The interface by which its packets leave.
+    /// The interface by which its packets leave; 0 while this node is not its gateway.
     pub uplink: u32,
     /// Most ports of its pods together, 0 for no limit.
     pub ports: u32,
@@ -190,6 +190,8 @@ pub enum Reason {
     Unreadable,
     /// Dropped: there is no way to the remote or to the pod's node.
     NoWay,
+    /// Dropped: of a flow that is known, but this node is not its gateway any more, or not yet.
+    NotGateway,
     /// Its TTL is over.
     Expired,
     /// It is too big for its way.
@@ -202,7 +204,7 @@ pub enum Reason {
 
 impl Reason {
     /// All, each at the place of its number.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Out,
         Self::In,
         Self::Bound,
@@ -216,6 +218,7 @@ impl Reason {
         Self::StrayFragment,
         Self::Unreadable,
         Self::NoWay,
+        Self::NotGateway,
         Self::Expired,
         Self::TooBig,
         Self::Answered,
@@ -242,6 +245,7 @@ impl Reason {
             Self::StrayFragment => "stray-fragment",
             Self::Unreadable => "unreadable",
             Self::NoWay => "no-way",
+            Self::NotGateway => "not-gateway",
             Self::Expired => "expired",
             Self::TooBig => "too-big",
             Self::Answered => "answered",

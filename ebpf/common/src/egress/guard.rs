@@ -86,6 +86,8 @@ pub struct Marks {
     pub judged: u32,
     /// It leaves by its policy's gateway.
     pub egress: u32,
+    /// Not 0 if this node is a policy's gateway.
+    pub is_gateway: u32,
 }
 
 /// What the guard did with packets of pods.

@@ -31,6 +31,8 @@ pub(super) struct Found {
     pub(super) hop: u16,
     /// The number of the node that the pod's packets come from.
     pub(super) node: u16,
+    /// The number of its policy.
+    pub(super) policy: u16,
 }
 
 /// By what a pod's packet is known.
@@ -86,6 +88,7 @@ pub(super) fn find_out<F: Family>(packet: &mut Packet) -> Option<Found> {
     Some(Found {
         hop: binding.hop,
         node: binding.node,
+        policy: binding.policy,
     })
 }
 
@@ -120,6 +123,7 @@ pub(super) fn find_in<F: Family>(packet: &mut Packet) -> Option<Found> {
     Some(Found {
         hop: binding.hop,
         node: 0,
+        policy: binding.policy,
     })
 }
 

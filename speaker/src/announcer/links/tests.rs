@@ -18,11 +18,20 @@ fn mk_link(index: u32) -> LinkMessage {
     message
 }
 
+/// The router by an interface.
+fn router(index: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0a00_0000 + index)
+}
+
 fn mk_default_route(index: u32, table: u32) -> RouteMessage {
     let mut route = RouteMessage::default();
     route.header.address_family = AddressFamily::Inet;
     route.header.kind = RouteType::Unicast;
-    route.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(index)];
+    route.attributes = vec![
+        RouteAttribute::Table(table),
+        RouteAttribute::Oif(index),
+        RouteAttribute::Gateway(RouteAddress::Inet(router(index))),
+    ];
     route
 }
 
@@ -113,4 +122,26 @@ fn default_routes_of_other_tables_do_not_count() {
     let view = links.view();
     assert_eq!(view[&1].interface.default_route, (true, false));
     assert_eq!(view[&2].interface.default_route, (false, false));
+    assert_eq!(view[&1].interface.routers, (Some(router(1)), None));
+    assert_eq!(view[&2].interface.routers, (None, None));
+}
+
+#[test]
+fn the_router_of_an_interface_is_that_of_its_best_route() {
+    let mut links = Links::default();
+    apply(&mut links, RouteNetlinkMessage::NewLink(mk_link(1)));
+    let with_metric = |metric: u32, router| {
+        let mut route = mk_default_route(1, 254);
+        route.attributes.pop();
+        route.attributes.extend([
+            RouteAttribute::Priority(metric),
+            RouteAttribute::Gateway(RouteAddress::Inet(router)),
+        ]);
+        route
+    };
+    let routes = [(100, 7), (50, 8), (200, 9)]
+        .map(|(metric, last)| with_metric(metric, Ipv4Addr::new(10, 0, 0, last)));
+    links.set_default_routes(&routes);
+    let (v4, _) = links.view()[&1].interface.routers;
+    assert_eq!(v4, Some(Ipv4Addr::new(10, 0, 0, 8)));
 }

@@ -159,6 +159,18 @@ impl Gateway {
         self.shared.wake.notify_all();
     }
 
+    /// It has nothing to do. Returns at once.
+    pub fn clear(&self) {
+        let mut orders = lock(&self.shared.orders);
+        let around = match &orders.wanted {
+            Some((_, around)) => Arc::clone(around),
+            None => Arc::new(Surroundings::nowhere()),
+        };
+        orders.wanted = Some((Arc::default(), around));
+        orders.changed = true;
+        self.shared.wake.notify_all();
+    }
+
     /// Whether it does it.
     pub fn state(&self) -> State {
         lock(&self.shared.state).clone()

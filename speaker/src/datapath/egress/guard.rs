@@ -17,7 +17,7 @@ use xxhash_rust::xxh64::xxh64;
 
 use super::super::tables::{Nodes, Numbers, TablesError, forget, taken};
 use super::Leaving;
-use crate::egress::{Policy, PolicyName};
+use crate::egress::{Policy, PolicyName, marks};
 use crate::node_rules::TUNNEL;
 
 type Network = (u32, [u8; 16]);
@@ -94,10 +94,15 @@ impl Guard {
         let Some(leaving) = leaving else {
             return self.clear();
         };
-        let judged = 1 << leaving.mark.trailing_zeros();
+        let (judged, egress) = marks(leaving.mark);
+        let is_gateway = leaving.egress.policies.values().any(|policy| {
+            let gateway = policy.gateway.as_ref();
+            gateway.is_some_and(|gateway| gateway.node == leaving.node)
+        });
         let marks = Marks {
             judged,
-            egress: judged << 1,
+            egress,
+            is_gateway: u32::from(is_gateway),
         };
         if self.marks.get(&0, 0)? != marks {
             self.marks.set(0, marks, 0)?;
@@ -223,7 +228,8 @@ impl Guard {
 
     fn tell_inside(&mut self, wanted: BTreeSet<Network>) -> Result<(), TablesError> {
         for (length, address) in wanted.difference(&self.known.inside) {
-            self.inside.insert(&Key::new(*length, *address), 0, 0)?;
+            let whole = u32::from(*length < 128);
+            self.inside.insert(&Key::new(*length, *address), whole, 0)?;
         }
         for (length, address) in self.known.inside.difference(&wanted) {
             forget(self.inside.remove(&Key::new(*length, *address)))?;

@@ -22,6 +22,16 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
+    /// Of a node of which nothing is known.
+    pub fn nowhere() -> Self {
+        Self {
+            node: "".into(),
+            uplinks: BTreeMap::new(),
+            tunnel: None,
+            peers: BTreeMap::new(),
+        }
+    }
+
     /// A node at an interface, or, if it is not heard there, at the tunnel.
     fn nearest(&self, node: &NodeName, interface: u32) -> PeerId {
         let at = |interface| PeerId {
@@ -76,6 +86,9 @@ pub struct Peer {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Plan {
     pub(super) policies: BTreeMap<PolicyName, PolicyPlan>,
+    /// The policies whose gateway is another node, or that have none: what of their flows is known here is not
+    /// translated.
+    pub(super) elsewhere: BTreeSet<PolicyName>,
     pub(super) sources: BTreeMap<IpAddr, SourcePlan>,
     pub(super) egress: BTreeSet<IpAddr>,
     pub(super) nodes: BTreeMap<PeerId, NodePlan>,
@@ -142,12 +155,11 @@ pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
     }
     plan.interfaces = around.uplinks.keys().copied().collect();
     for (name, policy) in &egress.policies {
-        let Some(gateway) = &policy.gateway else {
+        let gateway = policy.gateway.as_ref();
+        let Some(gateway) = gateway.filter(|gateway| gateway.node == around.node) else {
+            plan.elsewhere.insert(name.clone());
             continue;
         };
-        if gateway.node != around.node {
-            continue;
-        }
         plan.policies.insert(
             name.clone(),
             PolicyPlan {

@@ -175,6 +175,7 @@ impl Tables {
             let entry = mk_policy(name, policy);
             self.policies.set(entry.name, entry, "policies")?;
         }
+        self.leave_to_others(plan)?;
         self.write_routes(plan, &hops)?;
         self.widen(plan)?;
         let egress: BTreeMap<VipKey, u32> = plan
@@ -189,6 +190,22 @@ impl Tables {
             .map(|(address, source)| (VipKey::from_address(*address), self.mk_source(source)))
             .collect();
         sync(&mut self.sources, &sources)
+    }
+
+    /// What is known of the flows of policies whose gateway is elsewhere stays, and moves no packet.
+    fn leave_to_others(&mut self, plan: &Plan) -> Result<(), TablesError> {
+        for name in &plan.elsewhere {
+            let hash = name_of_policy(name);
+            let Some(number) = self.policies.numbers.get(&hash) else {
+                continue;
+            };
+            let known = self.policies.map.get(number, 0)?;
+            if known.uplink != 0 {
+                let idle = Policy { uplink: 0, ..known };
+                self.policies.map.set(*number, idle, 0)?;
+            }
+        }
+        Ok(())
     }
 
     fn mk_source(&self, plan: &SourcePlan) -> Source {
@@ -267,7 +284,8 @@ impl Tables {
     /// gone.
     pub(in super::super) fn forget(&mut self, plan: &Plan, kept: &Kept) -> Result<(), TablesError> {
         self.let_through(&kept.filter)?;
-        let planned: BTreeSet<u64> = plan.policies.keys().map(name_of_policy).collect();
+        let planned = plan.policies.keys().chain(&plan.elsewhere);
+        let planned: BTreeSet<u64> = planned.map(name_of_policy).collect();
         self.policies.forget(&planned, &kept.policies)?;
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
         self.nodes.forget(&planned, &kept.nodes)

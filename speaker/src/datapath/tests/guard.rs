@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 use super::super::uplink::{Side, classifier, object};
 use super::super::{Attachment, Change, Config, DataPath as _, Delivery, Hook, Leaving, Worker};
 use super::lifecycle::{Bpffs, Segment, attached, eventually};
+use crate::datapath::egress::Surroundings;
 use crate::egress::{Egress, MARK};
 
 /// What the kernel keeps of our programs' names.
@@ -27,6 +28,7 @@ fn mk_leaving(segment: &Segment) -> Change {
         egress: Arc::new(Egress::default()),
         outside: [segment.uplink].into(),
         mark: MARK,
+        around: Arc::new(Surroundings::nowhere()),
     })))
 }
 

@@ -8,6 +8,7 @@ use landfall_ebpf_common::tunnel_mac;
 
 use super::*;
 use crate::datapath::Leaving;
+use crate::datapath::egress::Surroundings;
 use crate::egress::{Egress, Gateway, Pod, Policy, Tenant};
 use crate::node_rules::TUNNEL;
 
@@ -90,6 +91,7 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
         egress: Arc::new(egress),
         outside: [INTERFACE, OUTSIDE].into(),
         mark: JUDGED | EGRESS,
+        around: Arc::new(Surroundings::nowhere()),
     })))
 }
 
