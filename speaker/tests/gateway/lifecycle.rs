@@ -64,6 +64,35 @@ fn it_is_there_while_there_is_a_policy() {
     assert!(!map_of(&world).exists());
 }
 
+/// There is room for as many bindings as is said; what is pinned keeps its room, and its flows.
+#[test]
+fn it_has_the_room_that_is_said() {
+    const ROOM: u32 = 50;
+    let mut world = World::bare();
+    world.config.bindings = ROOM;
+    world.start();
+    let room = |world: &World| {
+        let map = aya::maps::MapData::from_pin(map_of(world)).unwrap();
+        map.info().unwrap().max_entries()
+    };
+    assert_eq!(room(&world), ROOM);
+    let to = SocketAddr::new(ip(REMOTE[0]), LINES);
+    let streams: Vec<_> = (0..ROOM)
+        .map(|number| connect(&world.pods[number as usize % 4], to).unwrap())
+        .collect();
+    assert_eq!(world.count("no-room"), 0);
+    connect(&world.pods[0], to).unwrap_err();
+    assert_ne!(world.count("no-room"), 0);
+    world.stop();
+    world.config.bindings = 2 * ROOM;
+    world.start();
+    assert_eq!(room(&world), ROOM);
+    for stream in &streams {
+        assert_eq!(ip(&say(stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
+    }
+    world.no_leak();
+}
+
 /// The process dies: flows go on, new ones begin, and the next process takes over what is there.
 #[test]
 fn it_outlives_its_process() {
