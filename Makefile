@@ -61,6 +61,11 @@ bench-ingress: setup ## What steering costs a packet, alone and beside kube-prox
 	cargo test -q --release -p landfall-speaker --features bench --lib datapath::tests::cost -- --nocapture
 	cargo run --release -q -p landfall-tests --example bench-ingress
 
+.PHONY: bench-egress
+bench-egress: setup ## What an egress gateway costs a packet and a new connection, beside nftables (target/bench/egress.json)
+	cargo test -q --release -p landfall-speaker --features bench --lib datapath::tests::gateway::cost -- --nocapture
+	cargo run --release -q -p landfall-speaker --features bench --example bench-egress
+
 .PHONY: deny
 deny: ## Licences, sources and duplicate crates (needs cargo-deny)
 	cargo deny check bans licenses sources

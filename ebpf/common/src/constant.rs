@@ -58,15 +58,39 @@ struct LinkAttr {
 /// As attaching: `EBUSY` if there is a program already, `EOPNOTSUPP` if the driver has no native XDP.
 pub fn drop_all(hook: Hook, interface: u32) -> io::Result<OwnedFd> {
     // TC_ACT_SHOT, XDP_DROP.
-    let (prog_type, attach_type, answer, flags) = match hook {
-        Hook::Tcx => (3, 46, 2, 0),
-        Hook::Xdp => (6, 37, 1_u64, DRIVER_MODE),
+    let answer = match hook {
+        Hook::Tcx => 2,
+        Hook::Xdp => 1_u64,
     };
     // r0 = answer; exit.
-    let program: [u64; 2] = [0xb7 | answer << 32, 0x95];
+    attach(hook, interface, &[0xb7 | answer << 32, EXIT])
+}
+
+/// Attaches a program that sends every frame back out of the interface that it came in by, as it is.
+///
+/// # Errors
+/// As attaching.
+pub fn bounce_all(interface: u32) -> io::Result<OwnedFd> {
+    // r1 = __sk_buff.ifindex; r2 = 0; r0 = bpf_redirect(r1, r2); exit.
+    let program = [
+        0x61 | 0x11 << 8 | 40 << 16,
+        0xb7 | 2 << 8,
+        0x85 | 23 << 32,
+        EXIT,
+    ];
+    attach(Hook::Tcx, interface, &program)
+}
+
+const EXIT: u64 = 0x95;
+
+fn attach(hook: Hook, interface: u32, program: &[u64]) -> io::Result<OwnedFd> {
+    let (prog_type, attach_type, flags) = match hook {
+        Hook::Tcx => (3, 46, 0),
+        Hook::Xdp => (6, 37, DRIVER_MODE),
+    };
     let mut attr = ProgramAttr {
         prog_type,
-        insn_cnt: 2,
+        insn_cnt: u32::try_from(program.len()).expect("it is short"),
         insns: program.as_ptr() as u64,
         license: c"Apache-2.0".as_ptr() as u64,
         expected_attach_type: attach_type,

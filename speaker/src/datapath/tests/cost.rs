@@ -98,11 +98,15 @@ fn vip(number: u32) -> IpAddr {
     Ipv4Addr::from(0x0a40_0000 + number).into()
 }
 
-/// Adds figures to the file, under a name.
 fn write(key: &str, value: &Value) {
+    write_to("test-run.json", key, value);
+}
+
+/// Adds figures to a file, under a name.
+pub(super) fn write_to(name: &str, key: &str, value: &Value) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench");
     fs::create_dir_all(&directory).expect("the target directory is ours");
-    let file = directory.join("test-run.json");
+    let file = directory.join(name);
     let mut whole: Value = fs::read(&file)
         .ok()
         .and_then(|text| serde_json::from_slice(&text).ok())
