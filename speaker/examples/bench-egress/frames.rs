@@ -5,20 +5,20 @@ use std::net::{Ipv4Addr, SocketAddr};
 use landfall_lab::packets;
 
 /// The Ethernet address of the node that is measured.
-pub const NODE: [u8; 6] = [2, 0, 0, 9, 0, 1];
+pub(crate) const NODE: [u8; 6] = [2, 0, 0, 9, 0, 1];
 /// That of the other node, whose pods are remote.
-pub const OTHER: [u8; 6] = [2, 0, 0, 9, 0, 2];
+pub(crate) const OTHER: [u8; 6] = [2, 0, 0, 9, 0, 2];
 /// The router's.
-pub const ROUTER: [u8; 6] = [2, 0, 0, 9, 0, 3];
+pub(crate) const ROUTER: [u8; 6] = [2, 0, 0, 9, 0, 3];
 /// That of the node's end of the own pods' link.
-pub const POD_LINK: [u8; 6] = [2, 0, 0, 9, 0, 4];
+pub(crate) const POD_LINK: [u8; 6] = [2, 0, 0, 9, 0, 4];
 /// Of all own pods.
-pub const PODS: [u8; 6] = [2, 0, 0, 9, 0, 5];
+pub(crate) const PODS: [u8; 6] = [2, 0, 0, 9, 0, 5];
 
 /// How many pods the other node has.
-pub const REMOTE_PODS: u32 = 1000;
+pub(crate) const REMOTE_PODS: u32 = 1000;
 /// How many the node itself has.
-pub const OWN_PODS: u32 = 16;
+pub(crate) const OWN_PODS: u32 = 16;
 
 /// Where a number's addresses begin.
 const FIRST_REMOTE_POD: u32 = 0x0af4_0400;
@@ -33,32 +33,32 @@ const FIRST_PORT: u32 = 20_000;
 const SERVED: u16 = 443;
 
 /// A pod of the other node.
-pub fn remote_pod(number: u32) -> Ipv4Addr {
+pub(crate) fn remote_pod(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(FIRST_REMOTE_POD + number)
 }
 
 /// A pod of the node that is measured.
-pub fn own_pod(number: u32) -> Ipv4Addr {
+pub(crate) fn own_pod(number: u32) -> Ipv4Addr {
     Ipv4Addr::from(FIRST_OWN_POD + number)
 }
 
 /// The address of a policy.
-pub fn egress(policy: u32) -> Ipv4Addr {
+pub(crate) fn egress(policy: u32) -> Ipv4Addr {
     Ipv4Addr::from(FIRST_EGRESS + policy)
 }
 
 /// A flow of a pod's.
 #[derive(Clone, Copy, Debug)]
-pub struct Flow {
+pub(crate) struct Flow {
     /// Of the node's own pods.
-    pub own: bool,
+    pub(crate) own: bool,
     /// Its number among those, or among the other node's.
-    pub number: u32,
+    pub(crate) number: u32,
 }
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
+pub(crate) enum What {
     /// A pod's datagram.
     Out,
     /// A server's, to the address of the pod's policy.
@@ -94,7 +94,7 @@ impl Flow {
     }
 
     /// The flow's frame, where there are so many policies.
-    pub fn frame(self, what: What, policies: u32) -> Vec<u8> {
+    pub(crate) fn frame(self, what: What, policies: u32) -> Vec<u8> {
         let (place, pod) = self.pod();
         let pod = SocketAddr::new(pod.into(), self.port());
         let mut packet = match what {

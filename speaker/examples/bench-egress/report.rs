@@ -54,7 +54,7 @@ fn net<const N: usize>(rounds: &[Round<N>], way: usize, bounce: usize) -> Span {
 }
 
 /// Prints and returns the figures of flows that are known.
-pub fn known(case: Case, rounds: &[Round<10>], programs: &BTreeMap<String, f64>) -> Value {
+pub(crate) fn known(case: Case, rounds: &[Round<10>], programs: &BTreeMap<String, f64>) -> Value {
     println!(
         "\n{} policies, {} flows, {} heard at random; medians of {} rounds (least to most)",
         case.policies,
@@ -102,7 +102,7 @@ pub fn known(case: Case, rounds: &[Round<10>], programs: &BTreeMap<String, f64>)
 }
 
 /// The same of new connections.
-pub fn new(case: Case, rounds: &[Round<3>]) -> Value {
+pub(crate) fn new(case: Case, rounds: &[Round<3>]) -> Value {
     let [rate, cost] = compare(rounds, 1, 2, 0);
     let whole = |way: usize| Span::of(rounds.iter().map(|it| it[way].1 * 1e9 / it[way].0 / 1000.0));
     let share = |way: usize| Span::of(rounds.iter().map(|it| it[way].1));
@@ -150,7 +150,7 @@ fn show(span: Span, digits: usize) -> String {
 }
 
 /// Says which goals are met: by the worst of all cases.
-pub fn goals(known: &[Value], new: &[Value]) {
+pub(crate) fn goals(known: &[Value], new: &[Value]) {
     let worst = |values: &mut dyn Iterator<Item = Option<f64>>| {
         values.flatten().fold(f64::INFINITY, f64::min)
     };

@@ -32,11 +32,11 @@ use super::frames::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Room for bindings, and buckets and room for connection tracking.
-pub const ROOM: u32 = 1 << 21;
+pub(crate) const ROOM: u32 = 1 << 21;
 
 /// The links of the generator, at whose other ends are: who drops, ours and its own pods, nftables and its own pods, who
 /// sends back.
-pub const LINKS: [&str; 6] = ["drop", "ours", "ours-pods", "nft", "nft-pods", "bounce"];
+pub(crate) const LINKS: [&str; 6] = ["drop", "ours", "ours-pods", "nft", "nft-pods", "bounce"];
 
 /// Settings of the whole machine's connection tracking, raised as long as this lives.
 struct Tracking([(PathBuf, String); 2]);
@@ -110,17 +110,17 @@ impl Drop for Parts {
 }
 
 /// All of it.
-pub struct World {
+pub(crate) struct World {
     /// How many policies there are.
-    pub policies: u32,
+    pub(crate) policies: u32,
     parts: Option<Parts>,
     /// Who sends, and drops what comes back.
-    pub generator: Netns,
+    pub(crate) generator: Netns,
     ours: Netns,
     nft: Netns,
     dropper: Netns,
     /// The indexes of the generator's ends.
-    pub links: [u32; 6],
+    pub(crate) links: [u32; 6],
     /// What drops, as long as it is here.
     drops: Vec<OwnedFd>,
     bpffs: Bpffs,
@@ -129,7 +129,7 @@ pub struct World {
 
 impl World {
     /// Builds it, with so many policies, and waits until they are in force.
-    pub fn build(policies: u32) -> anyhow::Result<Self> {
+    pub(crate) fn build(policies: u32) -> anyhow::Result<Self> {
         let id = LabId::fresh();
         let make = |role: &str| Netns::create_in(&id, role);
         let (generator, ours, nft, dropper) = (
@@ -328,7 +328,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     }
 
     /// What our gateway has counted.
-    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+    pub(crate) fn counts(&self) -> BTreeMap<&'static str, u64> {
         self.parts
             .as_ref()
             .map(|parts| parts.gateway.counts())
@@ -336,7 +336,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     }
 
     /// How many frames have arrived at the generator's end of a link, or where they are dropped.
-    pub fn arrived(&self, link: usize) -> anyhow::Result<u64> {
+    pub(crate) fn arrived(&self, link: usize) -> anyhow::Result<u64> {
         let (at, name) = if link == 0 {
             (&self.dropper, "eth0")
         } else {
@@ -350,13 +350,13 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     }
 
     /// How many connections nftables' node tracks.
-    pub fn tracked(&self) -> anyhow::Result<u64> {
+    pub(crate) fn tracked(&self) -> anyhow::Result<u64> {
         let text = self.nft.read_sysctl("net.netfilter.nf_conntrack_count")?;
         Ok(text.parse()?)
     }
 
     /// Counts what comes back to the generator: from an address of a policy, from a pod's own, or for a pod.
-    pub fn watch(&self) -> anyhow::Result<()> {
+    pub(crate) fn watch(&self) -> anyhow::Result<()> {
         let mut text = "add table netdev watch\n".to_owned();
         for link in &LINKS[1..] {
             writeln!(
@@ -378,7 +378,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     }
 
     /// What was counted, by link and kind. From now on what comes back is dropped at once.
-    pub fn watched(&mut self) -> anyhow::Result<BTreeMap<String, u64>> {
+    pub(crate) fn watched(&mut self) -> anyhow::Result<BTreeMap<String, u64>> {
         let text = self.generator.exec("nft list table netdev watch")?;
         self.generator.nft("delete table netdev watch\n")?;
         for index in &self.links[1..] {
@@ -397,7 +397,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     }
 
     /// Our programs at the uplink: the numbers, and where they are.
-    pub fn programs(&self) -> anyhow::Result<BTreeMap<u32, &'static str>> {
+    pub(crate) fn programs(&self) -> anyhow::Result<BTreeMap<u32, &'static str>> {
         let interface = self.ours.interface_index("eth0")?;
         let mut ids = BTreeMap::new();
         for (hook, word) in [
