@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use landfall_ebpf_common::egress::gateway::MAX_BINDINGS;
 use landfall_runtime::args::KubeArgs;
 use landfall_runtime::telemetry::LogArgs;
 
@@ -169,6 +170,18 @@ pub struct Args {
         value_parser = parse_mark
     )]
     pub egress_mark: u32,
+
+    /// How many flows of egress policies' pods this node has room for at once as their gateway, of each family. A
+    /// million take 225 MB for IPv4 and 290 MB for IPv6, as they come. Where an earlier process has made the room it
+    /// stays as it is until the last policy goes.
+    #[arg(
+        long,
+        env = "LANDFALL_EGRESS_BINDINGS",
+        default_value_t = MAX_BINDINGS,
+        value_name = "NUMBER",
+        value_parser = clap::value_parser!(u32).range(1024..=16_777_216)
+    )]
+    pub egress_bindings: u32,
 
     /// An interface whose driver is to send on by itself what belongs to other nodes, where it can (native XDP);
     /// may be repeated.

@@ -37,6 +37,7 @@ use prometheus_client::registry::Registry;
 
 use crate::egress::PolicyName;
 
+use egress::GatewayConfig;
 pub use egress::Leaving;
 pub use pins::{Removed, uninstall};
 pub use worker::Worker;
@@ -57,8 +58,8 @@ pub struct Config {
     pub watch: Duration,
     /// How often the flows are compared with connection tracking.
     pub compare: Duration,
-    /// The bits of the packet mark by which egress is judged; 0 if packets are not treated by it.
-    pub egress_mark: u32,
+    /// How to be a gateway of egress policies.
+    pub gateway: GatewayConfig,
 }
 
 /// How often the flows are compared with connection tracking, where nothing else is asked for.
@@ -78,14 +79,15 @@ impl Config {
     /// Pins under `pin_dir`; attaches by the best hook the kernel has and checks it every second; compares
     /// the flows every minute ([`COMPARE`]).
     pub fn new(pin_dir: impl Into<PathBuf>) -> Self {
+        let pin_dir = pin_dir.into();
         Self {
-            pin_dir: pin_dir.into(),
+            gateway: GatewayConfig::new(&pin_dir),
+            pin_dir,
             hook: Hook::Auto,
             delivery: Delivery::KubeProxy,
             xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
             compare: COMPARE,
-            egress_mark: 0,
         }
     }
 }
@@ -299,6 +301,8 @@ pub trait DataPath: Send + Sync {
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
     /// Whether this node translates what it is the gateway of.
     fn gateway(&self) -> egress::State;
+    /// How many packets met each fate at it, by its word.
+    fn gateway_counts(&self) -> BTreeMap<&'static str, u64>;
     /// How many ports the pods of these policies have in use here.
     fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64>;
 }

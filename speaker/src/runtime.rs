@@ -28,7 +28,7 @@ use crate::membership::gossip::{self, Counters};
 use crate::membership::{Membership, MembershipEvent};
 use crate::metrics::Metrics;
 use crate::status::{Reporter, Write, writer};
-use crate::{announcer, datapath, node_rules};
+use crate::{announcer, datapath, egress, node_rules};
 
 /// The clock begins at an hour, so that subtracting any patience stays above zero.
 const EPOCH: Duration = Duration::from_hours(1);
@@ -99,16 +99,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         },
         &mut registry,
     );
-    let datapath = datapath::start(
-        datapath::Config {
-            delivery: args.delivery,
-            xdp: args.xdp.iter().cloned().collect(),
-            compare: Duration::from_secs(args.compare_every),
-            egress_mark: args.egress_mark,
-            ..datapath::Config::new(&args.pins.bpf_pin_dir)
-        },
-        &mut registry,
-    );
+    let mut data = datapath::Config {
+        delivery: args.delivery,
+        xdp: args.xdp.iter().cloned().collect(),
+        compare: Duration::from_secs(args.compare_every),
+        ..datapath::Config::new(&args.pins.bpf_pin_dir)
+    };
+    data.gateway.mark = egress::marks(args.egress_mark).1;
+    data.gateway.bindings = args.egress_bindings;
+    let datapath = datapath::start(data, &mut registry);
     let parts = Parts {
         announcer: Arc::new(announcer),
         rules: Arc::new(rules),

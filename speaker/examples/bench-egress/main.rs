@@ -346,7 +346,8 @@ impl Bench {
                 let (time_before, count_before) = before.get(&name).copied().unwrap_or_default();
                 let runs = u32::try_from(count - count_before)?;
                 if usize::try_from(runs)? >= FRAMES {
-                    let took = (time - time_before).as_secs_f64() * 1e9 / f64::from(runs);
+                    let took =
+                        time.saturating_sub(time_before).as_secs_f64() * 1e9 / f64::from(runs);
                     found.insert(format!("{direction}: {name}"), took);
                 }
             }

@@ -15,9 +15,7 @@ use landfall_ebpf_common::constant::{self, Hook};
 use landfall_ebpf_common::egress::binding::ticks;
 use landfall_ebpf_common::tcx;
 use landfall_lab::{LabId, Mac, Netns};
-use landfall_speaker::datapath::egress::{
-    Gateway, GatewayConfig, Peer, PeerId, State, Surroundings, Uplink,
-};
+use landfall_speaker::datapath::egress::{Peer, PeerId, State, Surroundings, Uplink};
 use landfall_speaker::datapath::{self, Change, DataPath};
 use landfall_speaker::egress::{self, Egress, Pod, Policy, PolicyName, Tenant};
 use landfall_speaker::node_rules::{self, NodeRules as _, Rules};
@@ -93,7 +91,6 @@ impl Drop for Bpffs {
 
 /// What runs on the node that is ours: the gateway, the data path with the guard, the node's rules.
 struct Parts {
-    gateway: Gateway,
     datapath: Box<dyn DataPath>,
     _rules: Arc<node_rules::Handle>,
     stop: Option<oneshot::Sender<()>>,
@@ -267,21 +264,17 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                 .expect("a runtime needs but a few descriptors");
             runtime.block_on(async {
                 let mut registry = Registry::default();
-                let datapath: Box<dyn DataPath> = Box::new(datapath::start(
-                    datapath::Config::new(pins.clone()),
-                    &mut registry,
-                ));
-                let mut config = GatewayConfig::new(pins);
-                config.bindings = ROOM;
-                config.times.datagram = ticks(3600);
-                config.mark = egress::MARK & (egress::MARK << 1);
-                let gateway = Gateway::start(config, &mut registry);
+                let mut config = datapath::Config::new(pins);
+                config.gateway.bindings = ROOM;
+                config.gateway.times.datagram = ticks(3600);
+                config.gateway.mark = egress::marks(egress::MARK).1;
+                let datapath: Box<dyn DataPath> = Box::new(datapath::start(config, &mut registry));
                 let rules = node_rules::start(node_rules::Config::default(), &mut registry);
-                let _ = tell.send((gateway, datapath, Arc::new(rules)));
+                let _ = tell.send((datapath, Arc::new(rules)));
                 let _ = stopped.await;
             });
         });
-        let (gateway, datapath, rules) = told.recv()?;
+        let (datapath, rules) = told.recv()?;
         rules.apply(Rules {
             egress: Some(Arc::new(node_rules::Leaving {
                 node: "here".into(),
@@ -297,12 +290,11 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                 egress: Arc::clone(&egress),
                 outside: [interface].into(),
                 mark: egress::MARK,
+                around: Arc::new(around),
             }))),
             Change::Complete,
         ]);
-        gateway.set(egress, Arc::new(around));
         let parts = Parts {
-            gateway,
             datapath,
             _rules: rules,
             stop: Some(stop),
@@ -311,7 +303,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
         let parts = self.parts.insert(parts);
         let begun = Instant::now();
         loop {
-            let state = parts.gateway.state();
+            let state = parts.datapath.gateway();
             let at = parts.datapath.attachments();
             let table = self.ours.exec("nft list table inet landfall");
             let judges = table.is_ok_and(|text| text.contains("egress-judge"));
@@ -331,7 +323,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
     pub(crate) fn counts(&self) -> BTreeMap<&'static str, u64> {
         self.parts
             .as_ref()
-            .map(|parts| parts.gateway.counts())
+            .map(|parts| parts.datapath.gateway_counts())
             .unwrap_or_default()
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 
-use super::egress::{self, Gateway, GatewayConfig};
+use super::egress::{self, Gateway};
 use super::flows::Flows;
 use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
@@ -21,7 +21,7 @@ use super::{
     Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
     NodeState, PortId, PortState, VipCount, VipState,
 };
-use crate::egress::{PolicyName, marks};
+use crate::egress::PolicyName;
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
@@ -65,11 +65,7 @@ impl Worker {
         let shared = Arc::new(Shared::default());
         let metrics = Metrics::register(registry, Arc::clone(&shared.tables));
         let flows = Arc::new(Flows::start(Arc::clone(&shared.tables), config.compare));
-        let gateway = GatewayConfig {
-            mark: marks(config.egress_mark).1,
-            ..GatewayConfig::new(&config.pin_dir)
-        };
-        let gateway = Gateway::start(gateway, registry);
+        let gateway = Gateway::start(config.gateway.clone(), registry);
         let mut task = Task {
             config,
             shared: Arc::clone(&shared),
@@ -142,6 +138,10 @@ impl DataPath for Worker {
 
     fn gateway(&self) -> egress::State {
         self.gateway.state()
+    }
+
+    fn gateway_counts(&self) -> BTreeMap<&'static str, u64> {
+        self.gateway.counts()
     }
 
     fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {

@@ -82,6 +82,10 @@ impl DataPath for Lower {
         State::Idle
     }
 
+    fn gateway_counts(&self) -> BTreeMap<&'static str, u64> {
+        BTreeMap::new()
+    }
+
     fn ports_in_use(&self, _: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
         BTreeMap::new()
     }

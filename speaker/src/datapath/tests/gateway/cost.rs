@@ -187,6 +187,7 @@ fn cost_of_tables() {
             egress: Arc::new(egress.clone()),
             outside: [INTERFACE].into(),
             mark: crate::egress::MARK,
+            around: Arc::new(Surroundings::nowhere()),
         };
         let begun = Instant::now();
         gate.change(&Change::Egress(Some(Arc::new(leaving))));
