@@ -108,6 +108,16 @@ fn drivers_are_named_one_by_one() {
     );
 }
 
+#[test]
+fn egress_is_asked_for() {
+    let speaker = done(&template("speaker.yaml", &[]));
+    assert!(!speaker.contains("--egress"), "{speaker}");
+    let values = ["egress.enabled=true", "egress.bindings=2000000"];
+    let speaker = done(&template("speaker.yaml", &values));
+    assert!(speaker.contains("- --egress\n"), "{speaker}");
+    assert!(speaker.contains("- --egress-bindings=2000000\n"));
+}
+
 fn capabilities(speaker: &str) -> Vec<String> {
     let added = speaker.split("add:").nth(1).unwrap();
     added
@@ -134,6 +144,7 @@ fn bad_values_are_refused() {
         ("controller.replicas=0", "/controller/replicas"),
         (r#"logFormat="xml""#, "logFormat"),
         ("speaker.nosuch=1", "nosuch"),
+        ("egress.bindings=10", "/egress/bindings"),
     ] {
         let output = template("speaker.yaml", &[value]);
         let stderr = String::from_utf8_lossy(&output.stderr);
