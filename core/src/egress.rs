@@ -32,6 +32,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use xxhash_rust::xxh64::xxh64;
+
 use crate::ip::Family;
 use crate::model::{EgressPolicy, Event, Kind, NodeName, Object, ObjectId, ObjectKey, Pod, Pool};
 use crate::selector::Labels;
@@ -80,10 +82,20 @@ fn matters(id: &ObjectId) -> bool {
 pub struct Judged {
     /// The pod.
     pub pod: ObjectKey,
+    /// Tells it from any other that has the address before or after: a hash of its name and UID, not 0.
+    pub identity: u64,
     /// Where it runs.
     pub node: Option<NodeName>,
     /// Whose tenant it is; nobody's, if nothing.
     pub tenant: Option<Tenant>,
+}
+
+impl Judged {
+    /// The identity of a pod.
+    pub fn identity_of(pod: &Pod) -> u64 {
+        let text = format!("{}/{} {}", pod.key.namespace, pod.key.name, pod.uid);
+        xxh64(text.as_bytes(), 0).max(1)
+    }
 }
 
 /// What became of a policy's pods.

@@ -29,8 +29,8 @@ pub type PolicyName = Arc<str>;
 pub struct Egress {
     /// The policies.
     pub policies: BTreeMap<PolicyName, Policy>,
-    /// The pods' addresses that are judged: this node's, and all tenants of other nodes: whoever becomes the gateway knows
-    /// them already.
+    /// The pods' addresses that are judged: this node's, and all of other nodes that are or were tenants: whoever becomes
+    /// the gateway knows them already, and whose flows have another's address by now.
     pub pods: BTreeMap<IpAddr, Pod>,
     /// Networks that are the cluster's own, besides all VIPs: pods', Services', nodes', link-local, multicast.
     pub inside: BTreeSet<IpNet>,
@@ -43,6 +43,8 @@ pub struct Pod {
     pub node: NodeName,
     /// Whose tenant it is, and the address it leaves by; nobody's, if nothing: it leaves as it did.
     pub tenant: Option<Tenant>,
+    /// Tells it from another that had the address before, whose flows are not its own.
+    pub identity: u64,
 }
 
 /// A pod as a policy's tenant.

@@ -244,6 +244,9 @@ impl Speaker {
             Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
             Event::Synced(_) | Event::Unwatched(_) => false,
         };
+        if let Event::Apply(Object::Node(_)) | Event::Delete(ObjectId::Node(_)) = &event {
+            self.plan.nodes_changed();
+        }
         self.egress.apply_shared(&event);
         self.index.apply(event);
         if self.index.is_synced() {

@@ -69,6 +69,7 @@ impl Leaving {
         let pod = |pod: &Pod| Pod {
             node: pod.node.clone(),
             tenant: None,
+            identity: pod.identity,
         };
         Self {
             egress: Arc::new(Egress {

@@ -31,6 +31,7 @@ impl EgressIndex {
         });
         Some(Judged {
             pod: key.clone(),
+            identity: Judged::identity_of(&state.pod),
             node: state.pod.node.clone(),
             tenant,
         })

@@ -132,6 +132,7 @@ impl Objects {
         });
         Some(Judged {
             pod: pod.key.clone(),
+            identity: Judged::identity_of(pod),
             node: pod.node.clone(),
             tenant,
         })

@@ -240,7 +240,14 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                         egress_ip: Some(frames::egress(policy).into()),
                     });
                     let node = node.into();
-                    (pod, Pod { node, tenant })
+                    (
+                        pod,
+                        Pod {
+                            node,
+                            tenant,
+                            identity: 1,
+                        },
+                    )
                 })
                 .collect(),
             inside: ["10.244.0.0/16", "10.88.0.0/24"]

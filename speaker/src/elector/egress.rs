@@ -28,8 +28,8 @@ pub(super) struct Plan {
     /// All was listed once: what is known is acted upon.
     begun: bool,
     wanted: Egress,
-    /// The pods' addresses that lie in no network of any node.
-    strays: BTreeSet<IpAddr>,
+    /// The cluster's own networks may be others by now.
+    inside_stale: bool,
     /// How many tenants a policy has on each node.
     hosts: BTreeMap<PolicyName, BTreeMap<NodeName, usize>>,
     /// As it was last given out.
@@ -71,18 +71,19 @@ impl Plan {
             let before = self.wanted.pods.remove(address);
             self.count(before.as_ref(), false);
             let judged = index.judged().get(address);
-            let after = judged.and_then(|judged| pod(judged, me));
+            let after = judged.and_then(|judged| pod(judged, me, before.is_some()));
             self.count(after.as_ref(), true);
             if let Some(after) = after {
                 self.wanted.pods.insert(*address, after);
             }
-            if judged.is_some() {
-                self.strays.insert(*address);
-            } else {
-                self.strays.remove(address);
-            }
         }
-        !changed.addresses.is_empty() || !changed.policies.is_empty()
+        self.inside_stale |= !changed.addresses.is_empty();
+        !changed.policies.is_empty() || (self.inside_stale && !self.wanted.policies.is_empty())
+    }
+
+    /// A node's networks may have changed.
+    pub(super) fn nodes_changed(&mut self) {
+        self.inside_stale = true;
     }
 
     fn count(&mut self, pod: Option<&Pod>, more: bool) {
@@ -105,14 +106,18 @@ impl Plan {
     }
 }
 
-/// A judged pod, if this node has anything to do with it.
-fn pod(judged: &Judged, me: &NodeName) -> Option<Pod> {
+/// A judged pod, if this node has anything to do with it, or had: of one that is a tenant no more there may be flows.
+fn pod(judged: &Judged, me: &NodeName, had: bool) -> Option<Pod> {
     let node = judged.node.clone()?;
     let tenant = judged.tenant.as_ref().map(|tenant| Tenant {
         policy: tenant.policy.clone(),
         egress_ip: tenant.egress_ip,
     });
-    (node == *me || tenant.is_some()).then_some(Pod { node, tenant })
+    (node == *me || tenant.is_some() || had).then_some(Pod {
+        node,
+        tenant,
+        identity: judged.identity,
+    })
 }
 
 /// Networks that are never outside: link-local, multicast, this host, broadcast (RFC 6890).
@@ -205,7 +210,9 @@ impl Speaker {
                 }
             }
         }
-        self.plan.wanted.inside = self.inside();
+        if std::mem::take(&mut self.plan.inside_stale) || self.plan.wanted.inside.is_empty() {
+            self.plan.wanted.inside = self.inside();
+        }
         let wanted = &self.plan.wanted;
         if self.plan.given.as_deref() != Some(wanted) {
             self.plan.given = Some(Arc::new(wanted.clone()));
@@ -213,18 +220,23 @@ impl Speaker {
         self.plan.given.clone()
     }
 
-    /// The cluster's own networks.
+    /// The cluster's own networks, and its pods' addresses that lie in none of them.
     fn inside(&self) -> BTreeSet<IpNet> {
         let mut inside: BTreeSet<IpNet> = reserved().collect();
         for node in self.index.nodes().values() {
             inside.extend(node.pod_cidrs.iter().map(IpNet::trunc));
             inside.extend(node.addresses.iter().copied().map(IpNet::from));
         }
-        let networks: Vec<IpNet> = inside.iter().copied().collect();
-        let strays = self.plan.strays.iter();
-        let strays =
-            strays.filter(|stray| !networks.iter().any(|network| network.contains(*stray)));
-        inside.extend(strays.copied().map(IpNet::from));
+        let lengths: BTreeSet<u8> = inside.iter().map(IpNet::prefix_len).collect();
+        let is_inside = |address: IpAddr| {
+            lengths.iter().any(|length| {
+                let around = IpNet::new(address, *length);
+                around.is_ok_and(|around| inside.contains(&around.trunc()))
+            })
+        };
+        let pods = self.egress.judged().keys().copied();
+        let strays: Vec<IpAddr> = pods.filter(|pod| !is_inside(*pod)).collect();
+        inside.extend(strays.into_iter().map(IpNet::from));
         inside
     }
 

@@ -257,7 +257,12 @@ impl Cluster {
                 egress_ip: Some(egress_ip),
             });
             let node = NodeName::from(NODE);
-            egress.pods.insert(address, egress::Pod { node, tenant });
+            let pod = egress::Pod {
+                node,
+                tenant,
+                identity: 1,
+            };
+            egress.pods.insert(address, pod);
         }
     }
 

@@ -86,6 +86,7 @@ fn pods_of_nodes_off_the_segment_leave_by_their_egress_address() {
             Pod {
                 node: "far".into(),
                 tenant: Some(tenant),
+                identity: 1,
             },
         );
     }

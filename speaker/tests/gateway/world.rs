@@ -437,6 +437,7 @@ fn mk_egress(uplink: u32) -> Egress {
                 Pod {
                     node: node.into(),
                     tenant: Some(tenant),
+                    identity: 1,
                 },
             );
         }

@@ -35,6 +35,8 @@ pub struct Source {
     pub flags: u16,
     /// The number of its gateway, as a node, if that is another.
     pub gateway: u16,
+    /// Tells it from another pod that had the address before.
+    pub identity: u64,
 }
 
 /// Flags of a [`Source`].
@@ -256,12 +258,14 @@ impl Reason {
 
 /// What the program that ends bindings is told: keys of the map *in*, behind an Ethernet header that means nothing.
 pub mod keep {
-    /// Where it says how many keys there are (one byte), and of which family (one byte: 4 or 6).
+    /// Where it says how many keys there are (one byte), and of which family (one byte: 4 or 6, and [`AT_ONCE`]).
     pub const HEAD: usize = 14;
     /// Where the keys begin.
     pub const KEYS: usize = 16;
     /// How many there are at most.
     pub const MOST: usize = 64;
+    /// In the byte of the family: they end though they are in use.
+    pub const AT_ONCE: u8 = 0x80;
 }
 
 /// The names of a gateway's maps.
@@ -326,7 +330,7 @@ mod tests {
             size_of::<GateSettings>(),
         ];
         let expected = [
-            16 + 4 * 2,
+            16 + 4 * 2 + 8,
             8 + 4 * 4,
             8 + 4 + 4 + 4 + 6 + 6 + 16,
             4 * 4 + 16 + 16,

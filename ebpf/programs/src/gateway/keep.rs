@@ -20,10 +20,11 @@ pub(super) fn keep(context: &TcContext) -> i32 {
         if place >= usize::from(count) {
             break;
         }
-        let ended = if family == 4 {
-            name::<Four>(context, place) && landfall_gateway_end_v4() != 0
+        let at_once = u32::from(family & keep::AT_ONCE);
+        let ended = if family & !keep::AT_ONCE == 4 {
+            name::<Four>(context, place, at_once) && landfall_gateway_end_v4() != 0
         } else {
-            name::<Six>(context, place) && landfall_gateway_end_v6() != 0
+            name::<Six>(context, place, at_once) && landfall_gateway_end_v6() != 0
         };
         live += i32::from(!ended);
     }
@@ -32,12 +33,13 @@ pub(super) fn keep(context: &TcContext) -> i32 {
 
 /// Puts a binding's key into the room.
 #[inline(always)]
-fn name<F: Family>(context: &TcContext, place: usize) -> bool {
+fn name<F: Family>(context: &TcContext, place: usize, at_once: u32) -> bool {
     let at = keep::KEYS + place * size_of::<Key<F::A>>();
     let (Some(room), Ok(key)) = (F::room(), context.load::<Key<F::A>>(at)) else {
         return false;
     };
     room.inward = key;
+    room.at_once = at_once;
     true
 }
 
@@ -75,7 +77,7 @@ fn end<F: Family>() -> u32 {
         maps::settings()
             .times
             .limit(room.inward.protocol, claim.phase, Sides { ours, theirs });
-    if now.wrapping_sub(seen) < limit {
+    if now.wrapping_sub(seen) < limit && room.at_once == 0 {
         return 0;
     }
     match claim.phase {

@@ -117,7 +117,8 @@ pub(super) struct Room<A: Address> {
     pub(super) tcp: u32,
     /// The time, in ticks.
     pub(super) now: u32,
-    pub(super) zero: u32,
+    /// Not 0: a binding ends though it is in use.
+    pub(super) at_once: u32,
 }
 
 /// How many errors of our own there were in a second.

@@ -298,6 +298,7 @@ impl Task {
                 return Err(error);
             }
         } else if changed {
+            self.end_orphans(&plan)?;
             self.write(&plan)?;
         }
         let kept = self.keep(&plan)?;
@@ -335,10 +336,14 @@ impl Task {
             mark: self.config.mark,
             errors: self.config.errors,
         })?;
-        tables.write(wanted, self.config.arrival_mark)?;
-        *lock(&self.shared.tables) = Some(tables);
         let keeper = Keeper::adopt(&mut ebpf, self.config.times)?;
         classifier(&mut ebpf, GATEWAY_KEEP)?.load()?;
+        let orphaned = tables.orphaned(wanted);
+        if !orphaned.is_empty() {
+            keeper.end_all(classifier(&mut ebpf, GATEWAY_KEEP)?, &orphaned)?;
+        }
+        tables.write(wanted, self.config.arrival_mark)?;
+        *lock(&self.shared.tables) = Some(tables);
         let attached = Attached::adopt(&mut ebpf, &pins)?;
         self.loaded = Some(Loaded {
             ebpf,
@@ -346,6 +351,23 @@ impl Task {
             attached,
             keeper,
         });
+        Ok(())
+    }
+
+    /// Ends the flows of pods whose addresses are others' by now: these would leave by the address of those.
+    fn end_orphans(&mut self, plan: &Plan) -> Result<(), GatewayError> {
+        let orphaned = lock(&self.shared.tables)
+            .as_ref()
+            .map(|tables| tables.orphaned(plan))
+            .unwrap_or_default();
+        let Some(loaded) = self.loaded.as_mut().filter(|_| !orphaned.is_empty()) else {
+            return Ok(());
+        };
+        let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
+        let ended = loaded.keeper.end_all(program, &orphaned)?;
+        if ended > 0 {
+            tracing::debug!(ended, "flows of pods that are gone have ended");
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use aya::maps::{Map, MapData};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
+use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::batch::{self, Place};
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, Times, V4, V6, tick,
@@ -81,6 +82,16 @@ impl Keeper {
         Ok(kept)
     }
 
+    /// Ends what is bound for these pods' addresses, in use or not; how many bindings that were.
+    pub(in super::super) fn end_all(
+        &self,
+        program: &SchedClassifier,
+        pods: &BTreeSet<VipKey>,
+    ) -> io::Result<usize> {
+        let v4 = end_of::<V4>(&self.v4, 4, program, pods)?;
+        Ok(v4 + end_of::<V6>(&self.v6, 6, program, pods)?)
+    }
+
     fn look_at<A: Address>(
         &self,
         map: &MapData,
@@ -119,6 +130,38 @@ impl Keeper {
             if place.is_none() {
                 return Ok(());
             }
+        }
+    }
+}
+
+fn end_of<A: Address>(
+    map: &MapData,
+    family: u8,
+    program: &SchedClassifier,
+    pods: &BTreeSet<VipKey>,
+) -> io::Result<usize>
+where
+    Key<A>: aya::Pod,
+    Binding<A>: aya::Pod,
+{
+    let mut place: Option<Place> = None;
+    let mut ended = 0;
+    loop {
+        let batch = batch::read::<Key<A>, Binding<A>>(map.fd().as_fd(), place, BATCH)?;
+        let of_pods = batch.entries.iter();
+        let of_pods = of_pods.filter(|(_, binding)| pods.contains(&VipKey(binding.to.mapped())));
+        let keys: Vec<Key<A>> = of_pods.map(|(key, _)| *key).collect();
+        for some in keys.chunks(keep::MOST) {
+            // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
+            // heard in between.
+            for _ in 0..3 {
+                end(program, family | keep::AT_ONCE, some)?;
+            }
+        }
+        ended += keys.len();
+        place = batch.next;
+        if place.is_none() {
+            return Ok(ended);
         }
     }
 }

@@ -90,6 +90,8 @@ pub(in super::super) struct Plan {
     /// translated.
     pub(super) elsewhere: BTreeSet<PolicyName>,
     pub(super) sources: BTreeMap<IpAddr, SourcePlan>,
+    /// Which pods the addresses are of, tenants' or not: flows of another pod that had one are not its own.
+    pub(super) owners: BTreeMap<IpAddr, u64>,
     pub(super) egress: BTreeSet<IpAddr>,
     pub(super) nodes: BTreeMap<PeerId, NodePlan>,
     pub(super) hops: BTreeMap<HopId, HopPlan>,
@@ -171,6 +173,7 @@ pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
         plan.network(gateway.interface, egress, around);
     }
     for (address, pod) in &egress.pods {
+        plan.owners.insert(*address, pod.identity);
         plan.pod(*address, pod, egress, around);
     }
     plan

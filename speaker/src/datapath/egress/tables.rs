@@ -36,6 +36,8 @@ pub(in super::super) struct Tables {
     planned: Box<Filter>,
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
+    /// Which pods addresses were of when it was last said, by this process or an earlier one.
+    owners: BTreeMap<VipKey, u64>,
 }
 
 impl std::fmt::Debug for Tables {
@@ -123,8 +125,11 @@ impl Tables {
     /// Takes the maps, and reads what an earlier process has left in them.
     pub(in super::super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
         let some = |name: u64| (name != 0).then_some(name);
+        let sources: HashMap<_, VipKey, Source> = taken(ebpf, map::SOURCES)?;
+        let known = sources.iter().flatten();
         Ok(Self {
-            sources: taken(ebpf, map::SOURCES)?,
+            owners: known.map(|(key, source)| (key, source.identity)).collect(),
+            sources,
             egress: taken(ebpf, map::EGRESS)?,
             routes: taken(ebpf, map::ROUTES)?,
             hops: Numbered::adopt(ebpf, map::HOPS, MAX_HOPS, |hop: &Hop| {
@@ -153,6 +158,19 @@ impl Tables {
     /// Idle times and marks.
     pub(in super::super) fn settle(&mut self, settings: GateSettings) -> Result<(), TablesError> {
         Ok(self.settings.set(0, settings, 0)?)
+    }
+
+    /// The addresses that are other pods' by now, or nobody's: what is bound for them is to end.
+    pub(in super::super) fn orphaned(&self, plan: &Plan) -> BTreeSet<VipKey> {
+        if plan.policies.is_empty() && plan.elsewhere.is_empty() {
+            // Nothing is known of pods any more.
+            return BTreeSet::new();
+        }
+        let gone = self.owners.iter().filter(|(address, identity)| {
+            let now = plan.owners.get(&address.address());
+            now != Some(*identity)
+        });
+        gone.map(|(address, _)| *address).collect()
     }
 
     /// Makes the maps hold what is planned, and nothing else. What bindings name goes first, what names it after.
@@ -187,9 +205,20 @@ impl Tables {
         let sources = plan
             .sources
             .iter()
-            .map(|(address, source)| (VipKey::from_address(*address), self.mk_source(source)))
+            .map(|(address, source)| {
+                let mut entry = self.mk_source(source);
+                entry.identity = plan.owners.get(address).copied().unwrap_or_default();
+                (VipKey::from_address(*address), entry)
+            })
             .collect();
-        sync(&mut self.sources, &sources)
+        sync(&mut self.sources, &sources)?;
+        if !(plan.policies.is_empty() && plan.elsewhere.is_empty()) {
+            let owners = plan.owners.iter();
+            self.owners = owners
+                .map(|(address, identity)| (VipKey::from_address(*address), *identity))
+                .collect();
+        }
+        Ok(())
     }
 
     /// What is known of the flows of policies whose gateway is elsewhere stays, and moves no packet.

@@ -156,6 +156,7 @@ fn mk_pod(node: &str, policy: &str, egress_ip: IpAddr) -> Pod {
             policy: policy.into(),
             egress_ip: Some(egress_ip),
         }),
+        identity: 1,
     }
 }
 
@@ -233,6 +234,14 @@ impl Gate {
 
     fn set(&mut self, egress: &Egress) {
         self.plan = mk_plan(egress, &mk_around());
+        let orphaned = self.maps.orphaned(&self.plan);
+        if !orphaned.is_empty() {
+            let keeper = self.keeper.take().expect("it is put back");
+            keeper
+                .end_all(self.program(GATEWAY_KEEP), &orphaned)
+                .expect("the kernel runs it");
+            self.keeper = Some(keeper);
+        }
         self.maps
             .write(&self.plan, 0x4000)
             .expect("the maps have room");

@@ -1,10 +1,10 @@
 //! What nodes are told of pods that leave by addresses of their own.
 
-use landfall_core::model::{EgressPolicy, EgressSource, Pod, Purpose};
+use landfall_core::model::{EgressPolicy, EgressSource, Pod as PodObject, Purpose};
 use landfall_core::selector::LabelSelector;
 
 use super::*;
-use crate::egress::{Egress, Gateway};
+use crate::egress::{Egress, Gateway, Pod};
 
 const VIP: &str = "10.88.0.240";
 
@@ -15,7 +15,7 @@ fn mk_policy() -> Object {
 }
 
 fn mk_pod(name: &str, node: &str, app: &str, address: &str) -> Object {
-    Object::Pod(Pod {
+    Object::Pod(PodObject {
         key: ObjectKey::new("default", name),
         uid: String::new(),
         labels: BTreeMap::from([("app".into(), app.into())]),
@@ -140,6 +140,67 @@ fn a_gateway_stays_known_until_the_next_one_is() {
         assert_eq!(*gateway.node.0, *second);
         assert!(gateway.epoch > epoch);
     }
+}
+
+#[test]
+fn a_former_tenant_is_known_until_its_address_is_anothers() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let address: IpAddr = "10.244.3.5".parse().unwrap();
+    let known = |world: &World| egress(world, "n2").unwrap().pods.get(&address).cloned();
+    let tenant = known(&world).unwrap();
+    assert!(tenant.tenant.is_some());
+    // It is the same pod, and nobody's tenant: its flows may go on.
+    world.tell(&mk_pod("far", "n3", "web", "10.244.3.5"));
+    world.run(Duration::from_secs(1));
+    let former = known(&world).unwrap();
+    assert_eq!(
+        former,
+        Pod {
+            tenant: None,
+            ..tenant
+        }
+    );
+    // Another has its address.
+    let gone = ObjectId::Pod(ObjectKey::new("default", "far"));
+    let next = mk_pod("next", "n3", "mta", "10.244.3.5");
+    for host in world.hosts.values_mut() {
+        host.speaker.source(Event::Delete(gone.clone()));
+        host.speaker.source(Event::Apply(next.clone()));
+    }
+    world.run(Duration::from_secs(1));
+    let next = known(&world).unwrap();
+    assert!(next.tenant.is_some() && next.identity != former.identity);
+    // And then nobody.
+    let gone = ObjectId::Pod(ObjectKey::new("default", "next"));
+    for host in world.hosts.values_mut() {
+        host.speaker.source(Event::Delete(gone.clone()));
+    }
+    world.run(Duration::from_secs(1));
+    assert_eq!(known(&world), None);
+}
+
+/// A node that comes later has networks of its own.
+#[test]
+fn the_clusters_networks_follow_its_nodes() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let network = "10.244.9.0/24".parse().unwrap();
+    assert!(!egress(&world, "n2").unwrap().inside.contains(&network));
+    let mut node = world.objects.iter().find_map(|object| match object {
+        Object::Node(node) => Some(node.clone()),
+        _ => None,
+    });
+    world.tell(&Object::Node(Node {
+        name: "n9".into(),
+        pod_cidrs: vec![network],
+        addresses: Vec::new(),
+        ..node.take().unwrap()
+    }));
+    world.run(Duration::from_secs(1));
+    assert!(egress(&world, "n2").unwrap().inside.contains(&network));
 }
 
 #[test]

@@ -226,7 +226,15 @@ mod tests {
                 egress_ip: Some([192, 0, 2, 250].into()),
             });
             let node = "here".into();
-            (mk_address(*last), Pod { node, tenant })
+            let identity = 1;
+            (
+                mk_address(*last),
+                Pod {
+                    node,
+                    tenant,
+                    identity,
+                },
+            )
         };
         Rules {
             egress: Some(Arc::new(Leaving {

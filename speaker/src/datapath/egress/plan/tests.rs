@@ -61,6 +61,7 @@ fn mk_pod(node: &str, tenant: Option<(&str, Option<&str>)>) -> Pod {
             policy: policy.into(),
             egress_ip: address.map(|address| address.parse().unwrap()),
         }),
+        identity: 1,
     }
 }
 

@@ -114,6 +114,43 @@ fn a_closed_port_is_its_pods_at_once_and_anothers_after_its_rest() {
 }
 
 #[test]
+fn flows_end_with_their_pod_and_not_with_its_policy() {
+    for world in WORLDS {
+        let mut gate = Gate::with(&mk_egress(), forever(), 0);
+        gate.handshake(world, world.pod, 40_000);
+        gate.handshake(world, world.friend, 40_001);
+        // The same pod, by another address from now on: what has begun goes on as it did.
+        let mut egress = mk_egress();
+        egress
+            .pods
+            .insert(world.pod, mk_pod("other", "shop", world.second));
+        gate.set(&egress);
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        assert_eq!(gate.back(world, 40_000, ACK), SENT);
+        assert_eq!((gate.used("mail"), gate.used("shop")), (2, 0));
+        // Another pod has its address: it goes on with nothing, and nothing that is late reaches it.
+        let other = Pod {
+            identity: 2,
+            ..mk_pod("other", "shop", world.second)
+        };
+        egress.pods.insert(world.pod, other);
+        gate.set(&egress);
+        assert_eq!((gate.used("mail"), gate.used("shop")), (1, 0));
+        assert_eq!(gate.out(world, world.pod, 40_000, ACK), DROPPED);
+        assert_eq!(gate.back(world, 40_000, ACK), DROPPED);
+        // Of the same ports it begins by its own address.
+        assert_eq!(gate.out(world, world.pod, 40_000, SYN), SENT);
+        assert_eq!((gate.used("mail"), gate.used("shop")), (1, 1));
+        // One that is gone for good, and the policies with it: what nobody knows of goes on.
+        egress.pods.remove(&world.friend);
+        gate.set(&egress);
+        assert_eq!((gate.used("mail"), gate.used("shop")), (0, 1));
+        gate.set(&Egress::default());
+        assert_eq!(gate.used("shop"), 1);
+    }
+}
+
+#[test]
 fn the_keeper_ends_what_is_idle_and_gives_back_what_has_rested() {
     for world in WORLDS {
         let times = Times {
@@ -227,14 +264,23 @@ fn a_reset_is_not_the_end() {
     }
 }
 
-/// A policy that goes, or a pod, takes no flow with it.
+/// The pod of a policy that is gone.
+fn nobodys(pod: &Pod) -> Pod {
+    Pod {
+        tenant: None,
+        ..pod.clone()
+    }
+}
+
+/// A policy that goes takes no flow with it.
 #[test]
 fn flows_outlive_what_made_them() {
     for world in WORLDS {
         let mut gate = Gate::load();
         gate.handshake(world, world.pod, 40_000);
         let mut egress = mk_egress();
-        egress.pods.remove(&world.pod);
+        let pod = nobodys(&egress.pods[&world.pod]);
+        egress.pods.insert(world.pod, pod);
         egress.policies.remove("mail");
         gate.set(&egress);
         gate.keep();
@@ -259,7 +305,11 @@ fn numbers_are_used_again() {
     let mut gate = Gate::load();
     gate.handshake(world, world.pod, 40_000);
     let mut egress = mk_egress();
-    egress.pods.clear();
+    egress.pods = egress
+        .pods
+        .iter()
+        .map(|(address, pod)| (*address, nobodys(pod)))
+        .collect();
     egress.policies.clear();
     for number in 0..MANY {
         egress.policies = BTreeMap::from([(format!("policy-{number}").into(), mk_policy("here"))]);

@@ -83,7 +83,12 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
                 egress_ip,
             });
             let node = node.into();
-            egress.pods.insert(pod(family, last), Pod { node, tenant });
+            let pod_of = Pod {
+                node,
+                tenant,
+                identity: 1,
+            };
+            egress.pods.insert(pod(family, last), pod_of);
         }
     }
     Change::Egress(Some(Arc::new(Leaving {
