@@ -7,8 +7,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kube::Api;
+use kube::api::DeleteParams;
+use landfall_api::EgressPolicy;
+use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::{PodServer, TCP_PORT};
-use landfall_lab::{Lab, Network, Pod, Topology};
+use landfall_lab::{Fault, Lab, Netns, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
 use landfall_tests::{Cluster, PATIENCE, chart};
 
@@ -39,6 +43,9 @@ fn tenants() {
         ..Topology::default()
     };
     Cluster::run(topology, |cluster| {
+        for node in cluster.lab().nodes() {
+            masquerade(&node.netns)?;
+        }
         chart::apply(cluster.plane(), OBJECTS)?;
         cluster.start_controller("controller", &[])?;
         for node in cluster.lab().nodes() {
@@ -47,9 +54,32 @@ fn tenants() {
         let lab = cluster.lab();
         let _near = PodServer::start(lab.client(), "near")?;
         let _far = PodServer::start(lab.remote(), "far")?;
-        all_leave_by_their_own(lab);
+        let pods: Vec<&Pod> = lab.pods().collect();
+        follow(lab, &pods, By::Node, By::Policy);
+        let pods = the_gateway_loses_power(lab);
+        follow(lab, &pods, By::Policy, By::Policy);
+        delete_policy(cluster);
+        follow(lab, &pods, By::Policy, By::Node);
         Ok(())
     });
+}
+
+/// As a CNI does it: what its pods send outside leaves with the node's address.
+fn masquerade(node: &Netns) -> landfall_lab::Result<()> {
+    for (family, pods) in [("ip", "10.244.0.0/16"), ("ip6", "fd00:244::/32")] {
+        for rule in [
+            format!("add table {family} cni"),
+            format!(
+                "add chain {family} cni post {{ type nat hook postrouting priority srcnat ; }}"
+            ),
+            format!(
+                "add rule {family} cni post {family} saddr {pods} {family} daddr != {pods} masquerade"
+            ),
+        ] {
+            node.exec(&format!("nft {rule}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn egress() -> [IpAddr; 2] {
@@ -67,19 +97,64 @@ fn outside() -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Each pod is seen outside by its policy's address, whichever node it runs on.
-fn all_leave_by_their_own(lab: &Lab) {
-    let begun = Instant::now();
-    for pod in lab.pods() {
-        for server in outside() {
-            let seen = seen_from(pod, server, begun);
-            let expected = egress()
-                .into_iter()
-                .find(|it| it.is_ipv4() == seen.is_ipv4());
-            assert_eq!(Some(seen), expected, "{} at {server}", pod.name);
+/// What pods leave by.
+#[derive(Clone, Copy, Debug)]
+enum By {
+    Node,
+    Policy,
+}
+
+impl By {
+    fn addresses(self, lab: &Lab, pod: &Pod) -> [IpAddr; 2] {
+        match self {
+            Self::Node => lab.node(&pod.node).unwrap().addresses(Network::Lan),
+            Self::Policy => egress(),
         }
     }
-    println!("all leave by their own after {:?}", begun.elapsed());
+}
+
+/// Waits until each pod is seen outside by these addresses, whichever node it runs on; until then by the former ones and
+/// by no others.
+fn follow(lab: &Lab, pods: &[&Pod], before: By, after: By) {
+    let begun = Instant::now();
+    for pod in pods {
+        let (before, after) = (before.addresses(lab, pod), after.addresses(lab, pod));
+        for server in outside() {
+            loop {
+                let seen = seen_from(pod, server, begun);
+                if after.contains(&seen) {
+                    break;
+                }
+                assert!(before.contains(&seen), "{} at {server}: {seen}", pod.name);
+                assert!(
+                    begun.elapsed() < PATIENCE,
+                    "{} at {server}: {seen}",
+                    pod.name
+                );
+            }
+        }
+    }
+    println!("all leave by {after:?} after {:?}", begun.elapsed());
+}
+
+/// The pods that are left.
+fn the_gateway_loses_power(lab: &Lab) -> Vec<&Pod> {
+    let answers = who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
+    let who: Vec<&String> = answers.keys().collect();
+    let [gateway] = who[..] else {
+        panic!("{who:?} answer for {}", egress()[0]);
+    };
+    println!("{gateway} is the gateway, and loses its power");
+    lab.inject(gateway, Fault::PowerOff).unwrap();
+    lab.pods().filter(|pod| pod.node != *gateway).collect()
+}
+
+fn delete_policy(cluster: &Cluster) {
+    cluster.block_on(async {
+        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
+        let gone = DeleteParams::default();
+        policies.delete("mail", &gone).await.unwrap();
+    });
 }
 
 /// From where a pod is seen at a server, once it can reach it.

@@ -3,7 +3,7 @@
 //! ```text
 //!  prerouting ─> egress-replies  frames of a gateway get the mark of their way: the reverse path is that
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
-//!                  forged ─> drop      answers ─> judged      unknown ─> drop
+//!                  forged ─> drop      answers ─> judged      unknown, and other nodes' ─> drop
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
 //!                                               no gateway ─> drop, else: judged, egress, way
 //!                      one for other pods: judged
@@ -117,7 +117,8 @@ fn skeleton(text: &mut String, leaving: &Leaving) {
             text,
             "add map inet {TABLE} egress-sources{suffix} {{ type {kind} : verdict; }}
 add set inet {TABLE} egress-closed{suffix} {{ type {kind}; }}
-add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}"
+add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}
+add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
         );
     }
     let _ = writeln!(
@@ -139,16 +140,34 @@ add rule inet {TABLE} egress-nowhere counter name egress-no-gateway drop"
         );
     }
     let inside = merged(&leaving.egress.inside);
+    let pods = merged(&pod_networks(leaving));
     for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
-        let inside = of_family(&inside, family);
-        if !inside.is_empty() {
-            let _ = writeln!(
-                text,
-                "add element inet {TABLE} egress-inside{suffix} {{ {} }}",
-                inside.join(", ")
-            );
+        for (set, nets) in [("inside", &inside), ("pods", &pods)] {
+            let nets = of_family(nets, family);
+            if !nets.is_empty() {
+                let _ = writeln!(
+                    text,
+                    "add element inet {TABLE} egress-{set}{suffix} {{ {} }}",
+                    nets.join(", ")
+                );
+            }
         }
     }
+}
+
+/// The networks that pods have their addresses of: nodes, and pods that lie elsewhere, are named one by one.
+fn pod_networks(leaving: &Leaving) -> BTreeSet<IpNet> {
+    let networks = leaving.egress.inside.iter();
+    networks
+        .filter(|net| net.prefix_len() < net.max_prefix_len())
+        .filter(|net| match net.network() {
+            IpAddr::V4(first) => {
+                !(first.is_link_local() || first.is_loopback() || first.is_multicast())
+            }
+            IpAddr::V6(first) => !(first.is_unicast_link_local() || first.is_multicast()),
+        })
+        .copied()
+        .collect()
 }
 
 fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
@@ -157,6 +176,16 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
     let mut rule = |rule: &str| {
         let _ = writeln!(text, "add rule inet {TABLE} {rule}");
     };
+    // Another node's pod, which that node takes for a tenant of a gateway here: what the programs have not taken is not
+    // known to them yet, or not any more. It is not to leave by this node's address.
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        rule(&format!(
+            "egress-judge iifname @egress-uplinks {family} saddr @egress-pods{suffix} \
+             {family} daddr != @egress-inside{suffix} {family} daddr != @vips{suffix} \
+             fib daddr type != {{ local, broadcast, anycast, multicast }} ct direction original \
+             counter name egress-unknown drop"
+        ));
+    }
     rule("egress-judge iifname @egress-uplinks accept");
     // Nobody's word but this chain's.
     rule(&format!(

@@ -5,10 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use landfall_lab::packets::datagram;
 use landfall_lab::raw::send_frame;
 use landfall_lab::server::{TCP_PORT, UDP_PORT};
-use landfall_lab::{Mac, Netns, PodLinks};
+use landfall_lab::{Mac, Netns, Network, Nic, PodLinks};
 use landfall_speaker::node_rules::NodeRules as _;
+use pnet_packet::ipv4::{self, MutableIpv4Packet};
 
 use super::flow::{A_WHILE, Datagrams, line, remote, seen_as};
 use super::node::{Cluster, PATIENCE, POLICY, Plan, until};
@@ -74,6 +76,41 @@ fn pods_that_nobody_knows_yet_are_served_once_they_are_known_and_leave_by_nothin
     for source in cluster.wire.arrived() {
         assert!(cluster.egress_ips().contains(&source), "{source}");
     }
+}
+
+/// Another node takes its pod for a tenant of a gateway here, of which this node has not heard: the pod is not to leave
+/// by this node's address.
+#[test]
+fn what_another_nodes_pod_sends_is_not_translated_to_this_nodes_address() {
+    let cluster = Cluster::armed(&Plan::default());
+    let lan = Network::Lan;
+    let interface = cluster.lab.client().interface_index("eth0").unwrap();
+    let pods = landfall_lab::address::pod(2, 0);
+    let before = cluster.dropped("unknown");
+    for (pod, remote) in pods.into_iter().zip(remote()) {
+        let ethertype: [u8; 2] = if pod.is_ipv4() { [8, 0] } else { [0x86, 0xdd] };
+        let mut packet = datagram(
+            SocketAddr::new(pod, 4000),
+            SocketAddr::new(remote, UDP_PORT),
+            b"who am I?",
+        );
+        if pod.is_ipv4() {
+            let mut header = MutableIpv4Packet::new(&mut packet).unwrap();
+            let sum = ipv4::checksum(&header.to_immutable());
+            header.set_checksum(sum);
+        }
+        let to = cluster.lab.node("node1").unwrap().mac(Nic::Eth0);
+        let frame = [&to.0[..], &lan.mac(12).0, &ethertype, &packet].concat();
+        cluster
+            .lab
+            .client()
+            .run(|| send_frame(interface, &frame))
+            .unwrap();
+    }
+    until("they are counted", || {
+        cluster.dropped("unknown") == before + 2
+    });
+    cluster.assert_clean(&[]);
 }
 
 #[test]
