@@ -12,8 +12,8 @@
 
 use crate::flow::MAX_ASKED;
 
-/// The TTL of the first question. A client's packet that arrives with so little is rare, and fares worse only if its
-/// flow was moved: it is looked for at fewer nodes, or the client has to try again.
+/// The TTL of the first question. A client's packet that arrives with so little is rare, and fares worse: steered, it
+/// looks like a question or its return, so that a flow that was moved may be lost, and one that is gone not reset.
 pub const FIRST_TTL: u8 = LAST_TTL + 2 * (MAX_ASKED - 1);
 /// The TTL of the last question: what is left is enough for the way to a pod.
 pub const LAST_TTL: u8 = 8;
@@ -171,9 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_a_node_may_know_of_can_be_asked() {
-        // The holders and the spread before, or four spreads before; and who is first by the own table.
-        assert!(usize::from(MAX_ASKED) >= crate::MAX_HOLDERS + 2);
+    fn all_spreads_before_and_who_is_first_by_the_own_table_can_be_asked() {
         assert!(usize::from(MAX_ASKED) > crate::MAX_HISTORY);
     }
 

@@ -215,18 +215,13 @@ fn holder(packet: &Packet, arrival: Arrival) -> u16 {
         port: packet.number,
         bucket: packet.bucket,
     };
-    let mut said = false;
     if let Some(holders) = maps::holders(&key) {
         for place in 0..MAX_HOLDERS {
-            said |= next.consider(holders.nodes[place], packet);
+            next.consider(holders.nodes[place], packet);
         }
     }
     if let Some(history) = maps::history(packet.number) {
         for place in 0..MAX_HISTORY {
-            // Where the holders have spoken, only what changed last is older than their word.
-            if said && place > 0 {
-                break;
-            }
             let spread = &history.spreads[place];
             if spread.count == 0 {
                 break;
@@ -248,24 +243,22 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// Says whether the node is another that can be asked, or was.
     #[inline(always)]
-    fn consider(&mut self, number: u16, packet: &Packet) -> bool {
-        if number == 0 {
-            return false;
+    fn consider(&mut self, number: u16, packet: &Packet) {
+        if number == 0 || number == packet.sender {
+            return;
         }
         let Some(node) = maps::node(number) else {
-            return false;
+            return;
         };
         let wanted = node_flag::ALIVE | node_flag::STEERS;
-        if node.flags & (wanted | node_flag::HERE) != wanted {
-            return false;
-        }
-        if number != packet.sender && node.seed > self.above && node.seed < self.seed {
+        if node.flags & (wanted | node_flag::HERE) == wanted
+            && node.seed > self.above
+            && node.seed < self.seed
+        {
             self.number = number;
             self.seed = node.seed;
         }
-        true
     }
 }
 

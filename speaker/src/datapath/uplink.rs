@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
+use std::sync::Mutex;
 
 use aya::maps::MapType;
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
@@ -13,7 +14,7 @@ use aya::programs::tc::{
     NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfError, EbpfLoader};
 use landfall_ebpf_common::egress::guard;
 use landfall_ebpf_common::link::Link;
 use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
@@ -25,6 +26,7 @@ use super::flows::FlowMaps;
 use super::layout::SHAPES;
 use super::pins::{Pins, remove_link};
 use super::tables::{Tables, TablesError};
+use super::worker::lock;
 use super::{Attachment, Config, Delivery, Hook, egress, qdisc};
 
 /// The object that the build script has compiled.
@@ -465,7 +467,14 @@ pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
             loader.map_max_entries(shape.name, 1);
         }
     }
-    Ok(loader.load(OBJECT)?)
+    Ok(load(&mut loader)?)
+}
+
+/// Loads the object, one thread at a time: two that find no pinned map would both make one, and the second fails.
+pub(super) fn load(loader: &mut EbpfLoader<'_>) -> Result<Ebpf, EbpfError> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = lock(&ONE_AT_A_TIME);
+    loader.load(OBJECT)
 }
 
 /// A program in the object.

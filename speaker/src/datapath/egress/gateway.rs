@@ -20,7 +20,7 @@ use prometheus_client::registry::Registry;
 use super::super::layout::SHAPES as SHARED;
 use super::super::pins::{Pins, PinsError};
 use super::super::tables::TablesError;
-use super::super::uplink::{OBJECT, UplinkError, classifier};
+use super::super::uplink::{UplinkError, classifier, load};
 use super::super::worker::lock;
 use super::attach::Attached;
 use super::keeper::{Keeper, Kept};
@@ -329,7 +329,7 @@ impl Task {
         for shape in &SHAPES[..SIZED] {
             loader.map_max_entries(shape.name, self.config.bindings);
         }
-        let mut ebpf = loader.load(OBJECT)?;
+        let mut ebpf = load(&mut loader)?;
         let mut tables = Tables::adopt(&mut ebpf)?;
         tables.settle(GateSettings {
             times: self.config.times,

@@ -278,10 +278,10 @@ impl Ports {
 
     /// Removes what nobody asked for.
     pub(super) fn sweep(&mut self) -> Result<(), TablesError> {
+        self.swept = Some(Instant::now());
         for key in std::mem::take(&mut self.stale) {
             self.remove(&key)?;
         }
-        self.swept = Some(Instant::now());
         self.wide.sweep();
         Ok(())
     }

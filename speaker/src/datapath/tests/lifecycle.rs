@@ -18,6 +18,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use super::super::layout::SHAPES;
+use super::super::pins::Pins;
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
 use super::super::{
@@ -542,5 +543,23 @@ fn what_leaves_is_seen_where_the_programs_deliver() {
             .run(|| uninstall(&bpffs.pin_dir()))
             .expect("everything can be removed");
         assert_eq!(at_egress(), 0);
+    }
+}
+
+/// The worker and the gateway begin at the same time, each with a thread of its own.
+#[test]
+fn two_threads_load_beside_each_other() {
+    for _ in 0..3 {
+        let bpffs = Bpffs::mount();
+        let load = || {
+            let pins = Pins::open(&bpffs.pin_dir()).expect("the directory is made");
+            object(Some(&pins))
+                .map(drop)
+                .map_err(|error| error.to_string())
+        };
+        let [one, other] = thread::scope(|scope| {
+            [scope.spawn(load), scope.spawn(load)].map(|it| it.join().expect("it does not panic"))
+        });
+        assert_eq!((one, other), (Ok(()), Ok(())));
     }
 }

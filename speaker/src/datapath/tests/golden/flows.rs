@@ -382,6 +382,46 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
     assert_eq!(program.fate(&data), Fate::Next);
 }
 
+/// Two changes in quick succession, and somebody has spoken of another flow of the bucket: who held it before both is
+/// asked too.
+#[test]
+fn one_holders_word_is_not_taken_for_all() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["third"]));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["here"]));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["here", "other"]));
+        let port = port_of(vip, &[("here", &["here", "other"])]);
+        let id = PortId {
+            vip,
+            protocol: Protocol::Tcp,
+            port: 80,
+        };
+        let bucket = bucket(vip, ports(port));
+        let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
+        let other = BTreeSet::from(["other".into()]);
+        program.change(&Change::Holders(
+            id,
+            page,
+            BTreeMap::from([(bucket, other)]),
+        ));
+        let asked = |program: &mut Program, from, ttl| {
+            program.fate(&mk_from(from, ttl, vip, 6, &mk_tcp(port, 80, ACK)))
+        };
+        let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+        let Fate::HandedOn(first, ttl) = program.fate(&data) else {
+            panic!("somebody is asked")
+        };
+        let Fate::HandedOn(second, _) = asked(&mut program, first, ttl - 1) else {
+            panic!("and then the other")
+        };
+        assert_eq!(
+            BTreeSet::from([first, second]),
+            BTreeSet::from(["other", "third"])
+        );
+    }
+}
+
 #[test]
 fn an_own_flow_of_anothers_bucket_is_not_steered_away() {
     let mut program = Program::load();
