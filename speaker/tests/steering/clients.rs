@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Instant;
 
 use landfall_lab::manifests::LINES;
 use landfall_lab::{Netns, Network, behind};
@@ -145,6 +146,10 @@ fn routed_through_a_node() {
     let names: BTreeSet<String> = elsewhere.iter().map(|pod| pod.name.clone()).collect();
     for (vip, address) in vips().into_iter().zip(behind::addresses(3)) {
         await_served(&cluster, vip, &elsewhere);
-        assert_eq!(served(&client, vip, address), names);
+        // The node on the way has rules of its own for what does not come in by its uplink.
+        let begun = Instant::now();
+        while served(&client, vip, address) != names {
+            assert!(begun.elapsed() < PATIENCE, "{vip}: not by {names:?} alone");
+        }
     }
 }
