@@ -74,7 +74,7 @@ pub struct Settings {
 
 /// What a node knows of the flows that were there before.
 pub mod seeded {
-    /// Nothing: it looks for no flow at other nodes, and delivers what comes.
+    /// Nothing: it looks for no flow at other nodes, and delivers what comes; but what another asks about it sends back.
     pub const NOT: u32 = 0;
     /// They have been entered; but not all others have said yet which flows they hold. For a flow that it does not
     /// find it does not answer.

@@ -180,6 +180,11 @@ pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
 }
 
 impl Plan {
+    /// Whether it says whose addresses are: without a policy nothing is known of pods.
+    pub(super) fn knows_pods(&self) -> bool {
+        !(self.policies.is_empty() && self.elsewhere.is_empty())
+    }
+
     /// The ways out by an uplink.
     fn network(&mut self, interface: u32, egress: &Egress, around: &Surroundings) {
         let Some(uplink) = around.uplinks.get(&interface) else {

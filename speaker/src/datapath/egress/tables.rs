@@ -162,8 +162,7 @@ impl Tables {
 
     /// The addresses that are other pods' by now, or nobody's: what is bound for them is to end.
     pub(in super::super) fn orphaned(&self, plan: &Plan) -> BTreeSet<VipKey> {
-        if plan.policies.is_empty() && plan.elsewhere.is_empty() {
-            // Nothing is known of pods any more.
+        if !plan.knows_pods() {
             return BTreeSet::new();
         }
         let gone = self.owners.iter().filter(|(address, identity)| {
@@ -212,7 +211,7 @@ impl Tables {
             })
             .collect();
         sync(&mut self.sources, &sources)?;
-        if !(plan.policies.is_empty() && plan.elsewhere.is_empty()) {
+        if plan.knows_pods() {
             let owners = plan.owners.iter();
             self.owners = owners
                 .map(|(address, identity)| (VipKey::from_address(*address), *identity))

@@ -8,6 +8,20 @@ use super::*;
 
 type Flows<'a> = HashMap<&'a mut MapData, FlowKey, Flow>;
 
+/// Of its page these nodes hold the bucket of a client's port, if any do, and nobody any other.
+fn held_by(vip: IpAddr, client_port: u16, nodes: &[&str]) -> Change {
+    let id = PortId {
+        vip,
+        protocol: Protocol::Tcp,
+        port: 80,
+    };
+    let bucket = bucket(vip, ports(client_port));
+    let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
+    let names: BTreeSet<NodeName> = nodes.iter().map(|node| (*node).into()).collect();
+    let holders = (!names.is_empty()).then_some((bucket, names));
+    Change::Holders(id, page, holders.into_iter().collect())
+}
+
 #[test]
 fn a_flow_stays_where_it_began() {
     let mut program = Program::load();
@@ -337,21 +351,10 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
     let port = port_of(vip, &[("here", &["here", "other", "third"])]);
     let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
     assert_eq!(program.fate(&data), Fate::Next, "nobody else ever had it");
-    let id = PortId {
-        vip,
-        protocol: Protocol::Tcp,
-        port: 80,
-    };
-    let bucket = bucket(vip, ports(port));
-    let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
-    let held_by = |nodes: &[&str]| {
-        let names = nodes.iter().map(|node| (*node).into()).collect();
-        Change::Holders(id, page, BTreeMap::from([(bucket, names)]))
-    };
-    program.change(&held_by(&["third", "here"]));
+    program.change(&held_by(vip, port, &["third", "here"]));
     assert_eq!(program.fate(&data), Fate::HandedOn("third", FIRST_TTL));
     // Two of them: first the one with the lower seed, and not the one that steered it here, which has looked.
-    program.change(&held_by(&["third", "other"]));
+    program.change(&held_by(vip, port, &["third", "other"]));
     let seed = |node: &str| landfall_core::steering::seed(&node.into());
     let (low, high) = if seed("other") < seed("third") {
         ("other", "third")
@@ -378,7 +381,7 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
         )),
         Fate::Next
     );
-    program.change(&Change::Holders(id, page, BTreeMap::new()));
+    program.change(&held_by(vip, port, &[]));
     assert_eq!(program.fate(&data), Fate::Next);
 }
 
@@ -392,19 +395,7 @@ fn one_holders_word_is_not_taken_for_all() {
         program.port(vip, Protocol::Tcp, 80, mk_port(&["here"]));
         program.port(vip, Protocol::Tcp, 80, mk_port(&["here", "other"]));
         let port = port_of(vip, &[("here", &["here", "other"])]);
-        let id = PortId {
-            vip,
-            protocol: Protocol::Tcp,
-            port: 80,
-        };
-        let bucket = bucket(vip, ports(port));
-        let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
-        let other = BTreeSet::from(["other".into()]);
-        program.change(&Change::Holders(
-            id,
-            page,
-            BTreeMap::from([(bucket, other)]),
-        ));
+        program.change(&held_by(vip, port, &["other"]));
         let asked = |program: &mut Program, from, ttl| {
             program.fate(&mk_from(from, ttl, vip, 6, &mk_tcp(port, 80, ACK)))
         };
@@ -435,17 +426,9 @@ fn an_own_flow_of_anothers_bucket_is_not_steered_away() {
     assert_eq!(program.fate(&data), Fate::Next);
     program.port(vip, Protocol::Tcp, 80, mk_port(&["other", "third"]));
     // Long after the change, when earlier spreads are forgotten, what counts is that this node says it holds it.
-    let id = PortId {
-        vip,
-        protocol: Protocol::Tcp,
-        port: 80,
-    };
-    let bucket = bucket(vip, ports(port));
-    let page = u16::try_from(bucket / landfall_core::election::HELD_PAGE).unwrap();
-    let here = BTreeSet::from(["here".into()]);
-    program.change(&Change::Holders(id, page, BTreeMap::from([(bucket, here)])));
+    program.change(&held_by(vip, port, &["here"]));
     program.tables.forget_history().expect("the maps take it");
     assert_eq!(program.fate(&data), Fate::Next, "it is known here");
-    program.change(&Change::Holders(id, page, BTreeMap::new()));
+    program.change(&held_by(vip, port, &[]));
     assert_eq!(program.fate(&data), Fate::Sent("other"));
 }
