@@ -9,14 +9,48 @@
 //! to [`FIRST_TTL`] for the first question, and each way there or back lowers it by one, so that questions are even and
 //! their returns odd. And nodes are asked in the order of their seeds, each once: the one that sends it back tells
 //! which are next.
+//!
+//! So that no client's packet looks like a question, one whose TTL is that of a question or a return is lowered below
+//! them when it is steered ([`steered`]). TTLs are never raised: what is sent on comes to its end.
+//!
+//! ```text
+//!  TTL   255..21   20 19 .. 10 9          8 7       6 5 4 3               2 1
+//!        client's  questions and returns  client's  two questions more    client's, not looked for
+//! ```
 
 use crate::flow::MAX_ASKED;
 
-/// The TTL of the first question. A client's packet that arrives with so little is rare, and fares worse: steered, it
-/// looks like a question or its return, so that a flow that was moved may be lost, and one that is gone not reset.
+/// The TTL of the first question.
 pub const FIRST_TTL: u8 = LAST_TTL + 2 * (MAX_ASKED - 1);
-/// The TTL of the last question: what is left is enough for the way to a pod.
-pub const LAST_TTL: u8 = 8;
+/// The TTL of the last question.
+pub const LAST_TTL: u8 = 10;
+/// The TTL that a client's packet is lowered to, so that it looks like no question; two can be asked about it.
+pub const LOW_TTL: u8 = 8;
+/// The TTLs of the first and the last question about a packet whose TTL is [`LOW_TTL`] or little less.
+pub const LOW_FIRST_TTL: u8 = 6;
+/// As above. What is left is enough for the way to a pod of the node, also after the return.
+pub const LOW_LAST_TTL: u8 = 4;
+/// The TTL that a client's packet is lowered to that arrives with so little that nobody can be asked about it.
+pub const LEAST_TTL: u8 = 2;
+
+/// The TTL with which a client's packet goes to the node that serves it: as it is, unless it would look like a question
+/// or its return there.
+#[inline(always)]
+#[allow(clippy::inline_always)] // The verifier sees straight code.
+pub const fn steered(ttl: u8) -> u8 {
+    if is_of_a_search(ttl) {
+        if ttl > LOW_TTL { LOW_TTL } else { LEAST_TTL }
+    } else {
+        ttl
+    }
+}
+
+/// Whether a packet with this TTL, from another node, is a question or its return.
+#[inline(always)]
+#[allow(clippy::inline_always)] // As above.
+const fn is_of_a_search(ttl: u8) -> bool {
+    (ttl >= LAST_TTL - 1 && ttl <= FIRST_TTL) || (ttl >= LOW_LAST_TTL - 1 && ttl <= LOW_FIRST_TTL)
+}
 
 /// A packet in the middle of a flow that this node does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,20 +70,14 @@ impl Arrival {
     #[inline(always)]
     #[allow(clippy::inline_always)] // The verifier sees straight code.
     pub const fn is_asked(self) -> bool {
-        self.from_peer
-            && self.ttl.is_multiple_of(2)
-            && self.ttl >= LAST_TTL
-            && self.ttl <= FIRST_TTL
+        self.from_peer && self.ttl.is_multiple_of(2) && is_of_a_search(self.ttl)
     }
 
     /// Whether this node has asked the one that sent it, in vain.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     pub const fn is_back(self) -> bool {
-        self.from_peer
-            && !self.ttl.is_multiple_of(2)
-            && self.ttl >= LAST_TTL - 1
-            && self.ttl < FIRST_TTL
+        self.from_peer && !self.ttl.is_multiple_of(2) && is_of_a_search(self.ttl)
     }
 
     /// The TTL with which the next is asked, or the question goes back; nothing if it goes no further.
@@ -59,12 +87,19 @@ impl Arrival {
         if self.is_asked() {
             return Some(self.ttl - 1);
         }
-        let ttl = if self.ttl > FIRST_TTL {
-            FIRST_TTL
+        let ttl = if self.is_back() {
+            self.ttl - 1
         } else {
-            self.ttl.saturating_sub(1) & !1
+            let ttl = steered(self.ttl);
+            if ttl > FIRST_TTL {
+                FIRST_TTL
+            } else if ttl > LOW_FIRST_TTL {
+                LOW_FIRST_TTL
+            } else {
+                ttl
+            }
         };
-        if ttl >= LAST_TTL { Some(ttl) } else { None }
+        if is_of_a_search(ttl) { Some(ttl) } else { None }
     }
 
     /// Whether the node answers for the flow if nobody else can be asked: its pod's reset tells the client that the
@@ -103,7 +138,7 @@ mod tests {
     fn with_tables_that_disagree_each_node_is_asked_once_and_who_is_asked_never_answers_for_another()
      {
         let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
-        let mut most = 0;
+        let (mut most, mut low) = (0, 0);
         let mut found = 0;
         for _ in 0..100_000 {
             let nodes = 2 + dice.roll(14);
@@ -115,10 +150,11 @@ mod tests {
                 .collect();
             let knows = dice.roll(nodes + 1);
             let unsettled: BTreeSet<u64> = (0..dice.roll(3)).map(|_| dice.roll(nodes)).collect();
-            let mut ttl = FIRST_TTL + 1 + u8::try_from(dice.roll(200)).unwrap();
+            let sent_with = 1 + u8::try_from(dice.roll(255)).unwrap();
             // A client's frame, or one that a leader steered.
             let steered_by = (dice.roll(2) == 0).then(|| dice.roll(nodes));
             let (mut from, mut at) = (steered_by, dice.roll(nodes));
+            let mut ttl = steered_by.map_or(sent_with, |_| steered(sent_with));
             let asks = at;
             let mut asked = Vec::new();
             let answered_by = loop {
@@ -151,7 +187,6 @@ mod tests {
                     asked.push(next);
                 }
                 (from, at, ttl) = (Some(at), next, after);
-                assert!(asked.len() <= usize::from(MAX_ASKED), "{asked:?}");
             };
             assert!(asked.is_sorted_by(|one, next| one < next), "{asked:?}");
             if asked.contains(&knows) {
@@ -160,6 +195,13 @@ mod tests {
             } else {
                 assert!([Some(asks), None].contains(&answered_by), "{answered_by:?}");
             }
+            let enough = match steered(sent_with) {
+                0..=LEAST_TTL => 0,
+                ttl if ttl <= LOW_TTL => 2,
+                _ => usize::from(MAX_ASKED),
+            };
+            assert!(asked.len() <= enough, "{sent_with}: {asked:?}");
+            low += usize::from(enough == 2 && asked.len() == 2);
             most = most.max(asked.len());
         }
         assert_eq!(
@@ -167,7 +209,7 @@ mod tests {
             usize::from(MAX_ASKED),
             "as many as are allowed do happen"
         );
-        assert!(found > 10_000, "{found}");
+        assert!(found > 10_000 && low > 1_000, "{found}, {low}");
     }
 
     #[test]
@@ -176,8 +218,33 @@ mod tests {
     }
 
     #[test]
+    fn no_clients_packet_looks_like_a_question() {
+        for ttl in 0..=u8::MAX {
+            let steered = Arrival {
+                ttl: steered(ttl),
+                from_peer: true,
+                first_here: true,
+                settled: true,
+            };
+            assert!(!steered.is_asked() && !steered.is_back(), "{ttl}");
+            assert!(steered.ttl <= ttl, "a TTL is never raised");
+            assert!(
+                steered.ttl == ttl || steered.ttl >= LEAST_TTL,
+                "it still comes to the pod"
+            );
+            // Who has the client before it asks as one that was steered the packet.
+            let own = Arrival {
+                ttl,
+                from_peer: false,
+                ..steered
+            };
+            assert_eq!(own.ttl_after(), steered.ttl_after(), "{ttl}");
+        }
+    }
+
+    #[test]
     fn what_is_about_to_expire_stays() {
-        for ttl in 0..=LAST_TTL {
+        for ttl in 0..LOW_LAST_TTL {
             for from_peer in [true, false] {
                 let arrival = Arrival {
                     ttl,
@@ -185,8 +252,7 @@ mod tests {
                     first_here: false,
                     settled: true,
                 };
-                let after = arrival.ttl_after();
-                assert!(after.is_none() || arrival.is_asked(), "{arrival:?}");
+                assert_eq!(arrival.ttl_after(), None, "{arrival:?}");
             }
         }
     }

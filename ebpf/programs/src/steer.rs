@@ -1,6 +1,6 @@
 //! Whose a packet to a VIP is.
 
-use landfall_ebpf_common::handing_on::Arrival;
+use landfall_ebpf_common::handing_on::{Arrival, steered};
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{
     HoldersKey, MAX_HISTORY, MAX_HOLDERS, Node, PeerKey, Port, PortKey, Verdict, Vip, node_flag,
@@ -92,6 +92,10 @@ fn connection<C: Context>(context: &C, packet: &mut Packet, port: &Port) -> i32 
         return context.deliver(packet);
     }
     if packet.sender == 0 && !packet.here {
+        let as_it_is = packet.kind == Kind::Error;
+        if !as_it_is && set_ttl(context, packet, steered(packet.ttl)).is_none() {
+            return lost::<C>();
+        }
         return send_away(context, packet.target);
     }
     if new && !packet.strays {
@@ -181,15 +185,22 @@ fn hand_on<C: Context>(context: &C, packet: &Packet, number: u16, ttl: u8) -> i3
     let Some(node) = maps::node(number).filter(|node| context.reaches(node)) else {
         return lost::<C>();
     };
-    let lowered = if packet.v6 {
-        context.store(ETH_HEADER + HOP_LIMIT, ttl)
-    } else {
-        echo::set_ttl(context, packet.ttl, ttl)
-    };
-    if lowered.is_none() {
+    if set_ttl(context, packet, ttl).is_none() {
         return lost::<C>();
     }
     send(context, number, node, Verdict::HandedOn)
+}
+
+/// Writes a packet's TTL or hop limit, if it is another.
+#[inline(always)]
+fn set_ttl<C: Context>(context: &C, packet: &Packet, ttl: u8) -> Option<()> {
+    if packet.ttl == ttl {
+        Some(())
+    } else if packet.v6 {
+        context.store(ETH_HEADER + HOP_LIMIT, ttl)
+    } else {
+        echo::set_ttl(context, packet.ttl, ttl)
+    }
 }
 
 #[inline(always)]

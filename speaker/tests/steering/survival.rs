@@ -1,14 +1,18 @@
 //! Flows go on while endpoints, leaders and speakers come and go.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
 use landfall_ebpf_common::LAYOUT;
+use landfall_ebpf_common::handing_on::{FIRST_TTL, LOW_TTL};
 use landfall_lab::Pod;
 use landfall_lab::fault::{Fault, SPEAKER};
+use landfall_lab::manifests::LINES;
+use socket2::{Domain, Socket, Type};
 
-use super::cluster::{Cluster, vips};
+use super::cluster::{Cluster, PATIENCE, vips};
 use super::flow::{Flow, all_alive, await_served, open};
 
 const FLOWS: usize = 500;
@@ -71,6 +75,57 @@ fn flows_outlive_scaling_and_the_leader() {
     println!("down: {verdicts:?}");
     assert!(verdicts["handed-on"] > 0, "some flows had to be looked for");
     assert_eq!(verdicts["flows-full"], 0);
+}
+
+/// What little of its way a client's packet has left is what nodes mark their questions by: its flows are found all the
+/// same.
+#[test]
+fn flows_of_clients_whose_packets_arrive_with_little_ttl_are_found() {
+    const OF_EACH: usize = 8;
+    let cluster = Cluster::start(3, 1);
+    let pods = cluster.pods();
+    cluster.serve(&pods);
+    cluster.speak();
+    for vip in vips() {
+        cluster.await_leader(vip, |_| true);
+    }
+    // Whichever of them leads: it asks, or is asked, or neither.
+    for new in &pods {
+        let mut others = pods.clone();
+        others.retain(|pod| pod.name != new.name);
+        cluster.serve(&others);
+        let mut flows = Vec::new();
+        for vip in vips() {
+            await_served(&cluster, vip, &others);
+            for ttl in LOW_TTL - 1..=FIRST_TTL + 1 {
+                let open = || Flow::over(connect_with(ttl, (vip, LINES).into())?);
+                let opened = (0..OF_EACH).map(|_| cluster.lab.client().run(open));
+                flows.extend(opened.map(Result::unwrap));
+            }
+        }
+        cluster.serve(&pods);
+        for vip in vips() {
+            await_served(&cluster, vip, &pods);
+        }
+        all_alive(&cluster, &mut flows, &format!("{} is new", new.name));
+        // Longer than earlier tables are remembered: from here on the holders' own word counts.
+        thread::sleep(Duration::from_secs(6));
+        all_alive(&cluster, &mut flows, "long after");
+    }
+    let verdicts = cluster.verdicts();
+    println!("{verdicts:?}");
+    assert!(verdicts["handed-on"] > 0, "some flows had to be looked for");
+}
+
+fn connect_with(ttl: u8, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    if to.is_ipv4() {
+        socket.set_ttl_v4(ttl.into())?;
+    } else {
+        socket.set_unicast_hops_v6(ttl.into())?;
+    }
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    Ok(socket.into())
 }
 
 /// A speaker that finds nothing of an earlier one takes the flows from connection tracking, and says again which it

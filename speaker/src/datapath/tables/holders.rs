@@ -6,7 +6,7 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData};
 use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
-use landfall_ebpf_common::{Holders as Entry, HoldersKey, MAX_HOLDERS, map};
+use landfall_ebpf_common::{Holders as Entry, HoldersKey, map};
 
 use super::super::Reach;
 use super::nodes::Nodes;
@@ -42,11 +42,16 @@ impl Holders {
     ) -> Result<(), TablesError> {
         let mut wanted = BTreeMap::new();
         for (bucket, names) in holders {
-            let mut by_seed: Vec<&NodeName> = names.iter().collect();
-            by_seed.sort_by_key(|name| seed(name));
+            let mut numbers = Vec::with_capacity(names.len());
+            for name in names {
+                let number = nodes.place(name, reach.of(name))?;
+                numbers.push((!nodes.is_other_and_alive(number), seed(name), number));
+            }
+            // Where there is not room for all, for those that can be asked.
+            numbers.sort_unstable();
             let mut entry = Entry::default();
-            for (place, name) in entry.nodes.iter_mut().zip(by_seed.iter().take(MAX_HOLDERS)) {
-                *place = nodes.place(name, reach.of(name))?;
+            for (place, (.., number)) in entry.nodes.iter_mut().zip(numbers) {
+                *place = number;
             }
             wanted.insert(*bucket, entry);
         }

@@ -93,6 +93,12 @@ impl Nodes {
         Ok(self.by_name[&(seed(name), interface)])
     }
 
+    /// Whether it is another node that is known to be alive.
+    pub(super) fn is_other_and_alive(&self, number: u16) -> bool {
+        let flags = self.known.get(&number).map(|known| known.node.flags);
+        flags.is_some_and(|flags| flags & (node_flag::HERE | node_flag::ALIVE) == node_flag::ALIVE)
+    }
+
     pub(super) fn set(
         &mut self,
         id: &NodeId,

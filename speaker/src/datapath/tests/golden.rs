@@ -45,8 +45,10 @@ enum Fate {
     Next,
     /// Sent to this node, otherwise as it was.
     Sent(&'static str),
-    /// Sent to this node with another TTL, its header's checksum right.
+    /// Sent to this node with another TTL, its header's checksum right, as a question or what goes back.
     HandedOn(&'static str, u8),
+    /// The same, as a client's packet.
+    Lowered(&'static str, u8),
     Dropped,
 }
 
@@ -242,8 +244,12 @@ impl Program {
             grown == 1 && *verdict != Verdict::FlowsFull
         });
         let counted: Vec<Verdict> = counted.collect();
+        let fate = match (fate, &counted[..]) {
+            (Fate::HandedOn(to, ttl), [Verdict::Steered]) => Fate::Lowered(to, ttl),
+            _ => fate,
+        };
         let fits = match (fate, &counted[..]) {
-            (Fate::Sent(_), [verdict]) => *verdict == Verdict::Steered,
+            (Fate::Sent(_) | Fate::Lowered(..), [verdict]) => *verdict == Verdict::Steered,
             (Fate::HandedOn(..), [verdict]) => *verdict == Verdict::HandedOn,
             (Fate::Dropped, [verdict]) => matches!(
                 verdict,

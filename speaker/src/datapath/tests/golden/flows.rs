@@ -1,8 +1,8 @@
 //! TCP flows: which node delivers them when tables change.
 
 use aya::maps::{HashMap, MapData};
-use landfall_ebpf_common::handing_on::{FIRST_TTL, LAST_TTL};
-use landfall_ebpf_common::{Flow, FlowKey, MAX_FLOWS, VipKey, map};
+use landfall_ebpf_common::handing_on::{self, FIRST_TTL, LAST_TTL, LEAST_TTL};
+use landfall_ebpf_common::{Flow, FlowKey, MAX_FLOWS, MAX_HOLDERS, VipKey, map};
 
 use super::*;
 
@@ -311,6 +311,55 @@ fn who_is_sent_anothers_flow_asks_and_never_answers_for_it() {
     }
 }
 
+/// Whatever TTL a client's packet comes with, the node that it is steered to takes it for a client's, looks for its flow
+/// as far as the TTL lets it, and answers for it at the end.
+#[test]
+fn no_clients_packet_is_taken_for_a_question() {
+    let mut program = Program::load();
+    let mk_with = |ttl, vip, protocol, payload: &[u8]| {
+        let packet = mk_ip(client(vip), vip, protocol, ttl, payload);
+        mk_frame(ethertype(vip), &packet)
+    };
+    for vip in VIPS {
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other"]));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+        let away = port_of(vip, &[("third", &NODES)]);
+        let here = port_of(vip, &[("here", &NODES), ("other", &["other"])]);
+        for ttl in 1..=FIRST_TTL + 2 {
+            let lowered = handing_on::steered(ttl);
+            for flags in [SYN, ACK, FIN | ACK] {
+                let frame = mk_with(ttl, vip, 6, &mk_tcp(away, 80, flags));
+                let expected = if lowered == ttl {
+                    Fate::Sent("third")
+                } else {
+                    Fate::Lowered("third", lowered)
+                };
+                assert_eq!(program.fate(&frame), expected, "{ttl}");
+            }
+            // There, in the middle of a connection that this node does not know.
+            let from = |node, ttl| mk_from(node, ttl, vip, 6, &mk_tcp(here, 80, ACK));
+            let mut fate = program.fate(&from("third", lowered));
+            if let Fate::HandedOn(to, asked) = fate {
+                assert_eq!(to, "other");
+                fate = program.fate(&from(to, asked - 1));
+            } else {
+                assert_eq!(lowered, ttl.min(LEAST_TTL), "{ttl}: nobody is asked");
+            }
+            assert_eq!(
+                fate,
+                Fate::Next,
+                "{ttl}: its pod's reset says that it is gone"
+            );
+            // A client's own frame, which no other node has steered.
+            let asked = program.fate(&mk_with(ttl, vip, 6, &mk_tcp(here, 80, ACK)));
+            assert_eq!(asked, program.fate(&from("third", lowered)), "{ttl}");
+        }
+        // What is no TCP is not looked for: it stays as it is.
+        let chunk = mk_with(12, vip, 132, &mk_sctp(away, 80));
+        assert_eq!(program.fate(&chunk), Fate::Sent("third"));
+    }
+}
+
 #[test]
 fn what_a_node_sends_for_itself_or_those_behind_it_is_a_clients() {
     let mut program = Program::load();
@@ -383,6 +432,26 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
     );
     program.change(&held_by(vip, port, &[]));
     assert_eq!(program.fate(&data), Fate::Next);
+}
+
+/// There is room for a few holders of a bucket: it is not wasted on this node and on the dead.
+#[test]
+fn of_many_holders_those_that_are_alive_are_asked() {
+    let mut program = Program::load();
+    let vip = V4.into();
+    let port = port_of(vip, &[("here", &NODES)]);
+    let seed = |node: &str| landfall_core::steering::seed(&node.into());
+    let dead: Vec<String> = (0..100)
+        .map(|number| format!("dead-{number}"))
+        .filter(|name| seed(name) < seed("other").min(seed("third")))
+        .take(MAX_HOLDERS)
+        .collect();
+    assert_eq!(dead.len(), MAX_HOLDERS);
+    let mut all: Vec<&str> = dead.iter().map(String::as_str).collect();
+    all.extend(["here", "other"]);
+    program.change(&held_by(vip, port, &all));
+    let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+    assert_eq!(program.fate(&data), Fate::HandedOn("other", FIRST_TTL));
 }
 
 /// Two changes in quick succession, and somebody has spoken of another flow of the bucket: who held it before both is
