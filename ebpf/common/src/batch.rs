@@ -29,6 +29,18 @@ struct BatchAttr {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Place(u32);
 
+impl Place {
+    /// As a number, so that it can be carried elsewhere.
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// From its number.
+    pub const fn at(number: u32) -> Self {
+        Self(number)
+    }
+}
+
 /// Some entries of a map, and where to go on; nothing there, if these were the last.
 #[derive(Debug)]
 pub struct Batch<K, V> {

@@ -1,6 +1,7 @@
 //! Pods that leave by an address of their own: their nodes' guard, and their gateway, where each flow leaves by a binding.
 
 pub mod binding;
+pub mod copies;
 pub mod gateway;
 pub mod guard;
 pub mod ports;

@@ -39,7 +39,7 @@ pub use port::{
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
@@ -58,6 +58,8 @@ pub const GATEWAY_INGRESS: &str = "landfall_gateway_in";
 pub const GATEWAY_EGRESS: &str = "landfall_gateway_out";
 /// The name of the program that ends bindings. It is at no interface.
 pub const GATEWAY_KEEP: &str = "landfall_gateway_keep";
+/// The name of the program that puts copies of bindings in and takes them out. It is at no interface.
+pub const GATEWAY_COPY: &str = "landfall_gateway_copy";
 
 /// What holds for the node as a whole.
 #[repr(C)]
@@ -258,6 +260,7 @@ mod pod {
         gateway::Hop,
         gateway::GateRoute,
         gateway::GateSettings,
+        gateway::EgressState,
         gateway::Filter
     );
 }
@@ -280,7 +283,7 @@ mod tests {
     /// A change here is a change of the number. The sizes are the sums of the fields': there is no padding.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(LAYOUT, 5);
+        assert_eq!(LAYOUT, 6);
         let sizes = [
             size_of::<VipKey>(),
             size_of::<Vip>(),

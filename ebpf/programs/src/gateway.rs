@@ -6,26 +6,34 @@
 //!  out by an uplink ─> leave ─ a pod's of this node ──────> read ─> flow (out) ─> translate ─> on its way
 //!  flow ─ none ─> claim a port ─ none to be had ─> answer
 //!  keep ─ what user space names ─> end
+//!  copies ─ another gateway's bindings ─> place, displace
+//!  tell ─ what begins and ends ─> user space
 //! ```
 //!
 //! All of it is attached only while there is a policy.
 
 mod answer;
 mod claim;
+mod copies;
 mod flow;
 mod keep;
 mod maps;
+mod tell;
 mod word;
 
 use aya_ebpf::bindings::{__sk_buff, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
-use landfall_ebpf_common::egress::binding::V6;
-use landfall_ebpf_common::egress::gateway::{Filter, Hop, Reason, source_flag};
+use landfall_ebpf_common::egress::binding::{V6, ticks};
+use landfall_ebpf_common::egress::gateway::{
+    Filter, Hop, RESUME, Reason, egress_flag, source_flag,
+};
 use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
 
 use crate::context::Context as _;
-use crate::packet::{ETH_HEADER, Frame, ICMPV6, Kind, Packet, SYN, TCP, UDP, landfall_read_any};
+use crate::packet::{
+    ETH_HEADER, Frame, ICMPV6, Kind, Packet, RST, SYN, TCP, UDP, landfall_read_any,
+};
 use crate::translate::{DESTINATION, SOURCE, landfall_translate};
 use crate::{DROP, NEXT, echo, flows, tunnel};
 use answer::{landfall_gateway_answer, say};
@@ -119,6 +127,12 @@ fn set_words(address: &mut [u8; 16], words: V6) {
 #[inline(always)]
 pub(crate) fn keep(context: &TcContext) -> i32 {
     keep::keep(context)
+}
+
+/// Puts copies in, or takes them out.
+#[inline(always)]
+pub(crate) fn copy(context: &TcContext) -> i32 {
+    copies::copy(context)
 }
 
 /// No action: the frame is not the gateway's.
@@ -221,6 +235,9 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
             Err(action) => return action,
         },
     };
+    if maps::is_silent(&packet.to.address) {
+        return drop(Reason::Silent);
+    }
     if !is_gateway(&found) {
         // The guard has sent on what is a pod's of this node.
         return if leaves {
@@ -318,8 +335,22 @@ fn begin<F: Family>(
         Kind::Echo => packet.tcp == SYN,
         Kind::LaterFragment | Kind::Error => false,
     };
-    if !begins {
+    let state = maps::egress(&VipKey(source.egress));
+    if state.flags & egress_flag::SILENT != 0 {
+        return Err(drop(Reason::Silent));
+    }
+    // The connection may be one whose binding was not copied in time.
+    let goes_on = !begins
+        && packet.kind == Kind::Whole
+        && packet.protocol == TCP
+        && packet.tcp & (SYN | RST) == 0
+        && state.flags & egress_flag::LED != 0
+        && flow::now().wrapping_sub(state.since) < ticks(RESUME);
+    if !begins && !goes_on {
         return Err(drop(Reason::Unknown));
+    }
+    if state.flags & egress_flag::FROZEN != 0 {
+        return Err(drop(Reason::Frozen));
     }
     let Some(hop) = maps::route(uplink, &destination) else {
         return Err(drop(Reason::NoWay));
@@ -334,9 +365,13 @@ fn begin<F: Family>(
     }
     if let Some(room) = F::room() {
         room.source = source;
+        room.own_only = u32::from(goes_on);
     }
     let made = F::make();
     if made == flow::BOUND {
+        if goes_on {
+            maps::note(Reason::Resumed);
+        }
         return flow::find_out::<F>(packet).ok_or(DROP);
     }
     let refused = made == Reason::Quota as u32 || made == Reason::NoPort as u32;
@@ -427,6 +462,9 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     let Some(found) = found else {
         return unbound(context, packet, readable);
     };
+    if maps::is_silent(&packet.flow.vip.0) {
+        return drop(Reason::Silent);
+    }
     if !is_gateway(&found) {
         return drop(Reason::NotGateway);
     }

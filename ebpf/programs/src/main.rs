@@ -164,6 +164,11 @@ pub fn landfall_gateway_keep(context: TcContext) -> i32 {
     gateway::keep(&context)
 }
 
+#[classifier]
+pub fn landfall_gateway_copy(context: TcContext) -> i32 {
+    gateway::copy(&context)
+}
+
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -6,15 +6,20 @@
 //!                           └─> tables   the maps, by number
 //!  gateway   its programs: there only while this node has something to translate
 //!  keeper    ends what is idle and what has rested
+//!  copies    bindings as replication reads and writes them; changes: what the programs tell of theirs
+//!  standing  what this node is to egress addresses
 //! ```
 
 mod attach;
+mod changes;
+mod copies;
 mod gateway;
 pub(super) mod guard;
 mod keeper;
 mod layout;
 mod metrics;
 mod plan;
+mod standing;
 mod tables;
 
 use std::collections::BTreeSet;
@@ -24,10 +29,15 @@ use landfall_core::model::NodeName;
 
 pub use gateway::{Gateway, GatewayConfig, State};
 pub use plan::{Peer, PeerId, Surroundings, Uplink};
+pub use standing::{Licence, Standing};
 
+pub(super) use landfall_ebpf_common::egress::gateway::map::CHANGES;
 pub(super) use layout::SHAPES;
 #[cfg(test)]
-pub(super) use {keeper::Keeper, plan::Plan, plan::plan as mk_plan, tables::Tables};
+pub(super) use {
+    changes::Changes, changes::Source, copies::Copies, copies::Kernel, keeper::Keeper, plan::Plan,
+    plan::plan as mk_plan, standing::states, tables::Tables,
+};
 
 use crate::egress::Egress;
 

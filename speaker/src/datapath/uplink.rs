@@ -466,6 +466,8 @@ pub(super) fn object(pins: Option<&Pins>) -> Result<Ebpf, UplinkError> {
         {
             loader.map_max_entries(shape.name, 1);
         }
+        // The least that the kernel makes: a page.
+        loader.map_max_entries(egress::CHANGES, 4096);
     }
     Ok(load(&mut loader)?)
 }

@@ -59,9 +59,36 @@ pub struct Policy {
     pub ports: u32,
     /// Most ports of a pod to one remote address, port and protocol, 0 for no limit.
     pub ports_per_pod: u32,
-    /// Zero.
-    pub zero: u32,
+    /// The interface by which its packets leave or, if this node would take over, would: copies go by that. 0 for none.
+    pub link: u32,
 }
+
+/// What this node is to an egress address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EgressState {
+    /// [`egress_flag`]s.
+    pub flags: u32,
+    /// Since when it leads it, in [`ticks`](super::binding::ticks), if it does.
+    pub since: u32,
+}
+
+/// Flags of an [`EgressState`].
+pub mod egress_flag {
+    /// Pods leave by it here.
+    pub const HERE: u32 = 1;
+    /// This node leads it: what nobody hears of counts from then on, and nobody else's word on its bindings does.
+    pub const LED: u32 = 2;
+    /// This node would take it over: what is bound there are copies, and stay.
+    pub const STANDBY: u32 = 4;
+    /// No bindings are made.
+    pub const FROZEN: u32 = 8;
+    /// Nothing is translated.
+    pub const SILENT: u32 = 16;
+}
+
+/// For how many seconds after a take-over a pod's packet in the middle of a connection may make its binding anew.
+pub const RESUME: u32 = 60;
 
 /// Another node, at one of this node's interfaces.
 #[repr(C)]
@@ -123,6 +150,16 @@ pub struct GateSettings {
     pub mark: u32,
     /// Most ICMP errors of our own in a second, on each CPU.
     pub errors: u32,
+    /// [`settings_flag`]s.
+    pub flags: u32,
+}
+
+/// Flags of [`GateSettings`].
+pub mod settings_flag {
+    /// User space is told what happens to bindings.
+    pub const TELL: u32 = 1;
+    /// Some egress address is [`SILENT`](super::egress_flag::SILENT).
+    pub const SILENT: u32 = 2;
 }
 
 /// How many words each side of a [`Filter`] has.
@@ -202,11 +239,23 @@ pub enum Reason {
     Answered,
     /// Not answered: too many answers.
     Limited,
+    /// Dropped: it would have made a binding, while this node may make none.
+    Frozen,
+    /// Dropped: this node may not translate, since it may not be the gateway any more.
+    Silent,
+    /// It made its binding anew, in the middle of a connection, after a take-over.
+    Resumed,
+    /// A copy of another gateway's binding was put in.
+    Copied,
+    /// A flow was cut, since another gateway has given its port, or it another one; or a copy was not put in for that.
+    Cut,
+    /// Something that happened to a binding could not be told: user space was too far behind.
+    Untold,
 }
 
 impl Reason {
     /// All, each at the place of its number.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 24] = [
         Self::Out,
         Self::In,
         Self::Bound,
@@ -225,6 +274,12 @@ impl Reason {
         Self::TooBig,
         Self::Answered,
         Self::Limited,
+        Self::Frozen,
+        Self::Silent,
+        Self::Resumed,
+        Self::Copied,
+        Self::Cut,
+        Self::Untold,
     ];
 
     /// How many there are.
@@ -252,6 +307,12 @@ impl Reason {
             Self::TooBig => "too-big",
             Self::Answered => "answered",
             Self::Limited => "limited",
+            Self::Frozen => "frozen",
+            Self::Silent => "silent",
+            Self::Resumed => "resumed",
+            Self::Copied => "copied",
+            Self::Cut => "cut",
+            Self::Untold => "untold",
         }
     }
 }
@@ -293,7 +354,7 @@ pub mod map {
     pub const LAST_V6: &str = "GATE_LAST_V6";
     /// From a [`VipKey`](crate::VipKey) to [`Source`](super::Source).
     pub const SOURCES: &str = "GATE_SOURCES";
-    /// The egress addresses, as [`VipKey`](crate::VipKey)s.
+    /// From an egress address, as a [`VipKey`](crate::VipKey), to its [`EgressState`](super::EgressState).
     pub const EGRESS: &str = "GATE_EGRESS";
     /// The longest prefixes of [`GateRoute`](super::GateRoute).
     pub const ROUTES: &str = "GATE_ROUTES";
@@ -311,6 +372,8 @@ pub mod map {
     pub const SETTINGS: &str = "GATE_SETTINGS";
     /// How many packets met each fate, by CPU, at the place of a [`Reason`](super::Reason).
     pub const REASONS: &str = "GATE_REASONS";
+    /// [`Event`](super::super::copies::Event)s on their way to user space. Not pinned: a process that begins has missed some.
+    pub const CHANGES: &str = "GATE_CHANGES";
 }
 
 #[cfg(test)]
@@ -328,6 +391,7 @@ mod tests {
             size_of::<Hop>(),
             size_of::<GateRoute>(),
             size_of::<GateSettings>(),
+            size_of::<EgressState>(),
         ];
         let expected = [
             16 + 4 * 2 + 8,
@@ -335,7 +399,8 @@ mod tests {
             8 + 4 + 4 + 4 + 6 + 6 + 16,
             4 * 4 + 16 + 16,
             4 + 16,
-            6 * 4 + 4 + 4,
+            6 * 4 + 4 + 4 + 4,
+            4 + 4,
         ];
         assert_eq!(sizes, expected);
     }

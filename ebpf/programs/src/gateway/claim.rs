@@ -6,7 +6,7 @@ use core::marker::PhantomData;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use landfall_ebpf_common::egress::binding::{Address, Binding, Claim, Key, heard, phase};
 use landfall_ebpf_common::egress::gateway::Reason;
-use landfall_ebpf_common::egress::ports::{Book, Crowd, Returned, choose, seed};
+use landfall_ebpf_common::egress::ports::{Book, Crowd, FIRST, Returned, choose, seed};
 use landfall_ebpf_common::{PortKey, VipKey};
 
 use super::maps::{self, Family, Four, Room, Six};
@@ -70,6 +70,23 @@ pub(super) fn reserve<F: Family>(room: &mut Room<F::A>) -> Result<(), Reason> {
     outcome
 }
 
+/// Counts one port more for a copy's pod and policy, whatever their quotas are.
+#[inline(always)]
+pub(super) fn count_copy<F: Family>(room: &mut Room<F::A>) -> Result<(), Reason> {
+    let policy = room.source.policy;
+    let (Some(quota), Some(used)) = (maps::policy(policy), maps::used(policy)) else {
+        return Err(Reason::NoWay);
+    };
+    room.value.ours = 0;
+    if quota.ports_per_pod != 0 {
+        room.other = room.out.target();
+        count_pod::<F>(&room.other, REMOVED)?;
+        room.value.ours = heard::COUNTED;
+    }
+    word::add(used, 1);
+    Ok(())
+}
+
 #[inline(always)]
 fn count_pod<F: Family>(target: &Key<F::A>, most: u64) -> Result<(), Reason> {
     for _ in 0..TRIES {
@@ -122,7 +139,12 @@ pub(super) fn bind<F: Family>() -> Result<(), Reason> {
         &room.out.remote.mapped(),
         room.out.remote_port,
     );
-    let chosen = choose(&mut Ports::<F>(PhantomData), own, room.seed);
+    let own_only = room.own_only != 0;
+    let chosen = if own_only {
+        Some(own).filter(|own| *own >= FIRST && F::take(*own))
+    } else {
+        choose(&mut Ports::<F>(PhantomData), own, room.seed)
+    };
     // Anew: other functions have written there.
     let Some(room) = F::room() else {
         return Err(Reason::NoRoom);
@@ -130,6 +152,8 @@ pub(super) fn bind<F: Family>() -> Result<(), Reason> {
     let Some(port) = chosen else {
         return Err(if room.full != 0 {
             Reason::NoRoom
+        } else if own_only {
+            Reason::Unknown
         } else {
             Reason::NoPort
         });
@@ -140,6 +164,15 @@ pub(super) fn bind<F: Family>() -> Result<(), Reason> {
     room.value.to = room.inward.local;
     room.value.claim = Claim::new(port, room.now).word();
     Ok(())
+}
+
+/// Sees to it that a target has a crowd. False, if there is no room for one.
+#[inline(always)]
+pub(super) fn gather<F: Family>(target: &Key<F::A>) -> bool {
+    F::crowds().get_ptr(target).is_some()
+        || F::crowds()
+            .insert(target, &NOBODY, u64::from(BPF_NOEXIST))
+            .is_ok()
 }
 
 /// Says to the crowd of a target, if it has one, whether a port is in use.
@@ -192,10 +225,7 @@ impl<F: Family> Book for Ports<F> {
             return false;
         };
         room.other = room.inward.target();
-        F::crowds().get_ptr(&room.other).is_some()
-            || F::crowds()
-                .insert(&room.other, &NOBODY, u64::from(BPF_NOEXIST))
-                .is_ok()
+        gather::<F>(&room.other)
     }
 
     #[inline(always)]
@@ -269,6 +299,18 @@ fn take_over<F: Family>(room: &mut Room<F::A>, entry: *mut Binding<F::A>) -> boo
     if before.phase != phase::CLOSED || !(pod == room.value.to || rested) {
         return false;
     }
+    hand::<F>(room, entry, before)
+}
+
+/// Gives a port that rests to the flow at hand. False, if somebody else was first.
+#[inline(always)]
+pub(super) fn hand<F: Family>(
+    room: &mut Room<F::A>,
+    entry: *mut Binding<F::A>,
+    before: Claim,
+) -> bool {
+    // SAFETY: as in `take_over`.
+    let pod = unsafe { (*entry).to };
     let busy = before.turned(phase::BUSY);
     if !turn(entry, before, busy) {
         return false;
@@ -293,7 +335,7 @@ fn take_over<F: Family>(room: &mut Room<F::A>, entry: *mut Binding<F::A>) -> boo
         (*entry).hop = room.value.hop;
         (*entry).policy = room.value.policy;
         (*entry).ours = room.value.ours;
-        (*entry).theirs = 0;
+        (*entry).theirs = room.value.theirs;
     }
     let after = before.handed(room.out.local_port, room.now);
     turn(entry, busy, after)

@@ -9,6 +9,7 @@ use landfall_ebpf_common::egress::gateway::Reason;
 
 use super::claim::{EXISTS, bind, came_back, claim_of, mark, release, reserve, turn};
 use super::maps::{self, Family, Four, Six};
+use super::tell;
 use super::{set_words, words};
 use crate::packet::{Kind, Packet, SYN, TCP};
 
@@ -244,6 +245,7 @@ pub(super) fn close<F: Family>(entry: *mut Binding<F::A>, claim: Claim) -> bool 
     release::<F>(policy, ours, &room.other);
     came_back::<F>(&room.inward, &room.out, &mut room.other);
     maps::note(Reason::Ended);
+    tell::ended::<F>();
     true
 }
 
@@ -294,6 +296,8 @@ fn make<F: Family>() -> u32 {
         let _ = F::inward().remove(&room.inward);
         room.other = room.out.target();
         release::<F>(room.source.policy, room.value.ours, &room.other);
+        // Who has copied all meanwhile may have seen it.
+        tell::ended::<F>();
         return if error == EXISTS {
             BOUND
         } else {
@@ -301,6 +305,7 @@ fn make<F: Family>() -> u32 {
         };
     }
     maps::note(Reason::Bound);
+    tell::made::<F>();
     BOUND
 }
 

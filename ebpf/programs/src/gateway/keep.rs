@@ -2,8 +2,9 @@
 //! due; what is done about them is decided here, where nobody else can be in the middle of it.
 
 use aya_ebpf::programs::TcContext;
-use landfall_ebpf_common::egress::binding::{Key, Sides, phase};
-use landfall_ebpf_common::egress::gateway::keep;
+use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::binding::{Address, Key, Sides, phase};
+use landfall_ebpf_common::egress::gateway::{egress_flag, keep};
 
 use super::claim::{claim_of, mark, turn};
 use super::flow::{close, now};
@@ -71,6 +72,18 @@ fn end<F: Family>() -> u32 {
         let heard = claim_of(out).seen;
         if claim.phase == phase::LIVE && now.wrapping_sub(heard) < now.wrapping_sub(seen) {
             seen = heard;
+        }
+    }
+    // Nobody hears a copy: it is its gateway that says when it ends, or, once this node leads, its time begins.
+    let state = maps::egress(&VipKey(room.inward.local.mapped()));
+    if claim.phase == phase::LIVE {
+        if state.flags & egress_flag::STANDBY != 0 && room.at_once == 0 {
+            return 0;
+        }
+        if state.flags & egress_flag::LED != 0
+            && now.wrapping_sub(state.since) < now.wrapping_sub(seen)
+        {
+            seen = state.since;
         }
     }
     let limit =

@@ -7,9 +7,9 @@ use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address, Binding, Key, V4, V6};
 use landfall_ebpf_common::egress::gateway::{
-    Filter, GateNode, GateRoute, GateSettings, Hop, MAX_BINDINGS, MAX_CROWDS, MAX_EGRESS,
-    MAX_GATE_NODES, MAX_GATE_ROUTES, MAX_HOPS, MAX_POLICIES, MAX_RETURNED, MAX_SOURCES, Policy,
-    Reason, Source,
+    EgressState, Filter, GateNode, GateRoute, GateSettings, Hop, MAX_BINDINGS, MAX_CROWDS,
+    MAX_EGRESS, MAX_GATE_NODES, MAX_GATE_ROUTES, MAX_HOPS, MAX_POLICIES, MAX_RETURNED, MAX_SOURCES,
+    Policy, Reason, Source, egress_flag, settings_flag,
 };
 use landfall_ebpf_common::egress::ports::{Crowd, Returned};
 
@@ -45,7 +45,8 @@ static GATE_LAST_V6: LruHashMap<Key<V6>, Returned> = LruHashMap::with_max_entrie
 static GATE_SOURCES: HashMap<VipKey, Source> =
     HashMap::with_max_entries(MAX_SOURCES, BPF_F_NO_PREALLOC);
 #[map]
-static GATE_EGRESS: HashMap<VipKey, u32> = HashMap::with_max_entries(MAX_EGRESS, BPF_F_NO_PREALLOC);
+static GATE_EGRESS: HashMap<VipKey, EgressState> =
+    HashMap::with_max_entries(MAX_EGRESS, BPF_F_NO_PREALLOC);
 #[map]
 static GATE_ROUTES: LpmTrie<GateRoute, u32> =
     LpmTrie::with_max_entries(MAX_GATE_ROUTES, BPF_F_NO_PREALLOC);
@@ -119,6 +120,18 @@ pub(super) struct Room<A: Address> {
     pub(super) now: u32,
     /// Not 0: a binding ends though it is in use.
     pub(super) at_once: u32,
+    /// Not 0: the binding has its pod's own port, or is not made.
+    pub(super) own_only: u32,
+    /// Not 0: nobody is told.
+    pub(super) quiet: u32,
+    /// Of a copy, its key *in*.
+    pub(super) copy_in: Key<A>,
+    /// Its key *out*.
+    pub(super) copy_out: Key<A>,
+    /// The number of the hop that its packets take.
+    pub(super) copy_hop: u32,
+    /// Zero.
+    pub(super) spare: u32,
 }
 
 /// How many errors of our own there were in a second.
@@ -148,13 +161,17 @@ pub(super) trait Family {
     fn turn_out() -> u32;
     /// One of the remote's.
     fn turn_in() -> u32;
+    /// Ends the binding whose key *in* is in the room: the same.
+    fn end() -> u32;
+    /// Tells of the binding in the room: the same.
+    fn tell(what: u32) -> u32;
 }
 
 pub(super) struct Four;
 pub(super) struct Six;
 
 macro_rules! family {
-    ($family:ident, $address:ty, $out:ident, $inward:ident, $pods:ident, $crowds:ident, $last:ident, $room:ident, $take:path, $free:path, $make:path, $turn_out:path, $turn_in:path) => {
+    ($family:ident, $address:ty, $out:ident, $inward:ident, $pods:ident, $crowds:ident, $last:ident, $room:ident, $take:path, $free:path, $make:path, $turn_out:path, $turn_in:path, $end:path, $tell:path) => {
         impl Family for $family {
             type A = $address;
 
@@ -214,6 +231,16 @@ macro_rules! family {
             fn turn_in() -> u32 {
                 $turn_in()
             }
+
+            #[inline(always)]
+            fn end() -> u32 {
+                $end()
+            }
+
+            #[inline(always)]
+            fn tell(what: u32) -> u32 {
+                $tell(what)
+            }
         }
     };
 }
@@ -231,7 +258,9 @@ family!(
     super::claim::landfall_gateway_free_v4,
     super::flow::landfall_gateway_make_v4,
     super::flow::landfall_gateway_turn_out_v4,
-    super::flow::landfall_gateway_turn_in_v4
+    super::flow::landfall_gateway_turn_in_v4,
+    super::keep::landfall_gateway_end_v4,
+    super::tell::landfall_gateway_tell_v4
 );
 family!(
     Six,
@@ -246,7 +275,9 @@ family!(
     super::claim::landfall_gateway_free_v6,
     super::flow::landfall_gateway_make_v6,
     super::flow::landfall_gateway_turn_out_v6,
-    super::flow::landfall_gateway_turn_in_v6
+    super::flow::landfall_gateway_turn_in_v6,
+    super::keep::landfall_gateway_end_v6,
+    super::tell::landfall_gateway_tell_v6
 );
 
 #[inline(always)]
@@ -272,9 +303,32 @@ pub(super) fn source(address: &VipKey) -> Option<Source> {
     unsafe { GATE_SOURCES.get(address) }.copied()
 }
 
+/// What is told of the gateway as a whole.
+#[inline(always)]
+pub(super) fn flags() -> u32 {
+    GATE_SETTINGS.get(0).map_or(0, |settings| settings.flags)
+}
+
+/// What this node is to an egress address: nothing, to one that is none.
+#[inline(always)]
+pub(super) fn egress(address: &VipKey) -> EgressState {
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    unsafe { GATE_EGRESS.get(address) }
+        .copied()
+        .unwrap_or_default()
+}
+
+/// Whether pods leave by an address here.
 #[inline(always)]
 pub(super) fn is_egress(address: &VipKey) -> bool {
-    GATE_EGRESS.get_ptr(address).is_some()
+    egress(address).flags & egress_flag::HERE != 0
+}
+
+/// Whether what leaves or comes by an address is not to be translated.
+#[inline(always)]
+pub(super) fn is_silent(address: &[u8; 16]) -> bool {
+    flags() & settings_flag::SILENT != 0
+        && egress(&VipKey(*address)).flags & egress_flag::SILENT != 0
 }
 
 #[inline(always)]

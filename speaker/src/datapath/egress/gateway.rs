@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -16,6 +17,7 @@ use landfall_ebpf_common::GATEWAY_KEEP;
 use landfall_ebpf_common::egress::binding::Times;
 use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, Reason};
 use prometheus_client::registry::Registry;
+use tokio::sync::mpsc;
 
 use super::super::layout::SHAPES as SHARED;
 use super::super::pins::{Pins, PinsError};
@@ -23,12 +25,16 @@ use super::super::tables::TablesError;
 use super::super::uplink::{UplinkError, classifier, load};
 use super::super::worker::lock;
 use super::attach::Attached;
+use super::changes::{Changes, QUEUE, Source, Told, listener};
+use super::copies::{Copies, Kernel, Seam};
 use super::keeper::{Keeper, Kept};
 use super::layout::{SHAPES, SIZED};
 use super::metrics::{Counters, SharedTables};
 use super::plan::{Plan, Surroundings, plan};
+use super::standing::{Standing, States, states};
 use super::tables::Tables;
 use crate::egress::{Egress, PolicyName};
+use crate::replication::{Bindings, Happened};
 
 /// How long to wait before programs that could not be loaded are tried again.
 const RETRY: Duration = Duration::from_secs(10);
@@ -96,15 +102,19 @@ impl From<aya::programs::ProgramError> for GatewayError {
 #[derive(Debug, Default)]
 struct Orders {
     wanted: Option<(Arc<Egress>, Arc<Surroundings>)>,
+    states: Arc<States>,
     changed: bool,
     stop: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     orders: Mutex<Orders>,
     wake: Condvar,
     tables: SharedTables,
+    copies: Arc<Copies>,
+    /// Who is told what happens to bindings.
+    told: Told,
     /// Whether it is in force, or why not.
     state: Mutex<State>,
 }
@@ -132,7 +142,14 @@ impl Gateway {
     /// Starts it, on a thread in the caller's network namespace. Never fails: what is missing is in [`Self::state`], and
     /// tried again.
     pub fn start(config: GatewayConfig, registry: &mut Registry) -> Self {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            orders: Mutex::default(),
+            wake: Condvar::new(),
+            tables: SharedTables::default(),
+            copies: Arc::new(Copies::new(config.bindings)),
+            told: Told::default(),
+            state: Mutex::default(),
+        });
         registry.register_collector(Box::new(Counters(Arc::clone(&shared.tables))));
         let mut task = Task {
             config,
@@ -157,6 +174,32 @@ impl Gateway {
         orders.wanted = Some((egress, around));
         orders.changed = true;
         self.shared.wake.notify_all();
+    }
+
+    /// What this node is to egress addresses, of all that it is gateway or standby of. Returns at once.
+    ///
+    /// To be said before replication is told the same: copies for an address that nothing is said of end by their own time,
+    /// and nobody else's word counts for one that this node leads.
+    pub fn stand(&self, standings: &BTreeMap<IpAddr, Standing>) {
+        let mut orders = lock(&self.shared.orders);
+        orders.states = Arc::new(states(standings));
+        orders.changed = true;
+        self.shared.wake.notify_all();
+    }
+
+    /// The bindings of this node's kernel, and what happens to them from now on: for
+    /// [`Replication::start`](crate::replication::Replication::start). Who asked before is told nothing any more.
+    pub fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>) {
+        let (to, told) = mpsc::channel(QUEUE);
+        *lock(&self.shared.told) = Some(to);
+        lock(&self.shared.orders).changed = true;
+        self.shared.wake.notify_all();
+        (Arc::new(Seam(Arc::clone(&self.shared.copies))), told)
+    }
+
+    /// How many bindings of other gateways wait for their pod, their policy or a way to their remote to be known here.
+    pub fn copies_aside(&self) -> usize {
+        self.shared.copies.aside()
     }
 
     /// It has nothing to do. Returns at once.
@@ -214,7 +257,13 @@ struct Loaded {
     pins: Pins,
     attached: Attached,
     keeper: Keeper,
+    /// What happens to bindings, until somebody wants to know it.
+    unread: Option<Source>,
+    changes: Option<Changes>,
 }
+
+/// How many bindings that could not be placed are tried again at each look.
+const AGAIN: usize = 4_096;
 
 /// What the thread owns.
 struct Task {
@@ -228,11 +277,11 @@ struct Task {
 
 impl Task {
     fn run(&mut self) {
-        while let Some((wanted, changed)) = self.wait() {
+        while let Some((wanted, states, changed)) = self.wait() {
             let Some((egress, around)) = wanted else {
                 continue;
             };
-            let state = match self.apply(&egress, &around, changed) {
+            let state = match self.apply(&egress, &around, &states, changed) {
                 Ok(state) => state,
                 Err(error) => State::Failed(error.to_string()),
             };
@@ -245,7 +294,7 @@ impl Task {
         clippy::type_complexity,
         reason = "what was ordered, and whether it is new"
     )]
-    fn wait(&self) -> Option<(Option<(Arc<Egress>, Arc<Surroundings>)>, bool)> {
+    fn wait(&self) -> Option<(Option<(Arc<Egress>, Arc<Surroundings>)>, Arc<States>, bool)> {
         let orders = lock(&self.shared.orders);
         let (mut orders, _) = self
             .shared
@@ -258,7 +307,7 @@ impl Task {
             return None;
         }
         let changed = std::mem::take(&mut orders.changed);
-        Some((orders.wanted.clone(), changed))
+        Some((orders.wanted.clone(), Arc::clone(&orders.states), changed))
     }
 
     fn report(&self, state: State) {
@@ -278,9 +327,11 @@ impl Task {
         &mut self,
         egress: &Egress,
         around: &Surroundings,
+        states: &States,
         changed: bool,
     ) -> Result<State, GatewayError> {
-        let plan = plan(egress, around);
+        let addresses = states.keys().map(|key| key.address()).collect();
+        let plan = plan(egress, around, &addresses);
         if self.loaded.is_none() {
             if let Some((at, reason)) = &self.again
                 && Instant::now() < *at
@@ -293,15 +344,16 @@ impl Task {
                 return Ok(State::Idle);
             }
             self.again = None;
-            if let Err(error) = self.load(pins, &plan) {
+            if let Err(error) = self.load(pins, &plan, states) {
                 self.again = Some((Instant::now() + RETRY, error.to_string()));
                 return Err(error);
             }
         } else if changed {
             self.end_orphans(&plan)?;
-            self.write(&plan)?;
+            self.write(&plan, states)?;
         }
-        let kept = self.keep(&plan)?;
+        self.listen()?;
+        let kept = self.keep(&plan, states)?;
         if plan.interfaces.is_empty() {
             // Flows that began under a policy go on to their end.
             if kept.is_some_and(|kept| kept.read == 0) {
@@ -321,7 +373,7 @@ impl Task {
 
     /// Loads the programs beside the pinned maps, and puts each in the place of the one that an earlier process left; not
     /// before the maps hold what they should.
-    fn load(&mut self, pins: Pins, wanted: &Plan) -> Result<(), GatewayError> {
+    fn load(&mut self, pins: Pins, wanted: &Plan, states: &States) -> Result<(), GatewayError> {
         let mut loader = EbpfLoader::new();
         for shape in SHARED.iter().chain(&SHAPES) {
             loader.map_pin_path(shape.name, pins.map(shape.name));
@@ -330,12 +382,16 @@ impl Task {
             loader.map_max_entries(shape.name, self.config.bindings);
         }
         let mut ebpf = load(&mut loader)?;
+        let kernel = Kernel::adopt(&mut ebpf)?;
+        let unread = Source::adopt(&mut ebpf)?;
         let mut tables = Tables::adopt(&mut ebpf)?;
         tables.settle(GateSettings {
             times: self.config.times,
             mark: self.config.mark,
             errors: self.config.errors,
+            flags: 0,
         })?;
+        tables.stand(states)?;
         let keeper = Keeper::adopt(&mut ebpf, self.config.times)?;
         classifier(&mut ebpf, GATEWAY_KEEP)?.load()?;
         let orphaned = tables.orphaned(wanted);
@@ -345,12 +401,36 @@ impl Task {
         tables.write(wanted, self.config.arrival_mark)?;
         *lock(&self.shared.tables) = Some(tables);
         let attached = Attached::adopt(&mut ebpf, &pins)?;
+        self.shared.copies.adopt(Some(kernel));
+        self.shared.copies.try_again(usize::MAX);
         self.loaded = Some(Loaded {
             ebpf,
             pins,
             attached,
             keeper,
+            unread: Some(unread),
+            changes: None,
         });
+        Ok(())
+    }
+
+    /// Has the programs tell what happens to bindings, once somebody wants to know. It is not pinned what they tell: who
+    /// listens is told first that changes were missed.
+    fn listen(&mut self) -> Result<(), GatewayError> {
+        let Some(loaded) = &mut self.loaded else {
+            return Ok(());
+        };
+        if loaded.unread.is_none() || listener(&self.shared.told).is_none() {
+            return Ok(());
+        }
+        if let Some(tables) = lock(&self.shared.tables).as_mut() {
+            tables.tell()?;
+        }
+        let shared = Arc::clone(&self.shared);
+        loaded.changes = loaded
+            .unread
+            .take()
+            .map(|source| Changes::start(source, move || listener(&shared.told)));
         Ok(())
     }
 
@@ -371,15 +451,17 @@ impl Task {
         Ok(())
     }
 
-    fn write(&self, plan: &Plan) -> Result<(), GatewayError> {
+    fn write(&self, plan: &Plan, states: &States) -> Result<(), GatewayError> {
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
+            tables.stand(states)?;
             tables.write(plan, self.config.arrival_mark)?;
         }
+        self.shared.copies.try_again(usize::MAX);
         Ok(())
     }
 
     /// Looks through the bindings, if it is time.
-    fn keep(&mut self, plan: &Plan) -> Result<Option<Kept>, GatewayError> {
+    fn keep(&mut self, plan: &Plan, states: &States) -> Result<Option<Kept>, GatewayError> {
         let now = Instant::now();
         let early = self
             .looked
@@ -391,8 +473,9 @@ impl Task {
             return Ok(None);
         }
         self.looked = Some(now);
+        self.shared.copies.try_again(AGAIN);
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
-        let kept = loaded.keeper.look(program)?;
+        let kept = loaded.keeper.look(program, states)?;
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
             tables.forget(plan, &kept)?;
         }
@@ -405,6 +488,7 @@ impl Task {
             return;
         };
         loaded.attached.detach_all(&loaded.pins);
+        self.shared.copies.adopt(None);
         *lock(&self.shared.tables) = None;
         for shape in SHAPES {
             if let Err(error) = std::fs::remove_file(loaded.pins.map(shape.name)) {

@@ -12,12 +12,12 @@ use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::batch::{self, Place};
 use landfall_ebpf_common::egress::binding::{
-    Address, Binding, Claim, Key, Sides, Times, V4, V6, tick,
+    Address, Binding, Claim, Key, Sides, Times, V4, V6, phase,
 };
-use landfall_ebpf_common::egress::gateway::{Filter, keep, map};
-use nix::time::{ClockId, clock_gettime};
+use landfall_ebpf_common::egress::gateway::{EgressState, Filter, egress_flag, keep, map};
 
 use super::super::tables::TablesError;
+use super::standing::{States, now};
 
 /// How many entries are read at a time.
 const BATCH: u32 = 4096;
@@ -44,13 +44,6 @@ pub(in super::super) struct Keeper {
     times: Times,
 }
 
-/// This moment, as the programs have it.
-fn now() -> u32 {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the clock is always there");
-    let nanoseconds = time.tv_sec() * 1_000_000_000 + time.tv_nsec();
-    tick(u64::try_from(nanoseconds).expect("it began at 0"))
-}
-
 fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, TablesError> {
     match ebpf.take_map(name) {
         Some(Map::HashMap(data)) => Ok(data),
@@ -68,8 +61,12 @@ impl Keeper {
         })
     }
 
-    /// Looks through both maps once.
-    pub(in super::super) fn look(&self, program: &SchedClassifier) -> io::Result<Kept> {
+    /// Looks through both maps once; `states` is what this node is to egress addresses.
+    pub(in super::super) fn look(
+        &self,
+        program: &SchedClassifier,
+        states: &States,
+    ) -> io::Result<Kept> {
         let mut kept = Kept {
             read: 0,
             named: 0,
@@ -77,8 +74,8 @@ impl Keeper {
             policies: BTreeSet::new(),
             nodes: BTreeSet::new(),
         };
-        self.look_at::<V4>(&self.v4, 4, program, &mut kept)?;
-        self.look_at::<V6>(&self.v6, 6, program, &mut kept)?;
+        self.look_at::<V4>(&self.v4, 4, program, states, &mut kept)?;
+        self.look_at::<V6>(&self.v6, 6, program, states, &mut kept)?;
         Ok(kept)
     }
 
@@ -97,6 +94,7 @@ impl Keeper {
         map: &MapData,
         family: u8,
         program: &SchedClassifier,
+        states: &States,
         kept: &mut Kept,
     ) -> io::Result<()>
     where
@@ -120,6 +118,7 @@ impl Keeper {
                 .entries
                 .iter()
                 .filter(|(key, binding)| is_due(&self.times, key, binding, now))
+                .filter(|(key, binding)| may_end(states, &self.times, key, binding, now))
                 .map(|(key, _)| *key)
                 .collect();
             for some in due.chunks(keep::MOST) {
@@ -178,6 +177,37 @@ fn is_due<A: Address>(times: &Times, key: &Key<A>, binding: &Binding<A>, now: u3
         && claim.seen.wrapping_sub(now) > i32::MAX.unsigned_abs()
 }
 
+/// Whether it may, by what this node is to its address: a copy stays, and what was one is idle since the take-over.
+fn may_end<A: Address>(
+    states: &States,
+    times: &Times,
+    key: &Key<A>,
+    binding: &Binding<A>,
+    now: u32,
+) -> bool {
+    let claim = Claim::read(binding.claim);
+    if states.is_empty() || claim.phase != phase::LIVE {
+        return true;
+    }
+    let Some(state) = states.get(&VipKey(key.local.mapped())) else {
+        return true;
+    };
+    if state.flags & egress_flag::LED == 0 {
+        return state.flags & egress_flag::STANDBY == 0;
+    }
+    let EgressState { since, .. } = *state;
+    let word = Claim {
+        seen: since,
+        ..claim
+    }
+    .word();
+    let since_then = Binding {
+        claim: word,
+        ..*binding
+    };
+    is_due(times, key, &since_then, now)
+}
+
 /// Names bindings to the program.
 fn end<A>(program: &SchedClassifier, family: u8, keys: &[Key<A>]) -> io::Result<()>
 where
@@ -204,7 +234,7 @@ where
 }
 
 /// A key as it lies in memory.
-fn bytes<A: Address>(key: &Key<A>) -> Vec<u8> {
+pub(super) fn bytes<A: Address>(key: &Key<A>) -> Vec<u8> {
     let address = |address: A| {
         let mapped = address.mapped();
         if size_of::<A>() == 4 {

@@ -21,7 +21,7 @@ pub(in super::super) const SHAPES: [Shape; 20] = [
     shape::<Key<V4>, Returned>(map::LAST_V4, MapType::LruHash, common::MAX_RETURNED),
     shape::<Key<V6>, Returned>(map::LAST_V6, MapType::LruHash, common::MAX_RETURNED),
     shape::<VipKey, common::Source>(map::SOURCES, MapType::Hash, common::MAX_SOURCES),
-    shape::<VipKey, u32>(map::EGRESS, MapType::Hash, common::MAX_EGRESS),
+    shape::<VipKey, common::EgressState>(map::EGRESS, MapType::Hash, common::MAX_EGRESS),
     shape::<Prefix<common::GateRoute>, u32>(map::ROUTES, MapType::LpmTrie, common::MAX_GATE_ROUTES),
     shape::<u32, common::Hop>(map::HOPS, MapType::Array, common::MAX_HOPS),
     shape::<u32, common::GateNode>(map::NODES, MapType::Array, common::MAX_GATE_NODES),

@@ -101,12 +101,26 @@ pub(in super::super) struct Plan {
     pub(super) interfaces: BTreeSet<u32>,
 }
 
-/// A policy whose gateway is here.
+/// A policy whose gateway is here, or would be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PolicyPlan {
+    /// 0, if this node would only take over.
     pub(super) uplink: u32,
     pub(super) ports: u32,
     pub(super) ports_per_pod: u32,
+    /// The uplink, also of one that would take over.
+    pub(super) link: u32,
+}
+
+impl PolicyPlan {
+    fn of(policy: &crate::egress::Policy, uplink: u32, link: u32) -> Self {
+        Self {
+            uplink,
+            ports: policy.ports.unwrap_or(0),
+            ports_per_pod: policy.ports_per_pod.unwrap_or(0),
+            link,
+        }
+    }
 }
 
 /// A pod's address.
@@ -114,6 +128,8 @@ pub(super) struct PolicyPlan {
 pub(super) struct SourcePlan {
     /// The policy and the address that it leaves by, if this node is its gateway.
     pub(super) here: Option<(PolicyName, IpAddr)>,
+    /// The same, if this node would take over.
+    pub(super) standby: Option<(PolicyName, IpAddr)>,
     /// Its node, if that is another.
     pub(super) node: Option<PeerId>,
     /// Its gateway, if that is another.
@@ -149,8 +165,13 @@ pub(super) struct HopPlan {
     pub(super) via_v6: Option<Ipv6Addr>,
 }
 
-/// What the maps of this node are to hold.
-pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
+/// What the maps of this node are to hold. Of the pods that leave by these addresses all is known here, so that copies of
+/// their bindings can be kept.
+pub(in super::super) fn plan(
+    egress: &Egress,
+    around: &Surroundings,
+    addresses: &BTreeSet<IpAddr>,
+) -> Plan {
     let mut plan = Plan::default();
     if egress.policies.is_empty() {
         return plan;
@@ -164,17 +185,13 @@ pub(in super::super) fn plan(egress: &Egress, around: &Surroundings) -> Plan {
         };
         plan.policies.insert(
             name.clone(),
-            PolicyPlan {
-                uplink: gateway.interface,
-                ports: policy.ports.unwrap_or(0),
-                ports_per_pod: policy.ports_per_pod.unwrap_or(0),
-            },
+            PolicyPlan::of(policy, gateway.interface, gateway.interface),
         );
         plan.network(gateway.interface, egress, around);
     }
     for (address, pod) in &egress.pods {
         plan.owners.insert(*address, pod.identity);
-        plan.pod(*address, pod, egress, around);
+        plan.pod(*address, pod, egress, around, addresses);
     }
     plan
 }
@@ -248,12 +265,15 @@ impl Plan {
         pod: &crate::egress::Pod,
         egress: &Egress,
         around: &Surroundings,
+        addresses: &BTreeSet<IpAddr>,
     ) {
         let Some(tenant) = &pod.tenant else {
             return;
         };
         let policy = egress.policies.get(&tenant.policy);
-        let Some(gateway) = policy.and_then(|policy| policy.gateway.as_ref()) else {
+        let Some((policy, gateway)) =
+            policy.and_then(|policy| Some((policy, policy.gateway.as_ref()?)))
+        else {
             return;
         };
         let is_local = pod.node == around.node;
@@ -270,25 +290,43 @@ impl Plan {
                 address,
                 SourcePlan {
                     here: Some((tenant.policy.clone(), egress_ip)),
+                    standby: None,
                     node,
                     gateway: None,
                 },
             );
-        } else if is_local {
-            let id = PeerId {
-                node: gateway.node.clone(),
-                interface: gateway.interface,
-            };
-            self.node(&id, true, around);
-            self.sources.insert(
-                address,
-                SourcePlan {
-                    here: None,
-                    node: None,
-                    gateway: Some(id),
-                },
-            );
+            return;
         }
+        let standby = tenant.egress_ip.filter(|egress| addresses.contains(egress));
+        if !is_local && standby.is_none() {
+            return;
+        }
+        if standby.is_some() && !self.policies.contains_key(&tenant.policy) {
+            let planned = PolicyPlan::of(policy, 0, gateway.interface);
+            self.policies.insert(tenant.policy.clone(), planned);
+            self.network(gateway.interface, egress, around);
+        }
+        let id = |node: &NodeName| PeerId {
+            node: node.clone(),
+            interface: gateway.interface,
+        };
+        let leads = is_local.then(|| id(&gateway.node));
+        if let Some(leads) = &leads {
+            self.node(leads, true, around);
+        }
+        let node = (!is_local).then(|| around.nearest(&pod.node, gateway.interface));
+        if let Some(node) = &node {
+            self.node(node, false, around);
+        }
+        self.sources.insert(
+            address,
+            SourcePlan {
+                here: None,
+                standby: standby.map(|egress| (tenant.policy.clone(), egress)),
+                node,
+                gateway: leads,
+            },
+        );
     }
 
     fn node(&mut self, id: &PeerId, is_gateway: bool, around: &Surroundings) {

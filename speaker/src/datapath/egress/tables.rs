@@ -12,20 +12,21 @@ use ipnet::IpNet;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address as _, V6};
 use landfall_ebpf_common::egress::gateway::{
-    Filter, GateNode, GateRoute, GateSettings, Hop, MAX_GATE_NODES, MAX_HOPS, MAX_POLICIES, Policy,
-    Reason, Source, map, source_flag,
+    EgressState, Filter, GateNode, GateRoute, GateSettings, Hop, MAX_GATE_NODES, MAX_HOPS,
+    MAX_POLICIES, Policy, Reason, Source, egress_flag, map, settings_flag, source_flag,
 };
 use xxhash_rust::xxh64::xxh64;
 
 use super::super::tables::{Numbers, TablesError, network, taken};
 use super::keeper::Kept;
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
+use super::standing::States;
 use crate::egress::PolicyName;
 
 /// The maps, and what this process knows to be in them.
 pub(in super::super) struct Tables {
     sources: HashMap<MapData, VipKey, Source>,
-    egress: HashMap<MapData, VipKey, u32>,
+    egress: HashMap<MapData, VipKey, EgressState>,
     routes: LpmTrie<MapData, GateRoute, u32>,
     hops: Numbered<Hop>,
     nodes: Numbered<GateNode>,
@@ -34,6 +35,9 @@ pub(in super::super) struct Tables {
     filter: Array<MapData, Filter>,
     /// What of it is planned.
     planned: Box<Filter>,
+    /// The addresses by which pods leave here, and what this node is to addresses.
+    by: BTreeSet<VipKey>,
+    states: States,
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
     /// Which pods addresses were of when it was last said, by this process or an earlier one.
@@ -150,6 +154,8 @@ impl Tables {
             used: taken(ebpf, map::USED)?,
             filter: taken(ebpf, map::FILTER)?,
             planned: Box::new(Filter::EMPTY),
+            by: BTreeSet::new(),
+            states: States::new(),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
         })
@@ -158,6 +164,44 @@ impl Tables {
     /// Idle times and marks.
     pub(in super::super) fn settle(&mut self, settings: GateSettings) -> Result<(), TablesError> {
         Ok(self.settings.set(0, settings, 0)?)
+    }
+
+    /// Sets one of the settings' flags.
+    fn flag(&mut self, flag: u32, on: bool) -> Result<(), TablesError> {
+        let before = self.settings.get(&0, 0)?;
+        let flags = if on {
+            before.flags | flag
+        } else {
+            before.flags & !flag
+        };
+        if flags != before.flags {
+            self.settings.set(0, GateSettings { flags, ..before }, 0)?;
+        }
+        Ok(())
+    }
+
+    /// User space wants to know what happens to bindings.
+    pub(in super::super) fn tell(&mut self) -> Result<(), TablesError> {
+        self.flag(settings_flag::TELL, true)
+    }
+
+    /// What this node is to egress addresses.
+    pub(in super::super) fn stand(&mut self, states: &States) -> Result<(), TablesError> {
+        if self.states != *states {
+            self.states.clone_from(states);
+            self.write_egress()?;
+        }
+        Ok(())
+    }
+
+    fn write_egress(&mut self) -> Result<(), TablesError> {
+        let mut wanted = self.states.clone();
+        for address in &self.by {
+            wanted.entry(*address).or_default().flags |= egress_flag::HERE;
+        }
+        sync(&mut self.egress, &wanted)?;
+        let silent = |state: &EgressState| state.flags & egress_flag::SILENT != 0;
+        self.flag(settings_flag::SILENT, wanted.values().any(silent))
     }
 
     /// The addresses that are other pods' by now, or nobody's: what is bound for them is to end.
@@ -195,12 +239,11 @@ impl Tables {
         self.leave_to_others(plan)?;
         self.write_routes(plan, &hops)?;
         self.widen(plan)?;
-        let egress: BTreeMap<VipKey, u32> = plan
-            .egress
-            .iter()
-            .map(|address| (VipKey::from_address(*address), 1))
+        let egress = plan.egress.iter();
+        self.by = egress
+            .map(|address| VipKey::from_address(*address))
             .collect();
-        sync(&mut self.egress, &egress)?;
+        self.write_egress()?;
         let sources = plan
             .sources
             .iter()
@@ -250,8 +293,10 @@ impl Tables {
         if plan.node.is_none() {
             source.flags |= source_flag::LOCAL;
         }
-        if let Some((policy, egress)) = &plan.here {
+        if plan.here.is_some() {
             source.flags |= source_flag::HERE;
+        }
+        if let Some((policy, egress)) = plan.here.as_ref().or(plan.standby.as_ref()) {
             source.egress = VipKey::from_address(*egress).0;
             source.policy = self
                 .policies
@@ -361,6 +406,9 @@ fn filter(plan: &Plan) -> Filter {
     let mut filter = Filter::EMPTY;
     let place = |address: &IpAddr| Filter::place(V6::of(&VipKey::from_address(*address).0));
     for (address, source) in &plan.sources {
+        if source.here.is_none() && source.gateway.is_none() {
+            continue;
+        }
         let (word, bit) = place(address);
         filter.pods[word] |= bit;
         // What comes to it from its gateway is looked for.
@@ -420,6 +468,6 @@ fn mk_policy(name: &PolicyName, plan: &PolicyPlan) -> Policy {
         uplink: plan.uplink,
         ports: plan.ports,
         ports_per_pod: plan.ports_per_pod,
-        zero: 0,
+        link: plan.link,
     }
 }

@@ -1,12 +1,15 @@
 //! The gateway's programs by `BPF_PROG_TEST_RUN`: what is translated and how, what is answered, refused, and left alone.
 
 mod answers;
+mod changes;
+mod copies;
 #[cfg(feature = "bench")]
 mod cost;
 mod errors;
 mod life;
 mod others;
 mod ports;
+mod standing;
 mod translated;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +23,8 @@ use landfall_ebpf_common::egress::gateway::{GateSettings, Reason};
 use landfall_ebpf_common::{GATEWAY_EGRESS, GATEWAY_INGRESS, GATEWAY_KEEP};
 
 use super::super::egress::{
-    Keeper, Peer, PeerId, Plan, Surroundings, Tables as GateTables, Uplink, mk_plan,
+    Copies, Keeper, Kernel, Peer, PeerId, Plan, Source, Standing, Surroundings,
+    Tables as GateTables, Uplink, mk_plan, states,
 };
 use super::super::tables::Tables;
 use super::super::uplink::{classifier, object};
@@ -100,6 +104,10 @@ struct Gate {
     tables: Tables,
     maps: GateTables,
     keeper: Option<Keeper>,
+    copies: Copies,
+    changes: Option<Source>,
+    /// What this node is to egress addresses.
+    standings: BTreeMap<IpAddr, Standing>,
     plan: Plan,
 }
 
@@ -201,7 +209,13 @@ impl Gate {
                 .load()
                 .expect("the verifier accepts it");
         }
+        let copies = Copies::new(100_000);
+        let kernel = Kernel::adopt(&mut ebpf).expect("the object holds it");
+        copies.adopt(Some(kernel));
         let mut gate = Self {
+            copies,
+            changes: Some(Source::adopt(&mut ebpf).expect("the object holds the maps")),
+            standings: BTreeMap::new(),
             tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
             maps: GateTables::adopt(&mut ebpf).expect("the object holds the maps"),
             keeper: Some(Keeper::adopt(&mut ebpf, times).expect("the object holds the maps")),
@@ -228,12 +242,13 @@ impl Gate {
                 times,
                 mark,
                 errors,
+                flags: 0,
             })
             .expect("the map takes it");
     }
 
     fn set(&mut self, egress: &Egress) {
-        self.plan = mk_plan(egress, &mk_around());
+        self.plan = mk_plan(egress, &mk_around(), &self.addresses());
         let orphaned = self.maps.orphaned(&self.plan);
         if !orphaned.is_empty() {
             let keeper = self.keeper.take().expect("it is put back");
@@ -245,6 +260,18 @@ impl Gate {
         self.maps
             .write(&self.plan, 0x4000)
             .expect("the maps have room");
+    }
+
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.standings.keys().copied().collect()
+    }
+
+    /// This node is so to these addresses, and to no others.
+    fn stand(&mut self, standings: &[(IpAddr, Standing)]) {
+        self.standings = standings.iter().copied().collect();
+        self.maps
+            .stand(&states(&self.standings))
+            .expect("the map takes it");
     }
 
     fn change(&mut self, change: &Change) {
@@ -329,8 +356,9 @@ impl Gate {
     /// A look through all bindings.
     fn keep(&mut self) -> usize {
         let keeper = self.keeper.take().expect("it is put back");
+        let known = states(&self.standings);
         let kept = keeper
-            .look(self.program(GATEWAY_KEEP))
+            .look(self.program(GATEWAY_KEEP), &known)
             .expect("the kernel runs it");
         self.keeper = Some(keeper);
         self.maps

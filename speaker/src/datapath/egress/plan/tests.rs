@@ -77,7 +77,7 @@ fn of(pods: &[(&str, Pod)], policies: &[(&str, Policy)]) -> Plan {
             .collect(),
         inside: BTreeSet::from(["10.244.0.0/16".parse().unwrap()]),
     };
-    plan(&egress, &mk_around())
+    plan(&egress, &mk_around(), &BTreeSet::new())
 }
 
 #[test]

@@ -8,10 +8,10 @@ use landfall_ebpf_common::egress::binding::Times;
 use super::*;
 
 /// Nothing is ever due but by these: a few ticks of 17 ms.
-const SHORT: u32 = 12;
+pub(super) const SHORT: u32 = 12;
 const LONG: u32 = 1 << 20;
 
-fn forever() -> Times {
+pub(super) fn forever() -> Times {
     Times {
         established: LONG,
         transitory: LONG,
@@ -22,17 +22,17 @@ fn forever() -> Times {
     }
 }
 
-fn wait() {
+pub(super) fn wait() {
     sleep(Duration::from_millis(17) * (SHORT + 4));
 }
 
 impl Gate {
-    fn out(&mut self, world: World, pod: IpAddr, port: u16, flags: u8) -> u32 {
+    pub(super) fn out(&mut self, world: World, pod: IpAddr, port: u16, flags: u8) -> u32 {
         let frame = mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, flags));
         self.comes(&frame).0
     }
 
-    fn back(&mut self, world: World, port: u16, flags: u8) -> u32 {
+    pub(super) fn back(&mut self, world: World, port: u16, flags: u8) -> u32 {
         let frame = mk(
             STRANGER,
             world.remote,
@@ -44,13 +44,13 @@ impl Gate {
         self.comes(&frame).0
     }
 
-    fn handshake(&mut self, world: World, pod: IpAddr, port: u16) {
+    pub(super) fn handshake(&mut self, world: World, pod: IpAddr, port: u16) {
         assert_eq!(self.port_of(world, pod, port), Some(port));
         assert_eq!(self.back(world, port, SYN | ACK), SENT);
         assert_eq!(self.out(world, pod, port, ACK), SENT);
     }
 
-    fn close(&mut self, world: World, pod: IpAddr, port: u16) {
+    pub(super) fn close(&mut self, world: World, pod: IpAddr, port: u16) {
         assert_eq!(self.out(world, pod, port, FIN | ACK), SENT);
         assert_eq!(self.back(world, port, FIN | ACK), SENT);
     }
