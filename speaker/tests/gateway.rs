@@ -7,6 +7,8 @@ mod gateway {
     mod lifecycle;
     mod ports;
     mod routers;
+    mod standby;
+    mod takeover;
     mod tunnel;
     mod world;
 }

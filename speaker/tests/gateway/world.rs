@@ -46,10 +46,10 @@ pub(super) fn ip(text: &str) -> IpAddr {
 }
 
 /// A bpf file system of the test's own.
-struct Bpffs(tempfile::TempDir);
+pub(super) struct Bpffs(tempfile::TempDir);
 
 impl Bpffs {
-    fn mount() -> Self {
+    pub(super) fn mount() -> Self {
         let directory = tempfile::tempdir().unwrap();
         mount(
             Some("bpf"),
@@ -60,6 +60,11 @@ impl Bpffs {
         )
         .expect("these tests mount a bpf file system and need root");
         Self(directory)
+    }
+
+    /// Where a gateway pins.
+    pub(super) fn pin_dir(&self) -> PathBuf {
+        self.0.path().join("landfall")
     }
 }
 
@@ -81,7 +86,7 @@ pub(super) struct World {
     /// Of the other node, four; then the gateway's own.
     pub(super) pods: Vec<Netns>,
     id: LabId,
-    _switch: Netns,
+    switch: Netns,
     bpffs: Bpffs,
     pub(super) egress: Egress,
     pub(super) around: Surroundings,
@@ -111,14 +116,6 @@ impl World {
         let make = |role: &str| Netns::create_in(&id, role).expect("these tests need root");
         let switch = make("switch");
         switch.bridge("br0", "mcast_snooping 0").unwrap();
-        let plug = |host: &Netns, port: &str, number: u8| {
-            switch.veth(port, host, "eth0").unwrap();
-            switch.ip(&format!("link set {port} master br0")).unwrap();
-            host.ip_batch(&format!(
-                "addr add 10.88.0.{number}/24 dev eth0\naddr add fd00:88::{number}/64 dev eth0 nodad\n"
-            ))
-            .unwrap();
-        };
         let [gw, node, router, server] = ["gw", "node", "router", "server"].map(make);
         for (host, port, number) in [
             (&gw, "gw", 11),
@@ -126,7 +123,7 @@ impl World {
             (&router, "router", 1),
             (&server, "server", 100),
         ] {
-            plug(host, port, number);
+            plug(&switch, host, port, number);
         }
         for host in [&gw, &node, &router] {
             host.enable_forwarding().unwrap();
@@ -293,7 +290,7 @@ impl World {
                 },
             )]),
         };
-        let config = GatewayConfig::new(bpffs.0.path().join("landfall"));
+        let config = GatewayConfig::new(bpffs.pin_dir());
         let mut world = Self {
             gateway: None,
             servers: Vec::new(),
@@ -307,7 +304,7 @@ impl World {
             remote,
             pods,
             id,
-            _switch: switch,
+            switch,
             bpffs,
         };
         world.servers = vec![
@@ -370,12 +367,19 @@ impl World {
     }
 
     pub(super) fn pin_dir(&self) -> PathBuf {
-        self.bpffs.0.path().join("landfall")
+        self.bpffs.pin_dir()
     }
 
     /// One more namespace.
     pub(super) fn host(&self, role: &str) -> Netns {
         Netns::create_in(&self.id, role).unwrap()
+    }
+
+    /// One more at the segment.
+    pub(super) fn neighbour(&self, role: &str, number: u8) -> Netns {
+        let host = self.host(role);
+        plug(&self.switch, &host, role, number);
+        host
     }
 
     /// The policy.
@@ -407,6 +411,16 @@ impl Drop for World {
             .gw
             .run(|| landfall_speaker::datapath::uninstall(&self.pin_dir()));
     }
+}
+
+/// Connects a host to the segment.
+fn plug(switch: &Netns, host: &Netns, port: &str, number: u8) {
+    switch.veth(port, host, "eth0").unwrap();
+    switch.ip(&format!("link set {port} master br0")).unwrap();
+    host.ip_batch(&format!(
+        "addr add 10.88.0.{number}/24 dev eth0\naddr add fd00:88::{number}/64 dev eth0 nodad\n"
+    ))
+    .unwrap();
 }
 
 fn mk_egress(uplink: u32) -> Egress {
