@@ -33,7 +33,7 @@ struct World {
 impl World {
     fn new(capacity: usize) -> Self {
         let mut world = Self {
-            writer: Writer::new(GroupId::from("g"), 1, capacity),
+            writer: Writer::new(GroupId::from("g"), 1, capacity, 0),
             reader: Reader::default(),
             standby: "b".into(),
             held: BTreeSet::new(),
@@ -248,6 +248,20 @@ fn a_short_break_needs_no_copy() {
     assert_eq!((world.copied.len(), world.resyncs), (2, 0));
 }
 
+/// The gateway's process begins anew, in the same epoch: what it has told is not what the one before had.
+#[test]
+fn another_process_is_not_taken_for_the_one_before() {
+    let mut world = World::new(100);
+    (1..=3).for_each(|n| world.toggle(n));
+    world.settle();
+    world.writer = Writer::new(GroupId::from("g"), 1, 100, 1 << 16);
+    // Nobody follows yet: as many changes, but others.
+    (3..=5).for_each(|n| world.toggle(n));
+    world.follow();
+    world.settle();
+    assert_eq!(world.copied, world.held.iter().copied().collect());
+}
+
 #[test]
 fn the_lag_is_of_the_oldest_change() {
     let mut world = World::new(100);
@@ -283,7 +297,12 @@ fn a_full_message_fits() {
         egress: address,
         remote: address,
     };
-    let mut writer = Writer::new(GroupId::from("g".repeat(253)), u64::MAX, 10_000);
+    let mut writer = Writer::new(
+        GroupId::from("g".repeat(253)),
+        u64::MAX,
+        10_000,
+        u64::MAX / 2,
+    );
     let b: NodeName = "b".into();
     writer.follow(b.clone(), None);
     writer.poll(&b);

@@ -47,13 +47,14 @@ enum Copy {
 }
 
 impl Writer {
-    /// Of a group that this node leads in this epoch; keeps so many changes for those who lag behind.
-    pub fn new(group: GroupId, epoch: u64, capacity: usize) -> Self {
+    /// Of a group that this node leads in this epoch; keeps so many changes for those who lag behind. Numbers begin at
+    /// `first`, a random one: who followed a writer before, of the same epoch, is not to take this one's for those.
+    pub fn new(group: GroupId, epoch: u64, capacity: usize, first: u64) -> Self {
         Self {
             group,
             epoch,
             log: VecDeque::new(),
-            first: 0,
+            first,
             capacity: capacity.max(1),
             followers: BTreeMap::new(),
         }

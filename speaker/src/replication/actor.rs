@@ -192,12 +192,12 @@ impl Actor {
     fn lead(&mut self, group: &GroupId, role: &Role) {
         let log = self.config.log;
         let led = self.led.entry(group.clone()).or_insert_with(|| Led {
-            writer: Writer::new(group.clone(), role.epoch, log),
+            writer: Writer::new(group.clone(), role.epoch, log, first()),
             addresses: role.addresses.clone(),
             cursors: BTreeMap::new(),
         });
         if led.writer.epoch() != role.epoch {
-            let mut writer = Writer::new(group.clone(), role.epoch, log);
+            let mut writer = Writer::new(group.clone(), role.epoch, log, first());
             for follower in led.writer.followers() {
                 writer.follow(follower.clone(), None);
             }
@@ -571,6 +571,11 @@ impl Actor {
             self.ask();
         }
     }
+}
+
+/// Where a writer's numbers begin.
+fn first() -> u64 {
+    u64::from(rand::random::<u32>()) << 16
 }
 
 /// Sends one standby what it lacks; whether something is left.
