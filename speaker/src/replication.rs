@@ -110,7 +110,8 @@ pub trait Bindings: Send + Sync {
     async fn remove(&self, bindings: Vec<Binding>);
     /// Of these addresses none but these are.
     async fn keep(&self, addresses: &BTreeSet<IpAddr>, bindings: HashSet<Binding>);
-    /// Some of those of these addresses, from the beginning or from where a look before has ended.
+    /// Some of those of these addresses, from the beginning or from where a look before has ended. None, and where to go on:
+    /// they are to be asked for again.
     async fn held(&self, addresses: &BTreeSet<IpAddr>, from: Option<Cursor>) -> Chunk;
 }
 

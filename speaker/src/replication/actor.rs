@@ -595,6 +595,10 @@ async fn feed(led: &mut Led, follower: &NodeName, line: &Line, bindings: &dyn Bi
         let chunk = bindings.held(&led.addresses, from).await;
         led.cursors.insert(follower.clone(), chunk.next);
         let last = chunk.next.is_none();
+        if chunk.bindings.is_empty() && !last {
+            // Nothing was found yet: the others have their turn first.
+            break;
+        }
         for message in led.writer.held(follower, &chunk.bindings, last) {
             let _ = line.to.try_send(message);
         }

@@ -59,7 +59,9 @@ impl Kernel {
     pub(in super::super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, UplinkError> {
         let (v4, v6) = (reopened(ebpf, map::IN_V4)?, reopened(ebpf, map::IN_V6)?);
         let program = classifier(ebpf, GATEWAY_COPY)?;
-        program.load()?;
+        if program.fd().is_err() {
+            program.load()?;
+        }
         let info = program.info()?;
         let program = SchedClassifier::from_program_info(info, Cow::Borrowed(GATEWAY_COPY))?;
         Ok(Self { program, v4, v6 })
@@ -144,6 +146,16 @@ impl Kernel {
     }
 
     /// Takes out what is not to be kept, of some addresses.
+    fn keep_all(&self, addresses: &BTreeSet<IpAddr>, kept: &HashSet<Binding>) {
+        let done = self
+            .keep::<V4>(&self.v4, addresses, kept)
+            .and_then(|()| self.keep::<V6>(&self.v6, addresses, kept));
+        if let Err(error) = done {
+            tracing::warn!(%error, "copies of bindings that have ended may be left");
+        }
+    }
+
+    /// The same of a family.
     fn keep<A: Address>(
         &self,
         map: &MapData,
@@ -196,7 +208,7 @@ impl Kernel {
     /// What is there now and not what was there a moment ago: each answer is read when it is asked for.
     fn held(&self, addresses: &BTreeSet<IpAddr>, from: Option<Cursor>) -> io::Result<Chunk> {
         let (v6, place) = match from {
-            None => (false, None),
+            None | Some(START) => (false, None),
             Some(Cursor(SECOND)) => (true, None),
             Some(Cursor(at)) => {
                 let number = u32::try_from(at & u64::from(u32::MAX)).expect("it is masked");
@@ -221,6 +233,8 @@ impl Kernel {
     }
 }
 
+/// The beginning, once more: nobody could look.
+const START: Cursor = Cursor(u64::MAX);
 /// In a cursor: the IPv6 ones, which come second, and not from their beginning.
 const SECOND: u64 = 1 << 32;
 const INSIDE: u64 = 1 << 33;
@@ -274,6 +288,29 @@ struct Inner {
     aside: BTreeSet<Binding>,
     /// The last of them that was tried again.
     tried: Option<Binding>,
+    /// The addresses of which, while there was no kernel to be asked, all was to go but what is kept aside.
+    swept: BTreeSet<IpAddr>,
+}
+
+impl Inner {
+    /// Tries so many again; whether any could be placed.
+    fn try_some(&mut self, most: usize) -> bool {
+        let Some(kernel) = &self.kernel else {
+            return false;
+        };
+        let after = self.tried.map_or(Bound::Unbounded, Bound::Excluded);
+        let some = self.aside.range((after, Bound::Unbounded)).take(most);
+        let some: Vec<Binding> = some.copied().collect();
+        let count = some.len();
+        self.tried = some.last().copied().filter(|_| count == most);
+        for binding in &some {
+            self.aside.remove(binding);
+        }
+        let early = kernel.insert(some);
+        let placed = early.len() < count;
+        self.aside.extend(early);
+        placed
+    }
 }
 
 impl Copies {
@@ -290,7 +327,15 @@ impl Copies {
 
     /// The program and its maps are there; nothing: they are gone.
     pub(in super::super) fn adopt(&self, kernel: Option<Kernel>) {
-        self.inner().kernel = kernel;
+        let mut inner = self.inner();
+        if let Some(kernel) = &kernel {
+            let swept = std::mem::take(&mut inner.swept);
+            if !swept.is_empty() {
+                let kept: HashSet<Binding> = inner.aside.iter().copied().collect();
+                kernel.keep_all(&swept, &kept);
+            }
+        }
+        inner.kernel = kernel;
     }
 
     /// How many bindings wait to be placed.
@@ -322,26 +367,12 @@ impl Copies {
         inner.aside.extend(bindings.into_iter().take(room));
     }
 
-    /// Tries again what could not be placed, at most so many.
+    /// Tries again what could not be placed: so many, and more for as long as some of them can be.
     pub(in super::super) fn try_again(&self, most: usize) {
         let mut inner = self.inner();
-        if inner.aside.is_empty() || inner.kernel.is_none() {
-            return;
-        }
-        let after = inner.tried.map_or(Bound::Unbounded, Bound::Excluded);
-        let some: Vec<Binding> = inner
-            .aside
-            .range((after, Bound::Unbounded))
-            .take(most)
-            .copied()
-            .collect();
-        inner.tried = (some.len() == most).then(|| some.last().copied()).flatten();
-        for binding in &some {
-            inner.aside.remove(binding);
-        }
-        if let Some(kernel) = &inner.kernel {
-            let early = kernel.insert(some);
-            inner.aside.extend(early);
+        let mut left = inner.aside.len();
+        while left > 0 && inner.try_some(most) {
+            left = left.saturating_sub(most);
         }
     }
 
@@ -361,13 +392,9 @@ impl Copies {
         inner
             .aside
             .retain(|it| !addresses.contains(&it.egress_ip()) || kept.contains(it));
-        if let Some(kernel) = &inner.kernel {
-            let done = kernel
-                .keep::<V4>(&kernel.v4, addresses, kept)
-                .and_then(|()| kernel.keep::<V6>(&kernel.v6, addresses, kept));
-            if let Err(error) = done {
-                tracing::warn!(%error, "copies of bindings that have ended may be left");
-            }
+        match &inner.kernel {
+            Some(kernel) => kernel.keep_all(addresses, kept),
+            None => inner.swept.extend(addresses),
         }
     }
 
@@ -382,12 +409,19 @@ impl Copies {
             .kernel
             .as_ref()
             .map(|kernel| kernel.held(addresses, from));
-        chunk
-            .unwrap_or(Ok(Chunk::default()))
-            .unwrap_or_else(|error| {
-                tracing::warn!(%error, "the bindings cannot be read");
-                Chunk::default()
-            })
+        match chunk {
+            Some(Ok(chunk)) => chunk,
+            // Not that there is nothing: whoever asks is to ask again.
+            failed => {
+                if let Some(Err(error)) = failed {
+                    tracing::debug!(%error, "the bindings cannot be read");
+                }
+                Chunk {
+                    bindings: Vec::new(),
+                    next: from.or(Some(START)),
+                }
+            }
+        }
     }
 }
 
@@ -398,9 +432,12 @@ pub(super) struct Seam(pub(super) Arc<Copies>);
 impl Seam {
     async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Copies) -> T + Send + 'static) -> T {
         let copies = Arc::clone(&self.0);
-        tokio::task::spawn_blocking(move || work(&copies))
-            .await
-            .expect("it does not panic")
+        match tokio::task::spawn_blocking(move || work(&copies)).await {
+            Ok(done) => done,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // The runtime ends, and the caller with it.
+            Err(_) => std::future::pending().await,
+        }
     }
 }
 

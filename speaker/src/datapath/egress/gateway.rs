@@ -262,7 +262,7 @@ struct Loaded {
     changes: Option<Changes>,
 }
 
-/// How many bindings that could not be placed are tried again at each look.
+/// How many bindings that could not be placed are tried again at each look and at each change, at least.
 const AGAIN: usize = 4_096;
 
 /// What the thread owns.
@@ -402,7 +402,7 @@ impl Task {
         *lock(&self.shared.tables) = Some(tables);
         let attached = Attached::adopt(&mut ebpf, &pins)?;
         self.shared.copies.adopt(Some(kernel));
-        self.shared.copies.try_again(usize::MAX);
+        self.shared.copies.try_again(AGAIN);
         self.loaded = Some(Loaded {
             ebpf,
             pins,
@@ -456,7 +456,7 @@ impl Task {
             tables.stand(states)?;
             tables.write(plan, self.config.arrival_mark)?;
         }
-        self.shared.copies.try_again(usize::MAX);
+        self.shared.copies.try_again(AGAIN);
         Ok(())
     }
 

@@ -104,7 +104,9 @@ struct Gate {
     tables: Tables,
     maps: GateTables,
     keeper: Option<Keeper>,
-    copies: Copies,
+    copies: Arc<Copies>,
+    /// One more way to the same maps.
+    second: Option<Kernel>,
     changes: Option<Source>,
     /// What this node is to egress addresses.
     standings: BTreeMap<IpAddr, Standing>,
@@ -209,11 +211,13 @@ impl Gate {
                 .load()
                 .expect("the verifier accepts it");
         }
-        let copies = Copies::new(100_000);
         let kernel = Kernel::adopt(&mut ebpf).expect("the object holds it");
+        let second = Kernel::adopt(&mut ebpf).expect("the object holds it");
+        let copies = Arc::new(Copies::new(100_000));
         copies.adopt(Some(kernel));
         let mut gate = Self {
             copies,
+            second: Some(second),
             changes: Some(Source::adopt(&mut ebpf).expect("the object holds the maps")),
             standings: BTreeMap::new(),
             tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
@@ -260,6 +264,10 @@ impl Gate {
         self.maps
             .write(&self.plan, 0x4000)
             .expect("the maps have room");
+    }
+
+    fn kernel(&mut self) -> Kernel {
+        self.second.take().expect("it is taken once")
     }
 
     fn addresses(&self) -> BTreeSet<IpAddr> {

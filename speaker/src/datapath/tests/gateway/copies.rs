@@ -337,13 +337,61 @@ fn what_cannot_be_placed_waits() {
         gate.copies.keep(&BTreeSet::from([world.egress]), &kept);
         assert_eq!(gate.copies.aside(), 50);
         gate.set(&elsewhere(mk_egress()));
-        // A few at a time: each has its turn.
-        for left in [43, 36, 29, 22, 15, 8, 1, 0] {
-            gate.copies.try_again(7);
-            assert_eq!(gate.copies.aside(), left);
-        }
+        gate.copies.try_again(7);
+        assert_eq!(gate.copies.aside(), 0);
         assert_eq!(gate.held(world.egress), set(&copies[20..70]));
         assert_eq!(gate.used("mail"), 50);
+    }
+}
+
+/// Each of those that wait has its turn, however many of them are of no use.
+#[test]
+fn who_waits_has_its_turn() {
+    let [world, _] = WORLDS;
+    let mut gate = Gate::standby(mk_egress(), forever());
+    let copies = own(world, v4(10, 1, 0, 1), 30_000..30_100);
+    gate.copies.insert(copies);
+    let mut less = mk_egress();
+    less.pods.remove(&world.stranger);
+    gate.set(&elsewhere(less));
+    gate.copies
+        .insert(own(world, world.stranger, 30_000..30_003));
+    assert_eq!(gate.copies.aside(), 103);
+    let mut egress = mk_egress();
+    egress
+        .pods
+        .insert(world.stranger, mk_pod("other", "mail", world.egress));
+    gate.set(&elsewhere(egress));
+    for _ in 0..11 {
+        gate.copies.try_again(10);
+    }
+    assert_eq!((gate.copies.aside(), gate.used("mail")), (100, 3));
+}
+
+/// What replication says before the programs are loaded is made up for when they are.
+#[test]
+fn what_is_said_too_early_counts_later() {
+    for world in WORLDS {
+        let mut gate = Gate::standby(mk_egress(), forever());
+        // Left by a process before.
+        gate.copies.insert(own(world, world.pod, 30_000..30_100));
+        gate.copies.adopt(None);
+        let addresses = BTreeSet::from([world.egress]);
+        let asked = gate.copies.held(&addresses, None);
+        assert!(asked.bindings.is_empty() && asked.next.is_some());
+        let now = own(world, world.pod, 30_050..30_150);
+        gate.copies.insert(now.clone());
+        gate.copies.keep(&addresses, &now.iter().copied().collect());
+        gate.copies.remove(now[90..].to_vec());
+        assert_eq!((gate.used("mail"), gate.copies.aside()), (100, 90));
+        let kernel = gate.kernel();
+        gate.copies.adopt(Some(kernel));
+        assert_eq!(gate.used("mail"), 50);
+        gate.copies.try_again(1_000);
+        assert_eq!(gate.used("mail"), 90);
+        assert_eq!(gate.held(world.egress), set(&now[..90]));
+        let again = gate.copies.held(&addresses, asked.next);
+        assert!(!again.bindings.is_empty() || again.next.is_some());
     }
 }
 
