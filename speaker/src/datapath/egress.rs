@@ -35,8 +35,8 @@ pub(super) use landfall_ebpf_common::egress::gateway::map::CHANGES;
 pub(super) use layout::SHAPES;
 #[cfg(test)]
 pub(super) use {
-    changes::Changes, changes::Source, copies::Copies, copies::Kernel, keeper::Keeper, plan::Plan,
-    plan::plan as mk_plan, standing::states, tables::Tables,
+    changes::Changes, changes::Source, copies::Copies, copies::Kernel, copies::Seam,
+    keeper::Keeper, plan::Plan, plan::plan as mk_plan, standing::states, tables::Tables,
 };
 
 use crate::egress::Egress;

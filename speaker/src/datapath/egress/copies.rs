@@ -427,7 +427,7 @@ impl Copies {
 
 /// The copies, for replication: no call keeps its task's thread.
 #[derive(Debug)]
-pub(super) struct Seam(pub(super) Arc<Copies>);
+pub(in super::super) struct Seam(pub(in super::super) Arc<Copies>);
 
 impl Seam {
     async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Copies) -> T + Send + 'static) -> T {

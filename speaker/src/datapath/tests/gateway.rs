@@ -9,6 +9,7 @@ mod errors;
 mod life;
 mod others;
 mod ports;
+mod replicated;
 mod standing;
 mod translated;
 

@@ -159,6 +159,50 @@ fn answers_of_the_gateway_elsewhere_are_known() {
     assert!(plan.egress.is_empty());
 }
 
+/// Whoever would take over knows what copies of bindings need, and translates nothing.
+#[test]
+fn a_standby_knows_the_pods_of_its_addresses() {
+    let address = Some("10.88.0.200");
+    let mut egress = Egress {
+        policies: BTreeMap::from([
+            ("mail".into(), mk_policy(Some("node2"))),
+            ("far".into(), mk_policy(Some("node2"))),
+        ]),
+        ..Egress::default()
+    };
+    for (pod, node, policy, by) in [
+        ("10.244.1.5", "node1", "mail", address),
+        ("10.244.3.5", "node3", "mail", address),
+        ("10.244.3.6", "node3", "far", Some("10.88.0.201")),
+        ("10.244.3.7", "node3", "mail", None),
+    ] {
+        let pod = (pod.parse().unwrap(), mk_pod(node, Some((policy, by))));
+        egress.pods.extend([pod]);
+    }
+    let addresses = BTreeSet::from(["10.88.0.200".parse().unwrap()]);
+    let plan = plan(&egress, &mk_around(), &addresses);
+    let names: Vec<String> = plan.sources.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["10.244.1.5", "10.244.3.5"]);
+    assert!(
+        plan.sources
+            .values()
+            .all(|it| it.here.is_none() && it.standby.is_some())
+    );
+    assert!(plan.sources.values().next().unwrap().gateway.is_some());
+    assert_eq!(plan.policies.len(), 1);
+    let policy = plan.policies["mail"];
+    assert_eq!(
+        (policy.uplink, policy.link, policy.ports_per_pod),
+        (0, UPLINK, 10)
+    );
+    assert!(plan.egress.is_empty());
+    assert!(
+        plan.routes
+            .contains_key(&(UPLINK, "0.0.0.0/0".parse().unwrap()))
+    );
+    assert_eq!(plan.nodes.len(), 2);
+}
+
 #[test]
 fn nodes_that_are_not_on_the_segment_are_reached_by_the_tunnel() {
     let mut around = mk_around();
