@@ -49,6 +49,12 @@ packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 }
 
+# Debian's mail server asks at its installation what it is for: for nothing but tests. It is not to be started.
+mail_server() {
+    [[ $(dpkg-query -W -f='${Status}' postfix 2>/dev/null) == "install ok installed" || $(id -u) != 0 ]] && return
+    echo "postfix postfix/main_mailer_type select No configuration" | debconf-set-selections
+}
+
 rust() {
     command -v cargo >/dev/null || die "cargo is not on the path: install Rust 1.95 with rustup"
     # The BPF target wants a compiler whose LLVM is the linker's, and the library's sources beside it.
@@ -92,7 +98,7 @@ go_tools() {
 case "${1:-}" in
     lab) packages; rust ;;
     # kube-proxy in iptables mode runs it.
-    test) packages iptables; rust; go_tools ;;
+    test) mail_server; packages iptables postfix; rust; go_tools ;;
     paths)
         echo "LANDFALL_KUBERNETES=$(kubernetes_dir)/kubernetes"
         echo "LANDFALL_HELM=$(helm_dir)/helm"

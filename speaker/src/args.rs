@@ -137,6 +137,11 @@ pub struct Args {
     #[arg(long, env = "LANDFALL_TUNNEL_PORT", default_value_t = 7952)]
     pub tunnel_port: u16,
 
+    /// The TCP port at which a gateway of egress policies' pods hands copies of their flows to the node that would take
+    /// over, on the gossip's address; the same on every node.
+    #[arg(long, env = "LANDFALL_REPLICATION_PORT", default_value_t = 7953)]
+    pub replication_port: u16,
+
     /// Whether answers from a VIP leave by the interface it is announced on, even if the route to the client is
     /// another one.
     #[arg(
@@ -193,7 +198,7 @@ pub struct Args {
     )]
     pub xdp: Vec<String>,
 
-    /// Treat the packets of egress policies' pods. Hidden: the gateways' half of it is not connected yet.
+    /// Treat the packets of egress policies' pods. Hidden: it is being built.
     #[arg(long, hide = true)]
     pub egress: bool,
 

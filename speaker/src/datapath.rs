@@ -34,11 +34,13 @@ use ipnet::IpNet;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
 use prometheus_client::registry::Registry;
+use tokio::sync::mpsc;
 
 use crate::egress::PolicyName;
+use crate::replication::{Bindings, Happened};
 
-use egress::GatewayConfig;
 pub use egress::Leaving;
+use egress::{GatewayConfig, Standing};
 pub use pins::{Removed, uninstall};
 pub use worker::Worker;
 
@@ -301,6 +303,12 @@ pub trait DataPath: Send + Sync {
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
     /// Whether this node translates what it is the gateway of.
     fn gateway(&self) -> egress::State;
+    /// What this node is to egress addresses, of all that it is gateway or standby of. To be said before those who copy
+    /// bindings are told the same. Returns at once.
+    fn stand(&self, standings: BTreeMap<IpAddr, Standing>);
+    /// The gateway's bindings, and what happens to them from now on, for those who copy them. Who asked before is told
+    /// nothing any more.
+    fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>);
     /// How many packets met each fate at it, by its word.
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64>;
     /// How many ports the pods of these policies have in use here.

@@ -9,6 +9,7 @@
 //!
 //! It is synchronous: every call returns at once, time is an argument, and all I/O is behind the four seams.
 
+mod copies;
 mod debug;
 mod desired;
 mod echo;
@@ -40,6 +41,8 @@ use crate::keys::Keys;
 use crate::membership::{Expected, Membership, MembershipEvent};
 use crate::metrics::{Metrics, VipLabels, reason_labels};
 use crate::node_rules::NodeRules;
+use crate::replication::Copying;
+use copies::Copies;
 use desired::Desired;
 use echo::Echo;
 use hindered::Hindered;
@@ -76,6 +79,8 @@ pub struct Parts {
     pub datapath: Arc<dyn DataPath>,
     /// The other speakers.
     pub membership: Arc<dyn Membership>,
+    /// Copies of bindings, where packets are treated by egress policies.
+    pub copying: Option<Arc<dyn Copying>>,
 }
 
 /// Who this is.
@@ -95,6 +100,8 @@ pub struct Identity {
     pub routers: Vec<(String, IpAddr)>,
     /// Where to gossip.
     pub gossip: SocketAddr,
+    /// The port at which gateways are called by those who copy their bindings, of all nodes.
+    pub replication_port: u16,
     /// Other speakers that were named.
     pub peers: Vec<SocketAddr>,
 }
@@ -168,6 +175,7 @@ pub struct Speaker {
     needs_tunnel: bool,
     /// Pods that leave by addresses of their own.
     plan: egress::Plan,
+    copies: Copies,
 }
 
 impl Speaker {
@@ -223,6 +231,7 @@ impl Speaker {
             quiet: false,
             needs_tunnel: false,
             plan: egress::Plan::default(),
+            copies: Copies::default(),
             assumes_to_serve: true,
             assumes_until: None,
         };
@@ -384,6 +393,9 @@ impl Speaker {
             "new gossip keys"
         );
         self.parts.membership.rekey(&keys);
+        if let Some(copying) = &self.parts.copying {
+            copying.rekey(keys.clone());
+        }
         self.keys = keys;
         self.show_keys();
     }
@@ -449,6 +461,7 @@ impl Speaker {
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();
         }
+        self.check_licence(tick.all, now);
         self.look_who_is_hindered(tick.all, now);
         self.held_pages.extend(tick.held);
         if self.told.is_complete() && !self.held_pages.is_empty() {

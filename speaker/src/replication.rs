@@ -115,6 +115,14 @@ pub trait Bindings: Send + Sync {
     async fn held(&self, addresses: &BTreeSet<IpAddr>, from: Option<Cursor>) -> Chunk;
 }
 
+/// What the loop tells those who copy.
+pub trait Copying: Send + Sync {
+    /// What this node is to which group, from now on. Returns at once.
+    fn take_roles(&self, roles: Roles);
+    /// New keys, for connections to come. Returns at once.
+    fn rekey(&self, keys: Keys);
+}
+
 /// Replicates until it is dropped.
 #[derive(Debug)]
 pub struct Replication {
@@ -153,8 +161,14 @@ impl Replication {
         })
     }
 
-    /// Replaces what this node is to which group.
-    pub fn take_roles(&self, roles: Roles) {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Copying for Replication {
+    fn take_roles(&self, roles: Roles) {
         self.roles.send_if_modified(|current| {
             let changed = *current != roles;
             *current = roles;
@@ -162,13 +176,7 @@ impl Replication {
         });
     }
 
-    /// Takes over new keys, for connections to come.
-    pub fn rekey(&self, keys: Keys) {
+    fn rekey(&self, keys: Keys) {
         self.keys.send_replace(keys);
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
     }
 }

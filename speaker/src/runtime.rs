@@ -21,14 +21,16 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::announcer::AnnouncerEvent;
 use crate::args::Args;
+use crate::datapath::DataPath;
 use crate::elector::{self, Identity, Parts, Speaker};
-use crate::keys::KeySource;
+use crate::keys::{KeySource, Keys};
 use crate::manifests::Allocator;
 use crate::membership::gossip::{self, Counters};
 use crate::membership::{Membership, MembershipEvent};
 use crate::metrics::Metrics;
+use crate::replication::{Copying, Replication};
 use crate::status::{Reporter, Write, writer};
-use crate::{announcer, datapath, egress, node_rules};
+use crate::{announcer, datapath, egress, node_rules, replication};
 
 /// The clock begins at an hour, so that subtracting any patience stays above zero.
 const EPOCH: Duration = Duration::from_hours(1);
@@ -108,11 +110,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     data.gateway.mark = egress::marks(args.egress_mark).1;
     data.gateway.bindings = args.egress_bindings;
     let datapath = datapath::start(data, &mut registry);
+    let copying = copying(&args, &node, address.ip(), &keys, &datapath, &mut registry).await?;
     let parts = Parts {
         announcer: Arc::new(announcer),
         rules: Arc::new(rules),
         datapath: Arc::new(datapath),
         membership: membership.clone(),
+        copying,
     };
     let identity = Identity {
         node: node.clone(),
@@ -122,6 +126,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         egress_mark: args.egress.then_some(args.egress_mark),
         routers: args.uplink_gateway.clone(),
         gossip: address,
+        replication_port: args.replication_port,
         peers: peers(&args).await?,
     };
     let speaker = Speaker::new(identity, parts, keys, metrics.clone());
@@ -156,6 +161,29 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     work.run(inputs, early, stop).await;
     membership.leave(GOODBYE).await;
     Ok(())
+}
+
+/// Copies the bindings of egress gateways, where packets are treated by egress policies.
+async fn copying(
+    args: &Args,
+    node: &NodeName,
+    address: IpAddr,
+    keys: &Keys,
+    datapath: &impl DataPath,
+    registry: &mut Registry,
+) -> anyhow::Result<Option<Arc<dyn Copying>>> {
+    if !args.egress {
+        return Ok(None);
+    }
+    let listen = SocketAddr::new(address, args.replication_port);
+    let (bindings, happened) = datapath.replicate();
+    let config = replication::Config::new(node.clone(), listen);
+    let replication = Replication::start(config, keys.clone(), bindings, happened, registry)
+        .await
+        .with_context(|| {
+            format!("cannot listen at {listen}, where the next gateways of pods ask for copies of their flows: see --replication-port")
+        })?;
+    Ok(Some(Arc::new(replication)))
 }
 
 fn objects(

@@ -17,6 +17,8 @@
 //! - [`client`]: asks VIPs as a client does.
 //! - [`flows`]: established flows that are asked again and again.
 //! - [`tables`]: what the speakers have told their data paths, and what those did.
+//! - [`cni`]: what a CNI does for its pods besides.
+//! - [`mta`]: a mail server outside.
 //! - [`usage`]: what a process costs.
 //!
 //! ```no_run
@@ -45,9 +47,11 @@ mod binaries;
 pub mod chart;
 pub mod client;
 mod cluster;
+pub mod cni;
 mod control_plane;
 pub mod flows;
 mod forward;
+pub mod mta;
 pub mod objects;
 mod pki;
 pub mod slices;

@@ -112,10 +112,16 @@ fn drivers_are_named_one_by_one() {
 fn egress_is_asked_for() {
     let speaker = done(&template("speaker.yaml", &[]));
     assert!(!speaker.contains("--egress"), "{speaker}");
-    let values = ["egress.enabled=true", "egress.bindings=2000000"];
+    let values = [
+        "egress.enabled=true",
+        "egress.bindings=2000000",
+        "egress.replicationPort=7999",
+    ];
     let speaker = done(&template("speaker.yaml", &values));
     assert!(speaker.contains("- --egress\n"), "{speaker}");
     assert!(speaker.contains("- --egress-bindings=2000000\n"));
+    assert!(speaker.contains("- --replication-port=7999\n"));
+    assert!(speaker.contains("{name: replication, containerPort: 7999, protocol: TCP}\n"));
 }
 
 fn capabilities(speaker: &str) -> Vec<String> {

@@ -12,9 +12,9 @@ use kube::api::DeleteParams;
 use landfall_api::EgressPolicy;
 use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::{PodServer, TCP_PORT};
-use landfall_lab::{Fault, Lab, Netns, Network, Pod, Topology};
+use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
-use landfall_tests::{Cluster, PATIENCE, chart};
+use landfall_tests::{Cluster, PATIENCE, chart, cni};
 
 const OBJECTS: &str = "
 apiVersion: landfall.dev/v1alpha1
@@ -44,7 +44,7 @@ fn tenants() {
     };
     Cluster::run(topology, |cluster| {
         for node in cluster.lab().nodes() {
-            masquerade(&node.netns)?;
+            cni::masquerade(&node.netns)?;
         }
         chart::apply(cluster.plane(), OBJECTS)?;
         cluster.start_controller("controller", &[])?;
@@ -62,24 +62,6 @@ fn tenants() {
         follow(lab, &pods, By::Policy, By::Node);
         Ok(())
     });
-}
-
-/// As a CNI does it: what its pods send outside leaves with the node's address.
-fn masquerade(node: &Netns) -> landfall_lab::Result<()> {
-    for (family, pods) in [("ip", "10.244.0.0/16"), ("ip6", "fd00:244::/32")] {
-        for rule in [
-            format!("add table {family} cni"),
-            format!(
-                "add chain {family} cni post {{ type nat hook postrouting priority srcnat ; }}"
-            ),
-            format!(
-                "add rule {family} cni post {family} saddr {pods} {family} daddr != {pods} masquerade"
-            ),
-        ] {
-            node.exec(&format!("nft {rule}"))?;
-        }
-    }
-    Ok(())
 }
 
 fn egress() -> [IpAddr; 2] {

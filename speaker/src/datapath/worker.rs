@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
+use tokio::sync::mpsc;
 
-use super::egress::{self, Gateway};
+use super::egress::{self, Gateway, Standing};
 use super::flows::Flows;
 use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
@@ -22,6 +23,7 @@ use super::{
     NodeState, PortId, PortState, VipCount, VipState,
 };
 use crate::egress::PolicyName;
+use crate::replication::{Bindings, Happened};
 
 /// How long to wait before a data path that could not be loaded is tried again.
 const RETRY: Duration = Duration::from_secs(10);
@@ -138,6 +140,14 @@ impl DataPath for Worker {
 
     fn gateway(&self) -> egress::State {
         self.gateway.state()
+    }
+
+    fn stand(&self, standings: BTreeMap<IpAddr, Standing>) {
+        self.gateway.stand(&standings);
+    }
+
+    fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>) {
+        self.gateway.replicate()
     }
 
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64> {

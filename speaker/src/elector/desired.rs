@@ -167,6 +167,7 @@ impl Speaker {
         };
         self.parts.rules.apply(rules);
         self.tell_leaving(leaving.map(|it| it.programs));
+        self.tell_roles();
         self.parts.datapath.attach(Interfaces {
             uplinks: uplinks.clone(),
             tunnel: self.tunnel(),

@@ -46,6 +46,11 @@ impl Plan {
         self.begun
     }
 
+    /// The policies that are acted upon.
+    pub(super) fn policies(&self) -> impl Iterator<Item = &PolicyName> {
+        self.wanted.policies.keys()
+    }
+
     /// Draws conclusions; whether anything came of it.
     fn reconcile(&mut self, index: &mut EgressIndex, me: &NodeName) -> bool {
         self.begun |= index.is_synced();

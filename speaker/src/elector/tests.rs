@@ -1,5 +1,6 @@
 //! The loop's owner with all four seams in memory, under virtual time.
 
+mod copies;
 mod egress;
 mod steered;
 mod suspected;
@@ -11,15 +12,16 @@ use landfall_core::model::{
     ServicePort, VirtualIp,
 };
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
-use crate::datapath::egress::State;
+use crate::datapath::egress::{Standing, State};
 use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
 use crate::egress::PolicyName;
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
+use crate::replication::{Bindings, Copying, Happened, Roles};
 
 /// By which mark the node's rules know what was translated.
 const ARRIVAL: u32 = 0x1000;
@@ -35,6 +37,8 @@ struct Lower {
     told: Mutex<Vec<Told>>,
     /// Why the programs are not attached.
     hindrance: Mutex<Option<String>>,
+    roles: Mutex<Roles>,
+    standings: Mutex<BTreeMap<IpAddr, Standing>>,
 }
 
 impl Lower {
@@ -82,6 +86,14 @@ impl DataPath for Lower {
         State::Idle
     }
 
+    fn stand(&self, standings: BTreeMap<IpAddr, Standing>) {
+        *self.standings.lock().unwrap() = standings;
+    }
+
+    fn replicate(&self) -> (Arc<dyn Bindings>, Receiver<Happened>) {
+        unreachable!("who copies is in memory too")
+    }
+
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::new()
     }
@@ -97,6 +109,14 @@ impl DataPath for Lower {
         let attached = uplinks.iter().flatten().map(|it| (*it, attachment.clone()));
         attached.collect()
     }
+}
+
+impl Copying for Lower {
+    fn take_roles(&self, roles: Roles) {
+        *self.roles.lock().unwrap() = roles;
+    }
+
+    fn rekey(&self, _: Keys) {}
 }
 
 struct Host {
@@ -222,6 +242,7 @@ impl World {
             rules: lower.clone(),
             datapath: lower.clone(),
             membership: Arc::new(member),
+            copying: Some(lower.clone()),
         };
         let identity = Identity {
             node: name.clone(),
@@ -231,6 +252,7 @@ impl World {
             egress_mark: Some(crate::egress::MARK),
             routers: Vec::new(),
             gossip: "10.88.0.1:7950".parse().unwrap(),
+            replication_port: 7953,
             peers: Vec::new(),
         };
         let metrics = Metrics::register(&mut Registry::default());

@@ -12,7 +12,7 @@ use landfall_speaker::datapath::egress::{
 };
 use landfall_speaker::egress::{self, Egress};
 use landfall_speaker::keys::Keys;
-use landfall_speaker::replication::{Config, Replication, Role, Roles};
+use landfall_speaker::replication::{Config, Copying as _, Replication, Role, Roles};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::runtime::Runtime;

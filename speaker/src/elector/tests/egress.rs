@@ -6,7 +6,7 @@ use landfall_core::selector::LabelSelector;
 use super::*;
 use crate::egress::{Egress, Gateway, Pod};
 
-const VIP: &str = "10.88.0.240";
+pub(super) const VIP: &str = "10.88.0.240";
 
 fn mk_policy() -> Object {
     let mut policy = EgressPolicy::plain("mail", EgressSource::of_pool("out"));
@@ -27,8 +27,12 @@ fn mk_pod(name: &str, node: &str, app: &str, address: &str) -> Object {
     })
 }
 
-fn mk_world() -> World {
-    let mut world = World::new(0);
+pub(super) fn mk_world() -> World {
+    mk_world_of(true)
+}
+
+pub(super) fn mk_world_of(manifests: bool) -> World {
+    let mut world = World::of(0, manifests);
     let mut pool = world.objects.iter().find_map(|object| match object {
         Object::Pool(pool) => Some(pool.clone()),
         _ => None,
@@ -43,7 +47,7 @@ fn mk_world() -> World {
     world
 }
 
-fn tell_policy(world: &mut World) {
+pub(super) fn tell_policy(world: &mut World) {
     let address: IpAddr = VIP.parse().unwrap();
     world.tell(&Object::VirtualIp(VirtualIp {
         egress_policies: vec!["mail".into()],
@@ -65,7 +69,7 @@ fn gateway(world: &World, node: &str) -> Option<Gateway> {
     egress(world, node)?.policies["mail"].gateway.clone()
 }
 
-fn leader(world: &World) -> String {
+pub(super) fn leader(world: &World) -> String {
     world.announcers()[&VIP.parse::<IpAddr>().unwrap()][0].clone()
 }
 

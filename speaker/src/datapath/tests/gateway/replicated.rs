@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::super::super::egress::{Changes, Licence, Seam};
 use super::*;
 use crate::keys::Keys;
-use crate::replication::{Config, Happened, Replication, Role, Roles};
+use crate::replication::{Config, Copying as _, Happened, Replication, Role, Roles};
 
 const KEY: &str = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 

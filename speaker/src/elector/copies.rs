@@ -1,0 +1,207 @@
+//! What this node is to those who copy bindings, and what it may do as a gateway.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use landfall_core::groups::GroupId;
+use landfall_core::model::NodeName;
+
+use super::Speaker;
+use crate::datapath::egress::{Licence, Standing};
+use crate::replication::{Role, Roles};
+
+/// How long a gateway that sees less than half of the nodes goes on with the flows that it has. By then another has taken
+/// over, if there is another.
+const LEASE: Duration = Duration::from_secs(30);
+
+/// What was found last.
+#[derive(Debug)]
+pub(super) struct Copies {
+    roles: Roles,
+    /// Since when this node leads a group of egress addresses.
+    led_since: BTreeMap<GroupId, Instant>,
+    /// The nodes whose speakers were heard in this run, as long as they are nodes.
+    voters: BTreeSet<NodeName>,
+    /// Since when less than half of them are.
+    lonely_since: Option<Duration>,
+    /// What this node may do as a gateway.
+    licence: Licence,
+}
+
+impl Default for Copies {
+    fn default() -> Self {
+        Self {
+            roles: Roles::new(),
+            led_since: BTreeMap::new(),
+            voters: BTreeSet::new(),
+            lonely_since: None,
+            licence: Licence::Full,
+        }
+    }
+}
+
+impl Speaker {
+    /// Tells those who copy bindings which groups of egress addresses this node leads, and which it would take over.
+    ///
+    /// While nobody is known to lead a group it stays as it was: what is copied is what the next one goes on with.
+    pub(super) fn tell_roles(&mut self) {
+        let Some(copying) = self.parts.copying.clone() else {
+            return;
+        };
+        let mut addresses: BTreeMap<GroupId, BTreeSet<IpAddr>> = BTreeMap::new();
+        for policy in self.plan.policies() {
+            for address in self.egress.addresses_of(policy) {
+                if let Some(vip) = self.index.virtual_ip(address) {
+                    let of_group = addresses.entry(vip.group.clone()).or_default();
+                    of_group.insert(address);
+                }
+            }
+        }
+        let mut roles = Roles::new();
+        for (group, addresses) in addresses {
+            let role = match self.role_in(&group) {
+                Part::Unknown => self.copies.roles.remove(&group),
+                Part::None => None,
+                Part::Is { epoch, gateway } => Some(Role {
+                    epoch,
+                    addresses: BTreeSet::new(),
+                    gateway,
+                }),
+            };
+            roles.extend(role.map(|role| (group, Role { addresses, ..role })));
+        }
+        if roles == self.copies.roles {
+            return;
+        }
+        let leads = |group: &GroupId| roles.get(group).is_some_and(|role| role.gateway.is_none());
+        let led_since = &mut self.copies.led_since;
+        led_since.retain(|group, _| leads(group));
+        for group in roles.keys().filter(|group| leads(group)) {
+            led_since.entry(group.clone()).or_insert_with(Instant::now);
+        }
+        self.copies.roles = roles;
+        self.stand();
+        copying.take_roles(self.copies.roles.clone());
+    }
+
+    /// Tells the programs what this node is to egress addresses.
+    fn stand(&self) {
+        let copies = &self.copies;
+        let standings = copies.roles.iter().flat_map(|(group, role)| {
+            let standing = match copies.led_since.get(group) {
+                Some(since) => Standing::Leads {
+                    since: *since,
+                    licence: copies.licence,
+                },
+                None => Standing::StandsBy,
+            };
+            role.addresses
+                .iter()
+                .map(move |address| (*address, standing))
+        });
+        self.parts.datapath.stand(standings.collect());
+    }
+
+    fn role_in(&self, group: &GroupId) -> Part {
+        let Some(view) = self.election.view(group) else {
+            return Part::Unknown;
+        };
+        let Some(leader) = &view.leader else {
+            return if view.eligible == 0 {
+                Part::None
+            } else {
+                Part::Unknown
+            };
+        };
+        let me = &self.identity.node;
+        if leader == me {
+            return Part::Is {
+                epoch: view.epoch,
+                gateway: None,
+            };
+        }
+        if view.standby.as_ref() != Some(me) {
+            return Part::None;
+        }
+        let own = self.identity.gossip;
+        let addresses = self.addresses_of(leader);
+        let near = addresses
+            .iter()
+            .find(|address| address.is_ipv4() == own.is_ipv4());
+        let Some(address) = near.or(addresses.first()) else {
+            return Part::Unknown;
+        };
+        let at = SocketAddr::new(*address, self.identity.replication_port);
+        Part::Is {
+            epoch: view.epoch,
+            gateway: Some((leader.clone(), at)),
+        }
+    }
+
+    /// Looks what this node may do as a gateway, if nodes came or went or it may do less by now.
+    pub(super) fn check_licence(&mut self, nodes_changed: bool, now: Duration) {
+        let copies = &mut self.copies;
+        let is_due = nodes_changed || copies.lonely_since.is_some();
+        if self.identity.egress_mark.is_none() || !is_due {
+            return;
+        }
+        for node in self.election.known() {
+            if self.election.is_alive(node) && !copies.voters.contains(node) {
+                copies.voters.insert(node.clone());
+            }
+        }
+        if !self.identity.manifests {
+            let nodes = self.index.nodes();
+            copies.voters.retain(|node| nodes.contains_key(node));
+        }
+        let there = |node: &&NodeName| self.election.is_alive(node);
+        let alive = copies.voters.iter().filter(there).count();
+        // Half is enough: of two nodes the one that is left goes on.
+        let licence = if 2 * alive >= copies.voters.len() {
+            copies.lonely_since = None;
+            Licence::Full
+        } else if now.saturating_sub(*copies.lonely_since.get_or_insert(now)) < LEASE {
+            Licence::Frozen
+        } else {
+            Licence::Silent
+        };
+        if licence == copies.licence {
+            return;
+        }
+        copies.licence = licence;
+        let voters = copies.voters.len();
+        match licence {
+            Licence::Full => tracing::info!(
+                alive,
+                voters,
+                "half of the nodes are there: pods' flows begin again"
+            ),
+            Licence::Frozen => tracing::warn!(
+                alive,
+                voters,
+                "less than half of the nodes are there: as a gateway this one begins no flows of pods, since another may"
+            ),
+            Licence::Silent => tracing::warn!(
+                alive,
+                voters,
+                "less than half of the nodes have been there for {} s: as a gateway this one ends all flows of pods",
+                LEASE.as_secs()
+            ),
+        }
+        self.stand();
+    }
+}
+
+/// What this node is to a group.
+enum Part {
+    /// Its gateway, or the next (the gateway and where it is called).
+    Is {
+        epoch: u64,
+        gateway: Option<(NodeName, SocketAddr)>,
+    },
+    /// Neither.
+    None,
+    /// That is not known just now.
+    Unknown,
+}

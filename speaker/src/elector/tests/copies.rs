@@ -1,0 +1,146 @@
+//! Who copies whose bindings, and who may make new ones.
+
+use super::egress::{VIP, leader, mk_world, mk_world_of, tell_policy};
+use super::*;
+use crate::datapath::egress::Licence;
+use crate::replication::Role;
+
+fn role(world: &World, node: &str) -> Option<Role> {
+    let lower = &world.hosts[&NodeName::from(node)].lower;
+    let roles = lower.roles.lock().unwrap();
+    assert!(roles.len() <= 1, "there is one group of egress addresses");
+    roles.values().next().cloned()
+}
+
+fn standing(world: &World, node: &str) -> Option<Standing> {
+    let lower = &world.hosts[&NodeName::from(node)].lower;
+    let standings = lower.standings.lock().unwrap();
+    standings.values().next().copied()
+}
+
+/// What a gateway may do.
+fn licence(world: &World, node: &str) -> Option<Licence> {
+    match standing(world, node)? {
+        Standing::Leads { licence, .. } => Some(licence),
+        Standing::StandsBy => None,
+    }
+}
+
+/// The nodes that copy, each with what it is.
+fn copying(world: &World) -> BTreeMap<String, Role> {
+    let nodes = world.hosts.keys();
+    let roles = nodes.filter_map(|node| Some((node.to_string(), role(world, &node.0)?)));
+    roles.collect()
+}
+
+fn kill(world: &mut World, node: &str) {
+    world.hosts.remove(&NodeName::from(node));
+    world.hub.lose(&node.into());
+}
+
+#[test]
+fn the_next_in_rank_copies_from_the_gateway_and_goes_on_as_it() {
+    let mut world = mk_world();
+    assert_eq!(copying(&world), BTreeMap::new());
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let gateway = leader(&world);
+    let of = copying(&world);
+    assert_eq!(of.len(), 2, "the gateway and the next: {of:?}");
+    let led = &of[&gateway];
+    assert_eq!(led.gateway, None);
+    let Some(Standing::Leads { since, .. }) = standing(&world, &gateway) else {
+        panic!("{gateway} leads");
+    };
+    let addresses = BTreeSet::from([VIP.parse().unwrap()]);
+    assert_eq!(led.addresses, addresses);
+    let (standby, follows) = of.iter().find(|(node, _)| **node != gateway).unwrap();
+    let number = gateway.trim_start_matches('n');
+    let at = format!("10.88.0.1{number}:7953").parse().unwrap();
+    let expected = Role {
+        gateway: Some((gateway.as_str().into(), at)),
+        ..led.clone()
+    };
+    assert_eq!(*follows, expected);
+    assert_eq!(standing(&world, standby), Some(Standing::StandsBy));
+
+    // The gateway dies: until the next one is known, nobody forgets what it has.
+    let standby = standby.clone();
+    kill(&mut world, &gateway);
+    let mut leads = false;
+    for _ in 0..200 {
+        world.step();
+        let role = role(&world, &standby).expect("what was copied stays");
+        leads |= role.gateway.is_none();
+        assert!(!leads || role.gateway.is_none(), "and it leads for good");
+    }
+    assert!(leads, "{:?}", copying(&world));
+    let taken_over = standing(&world, &standby).unwrap();
+    assert!(matches!(taken_over, Standing::Leads { since: later, .. } if later > since));
+    let epoch = role(&world, &standby).unwrap().epoch;
+    assert!(epoch > led.epoch);
+    assert_eq!(copying(&world).len(), 2, "the third copies now");
+
+    // Without a policy there is nothing to copy.
+    for host in world.hosts.values_mut() {
+        let policy = ObjectId::EgressPolicy("mail".into());
+        host.speaker.source(Event::Delete(policy));
+    }
+    world.run(Duration::from_secs(1));
+    assert_eq!(copying(&world), BTreeMap::new());
+}
+
+/// Of three, one alone may have been cut off: it begins nothing at once, and ends what it has when its lease is over.
+#[test]
+fn a_minority_begins_nothing_and_ends_what_it_has() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let all: Vec<String> = world.hosts.keys().map(ToString::to_string).collect();
+    assert_eq!(licence(&world, &leader(&world)), Some(Licence::Full));
+    for left in (1..all.len()).rev() {
+        let dies = leader(&world);
+        kill(&mut world, &dies);
+        world.run(Duration::from_secs(5));
+        let expected = if left == 2 {
+            Licence::Full
+        } else {
+            Licence::Frozen
+        };
+        assert_eq!(licence(&world, &leader(&world)), Some(expected), "{left}");
+    }
+    let last = leader(&world);
+    world.run(Duration::from_secs(20));
+    assert_eq!(licence(&world, &last), Some(Licence::Frozen));
+    world.run(Duration::from_secs(10));
+    assert_eq!(licence(&world, &last), Some(Licence::Silent));
+    // One of the others is back.
+    let number = (1..=3).find(|number| format!("n{number}") != last).unwrap();
+    world.boot(number, 7);
+    world.run(Duration::from_secs(5));
+    assert_eq!(licence(&world, &leader(&world)), Some(Licence::Full));
+}
+
+/// Nodes that are gone for good have no say.
+#[test]
+fn who_is_no_node_any_more_does_not_count() {
+    let mut world = mk_world_of(false);
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let mut gone = Vec::new();
+    for _ in 0..2 {
+        let dies = leader(&world);
+        kill(&mut world, &dies);
+        world.run(Duration::from_secs(5));
+        gone.push(dies);
+    }
+    let last = leader(&world);
+    assert_eq!(licence(&world, &last), Some(Licence::Frozen));
+    let host = world.hosts.values_mut().next().unwrap();
+    for gone in gone {
+        let node = ObjectId::Node(gone.as_str().into());
+        host.speaker.source(Event::Delete(node));
+    }
+    world.run(Duration::from_secs(1));
+    assert_eq!(licence(&world, &last), Some(Licence::Full));
+}

@@ -1,0 +1,226 @@
+//! Tenants' sessions outlive their gateway: the real control plane, kube-proxy, controller and speakers, pods with
+//! connections of four kinds to servers outside, a real mail server among them.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
+
+mod sessions {
+    mod session;
+
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::net::IpAddr;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use landfall_lab::fault::SPEAKER;
+    use landfall_lab::measure::neighbours::who_answers;
+    use landfall_lab::server::PodServer;
+    use landfall_lab::{Fault, Lab, Network, Pod, Topology};
+    use landfall_tests::mta::Mta;
+    use landfall_tests::{Cluster, PATIENCE, chart, cni};
+
+    use session::{Kind, Session};
+
+    const OBJECTS: &str = "
+apiVersion: landfall.dev/v1alpha1
+kind: IPAddressPool
+metadata: {name: out}
+spec:
+  purpose: Egress
+  addresses: [10.88.0.230-10.88.0.239, 'fd00:88::230-fd00:88::239']
+---
+apiVersion: landfall.dev/v1alpha1
+kind: EgressPolicy
+metadata: {name: mail}
+spec:
+  podSelector: {matchLabels: {app: echo}}
+  egressIPs: {pool: out, ipFamilies: [IPv4, IPv6]}
+";
+    const NODES: u8 = 5;
+    /// Of each kind, from all pods together.
+    const SESSIONS: usize = 200;
+    /// What is younger than the copies' lag may be lost: the sessions are as old as that, and more.
+    const AGE: Duration = Duration::from_secs(2);
+    /// How long the mail server takes to take a message: longer than what happens meanwhile.
+    const THINKS: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn outlive_the_gateway() {
+        let topology = Topology {
+            nodes: NODES,
+            pods_per_node: 1,
+            ..Topology::default()
+        };
+        Cluster::run(topology, |cluster| {
+            for node in cluster.lab().nodes() {
+                cni::masquerade(&node.netns)?;
+            }
+            chart::apply(cluster.plane(), OBJECTS)?;
+            cluster.start_controller("controller", &[])?;
+            for node in cluster.lab().nodes() {
+                cluster.start_speaker(&node.name, &["--egress"])?;
+            }
+            let lab = cluster.lab();
+            let _lines = PodServer::start(lab.remote(), "far")?;
+            let mta = Mta::start(lab.remote(), THINKS)?;
+            await_policy(lab);
+            // Nothing is to be seen of these: programs and routes stay, or are handed over first.
+            live_through(lab, "its speaker is killed", &[Fault::Kill], true);
+            live_through(lab, "its speaker hands over", &[Fault::Drain], true);
+            live_through(lab, "its uplink goes down", &[Fault::UplinkDown], true);
+            let two = [Fault::PowerOff, Fault::PowerOff];
+            live_through(lab, "it loses its power, and so does the next", &two, false);
+            let by_others = mta
+                .log()
+                .lines()
+                .filter(|line| line.contains(": connect from") && !line.contains("[127.0.0.1]"))
+                .filter(|line| {
+                    !egress()
+                        .iter()
+                        .any(|address| line.contains(&format!("[{address}]")))
+                })
+                .count();
+            assert_eq!(
+                by_others,
+                0,
+                "mail comes from the policy's addresses: {}",
+                mta.log()
+            );
+            Ok(())
+        });
+    }
+
+    fn egress() -> [IpAddr; 2] {
+        Network::Lan.both(230)
+    }
+
+    /// Waits until all pods leave by the policy's addresses.
+    fn await_policy(lab: &Lab) {
+        let begun = Instant::now();
+        for pod in lab.pods() {
+            for v6 in [false, true] {
+                loop {
+                    let seen = Session::open(pod, Kind::Asks, v6).map(|session| session.seen());
+                    if let Ok(Some(seen)) = seen
+                        && egress().contains(&seen)
+                    {
+                        break;
+                    }
+                    assert!(
+                        begun.elapsed() < PATIENCE,
+                        "{} leaves by {seen:?}",
+                        pod.name
+                    );
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn gateway(lab: &Lab) -> String {
+        let begun = Instant::now();
+        loop {
+            let answers = who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
+            if let [gateway] = answers.keys().collect::<Vec<_>>()[..] {
+                return gateway.clone();
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{answers:?} for {}",
+                egress()[0]
+            );
+        }
+    }
+
+    /// Opens sessions from all pods that are there, lets these things happen to the gateway, one after the other, and
+    /// sees which of the sessions go on: those of pods whose node nothing has happened to.
+    fn live_through(lab: &Lab, what: &str, faults: &[Fault], heal: bool) {
+        let pods: Vec<&Pod> = lab.pods().collect();
+        let begun = Instant::now();
+        let mut sessions = open(&pods);
+        println!("{} sessions after {:?}", sessions.len(), begun.elapsed());
+        thread::sleep(AGE);
+        let mut struck = BTreeSet::new();
+        for fault in faults {
+            let gateway = gateway(lab);
+            println!("{gateway} is the gateway: {what}");
+            lab.inject(&gateway, *fault).unwrap();
+            if matches!(fault, Fault::PowerOff | Fault::UplinkDown) {
+                struck.insert(gateway.clone());
+            }
+            if faults.len() > 1 {
+                // Who takes over has the time to do so.
+                thread::sleep(Duration::from_secs(3));
+            }
+        }
+        sessions.retain(|session| !struck.contains(&session.node));
+        let lost = go_on(&mut sessions);
+        let mut all = BTreeMap::<Kind, usize>::new();
+        for session in &sessions {
+            *all.entry(session.kind).or_default() += 1;
+        }
+        for (kind, all) in all {
+            let lost: Vec<&String> = lost
+                .iter()
+                .filter(|(of, _)| *of == kind)
+                .map(|(_, why)| why)
+                .collect();
+            println!(
+                "{what}: of {all} of which each {kind:?}, {} lost",
+                lost.len()
+            );
+            assert!(lost.len() * 100 <= all, "{what}: {kind:?}: {lost:#?}");
+        }
+        if heal {
+            lab.heal().unwrap();
+            for node in lab.nodes() {
+                if !lab.runs(&node.name, SPEAKER) {
+                    lab.restart(&node.name, SPEAKER).unwrap();
+                }
+            }
+            await_policy(lab);
+        }
+    }
+
+    /// Opens sessions of all kinds, IPv4 and IPv6 in turn, from each pod beside the others.
+    fn open(pods: &[&Pod]) -> Vec<Session> {
+        thread::scope(|scope| {
+            let each = SESSIONS / pods.len();
+            let opening: Vec<_> = pods
+                .iter()
+                .map(|pod| {
+                    scope.spawn(move || {
+                        let turns =
+                            (0..each).flat_map(|turn| Kind::ALL.map(|kind| (kind, turn % 2 == 1)));
+                        let opened = turns.map(|(kind, v6)| {
+                            let session = Session::open(pod, kind, v6);
+                            session.unwrap_or_else(|error| panic!("{} {kind:?}: {error}", pod.name))
+                        });
+                        opened.collect::<Vec<_>>()
+                    })
+                })
+                .collect();
+            let opened = opening.into_iter().map(|thread| thread.join().unwrap());
+            opened.flatten().collect()
+        })
+    }
+
+    /// Has them all go on at once; those that cannot, and why.
+    fn go_on(sessions: &mut [Session]) -> Vec<(Kind, String)> {
+        thread::scope(|scope| {
+            let going: Vec<_> = sessions
+                .iter_mut()
+                .map(|session| {
+                    let going = move || {
+                        let gone_on = session.go_on();
+                        gone_on.map_err(|error| {
+                            (session.kind, format!("on {}: {error}", session.node))
+                        })
+                    };
+                    scope.spawn(going)
+                })
+                .collect();
+            let ended = going.into_iter().map(|thread| thread.join().unwrap());
+            ended.filter_map(Result::err).collect()
+        })
+    }
+}
