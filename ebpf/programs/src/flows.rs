@@ -6,13 +6,13 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use landfall_ebpf_common::{
     Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Verdict,
-    flow_state,
+    VipKey, flow_state,
 };
 
 use crate::maps::{
     self, ANSWERS, DATAGRAM_ANSWERS, DATAGRAMS, FLOWS, FRAGMENTS, HALF_ANSWERS, HALF_OPEN,
 };
-use crate::packet::{ACK, FIN, Packet, RST, SYN, TCP};
+use crate::packet::{ACK, FIN, Kind, Packet, RST, SYN, TCP};
 
 /// How often the time of a flow is written, at most: a cache line that all CPUs write is slow.
 const TOUCH: u64 = 1_000_000_000;
@@ -26,7 +26,21 @@ fn now() -> u64 {
 /// Whether this node delivers the TCP flow of a packet.
 #[inline(always)]
 pub(crate) fn is_there(packet: &Packet) -> bool {
-    FLOWS.get_ptr(&packet.flow).is_some() || HALF_OPEN.get_ptr(&packet.flow).is_some()
+    if let Some(flow) = FLOWS.get_ptr(&packet.flow) {
+        // SAFETY: the map gave the pointer.
+        return !is_anothers(packet, unsafe { &*flow });
+    }
+    HALF_OPEN.get_ptr(&packet.flow).is_some()
+}
+
+/// Whether a packet has the addresses and ports of a flow that is closing, and is of a later one that does not begin with
+/// it: another node delivers that.
+#[inline(always)]
+fn is_anothers(packet: &Packet, flow: &Flow) -> bool {
+    flow.state == flow_state::CLOSING
+        && packet.kind == Kind::Whole
+        && !packet.is_syn()
+        && !flow.may_end_with(packet.sequence)
 }
 
 /// Whether this node delivers the TCP flow of a packet, and has for a while; it is noted as heard. Its endpoint is what
@@ -65,9 +79,12 @@ fn remember(packet: &mut Packet) -> Option<()> {
         // SAFETY: as above.
         let flow = unsafe { &mut *flow };
         packet.to = flow.endpoint;
-        if packet.is_syn() && packet.to.port != 0 && has_ended(packet, flow.state) {
+        if packet.is_syn() && has_ended(packet, flow.state) {
             // The same addresses and ports, for a connection of its own.
             let _ = FLOWS.remove(&packet.flow);
+            return None;
+        }
+        if is_anothers(packet, flow) {
             return None;
         }
         if flow.state == flow_state::GUESSED {
@@ -75,6 +92,7 @@ fn remember(packet: &mut Packet) -> Option<()> {
         } else {
             if packet.tcp & (FIN | RST) != 0 {
                 flow.state = flow_state::CLOSING;
+                flow.end = packet.sequence;
             }
             flow.seen = now();
         }
@@ -97,10 +115,13 @@ fn remember(packet: &mut Packet) -> Option<()> {
     Some(())
 }
 
-/// Whether one of a translated flow's ends has closed it, or its endpoint knows it for another's; answers to what has
-/// been closed are forgotten.
+/// Whether one of a flow's ends has closed it, as far as that is seen, or its endpoint knows it for another's; answers to
+/// what has been closed are forgotten.
 #[inline(always)]
 fn has_ended(packet: &mut Packet, state: u32) -> bool {
+    if packet.to.port == 0 {
+        return state == flow_state::CLOSING;
+    }
     packet.answer = packet.flow.answer(&packet.to);
     let Some(answer) = ANSWERS.get_ptr(&packet.answer) else {
         return true;
@@ -139,6 +160,8 @@ fn prepare(packet: &mut Packet) {
         seen,
         state,
         endpoint: packet.to,
+        end: 0,
+        zero: 0,
     };
     packet.answers = Answer {
         seen,
@@ -233,7 +256,7 @@ fn is_over(packet: &Packet, answer: *mut Answer) -> bool {
 
 /// The VIP and port that a packet answers for, if it is an answer; its endpoint is noted as heard.
 #[inline(always)]
-pub(crate) fn answered(packet: &Packet) -> Option<Endpoint> {
+pub(crate) fn answered(packet: &mut Packet) -> Option<Endpoint> {
     let answer = if packet.protocol == TCP {
         match ANSWERS.get_ptr_mut(&packet.flow) {
             Some(answer) if !is_over(packet, answer) => answer,
@@ -261,7 +284,28 @@ pub(crate) fn answered(packet: &Packet) -> Option<Endpoint> {
     } else if now.wrapping_sub(answer.seen) > TOUCH {
         answer.seen = now;
     }
-    Some(answer.vip)
+    let vip = answer.vip;
+    if packet.tcp & RST != 0 {
+        has_reset(packet, &vip);
+    }
+    Some(vip)
+}
+
+/// The endpoint has reset the flow that a packet answers: what comes from the same port now is of another, which may be
+/// another node's.
+#[inline(always)]
+fn has_reset(packet: &mut Packet, vip: &Endpoint) {
+    packet.answer = FlowKey {
+        client: packet.flow.vip.0,
+        vip: VipKey(vip.address),
+        client_port: packet.flow.port,
+        port: vip.port,
+        protocol: packet.flow.protocol,
+    };
+    if let Some(flow) = FLOWS.get_ptr_mut(&packet.answer) {
+        // SAFETY: as in `is_established`.
+        unsafe { (*flow).state = flow_state::CLOSING };
+    }
 }
 
 /// Whether answers to a TCP flow are translated, and its endpoint has not closed it.

@@ -165,6 +165,8 @@ pub(crate) struct Packet {
     pub(crate) kind: Kind,
     /// The transport's protocol; in an error that of the packet inside.
     pub(crate) protocol: u8,
+    /// The TCP sequence number; none in an error, nor behind a first fragment.
+    pub(crate) sequence: u32,
     /// The TCP flags; none in an error.
     pub(crate) tcp: u8,
     pub(crate) ttl: u8,
@@ -267,6 +269,7 @@ impl Packet {
             TCP => {
                 let header: [u8; 14] = context.load(self.transport)?;
                 self.ports([header[0], header[1], header[2], header[3]]);
+                self.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
                 self.tcp = header[13];
             }
             UDP | SCTP => self.ports(context.load(self.transport)?),
@@ -288,6 +291,7 @@ impl Packet {
             return None;
         }
         if header.protocol == TCP {
+            self.sequence = u32::from_be(context.at(PORTS + 4)?);
             self.tcp = context.at(PORTS + 13)?;
         } else if header.protocol != UDP {
             return None;

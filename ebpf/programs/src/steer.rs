@@ -92,7 +92,8 @@ fn connection<C: Context>(context: &C, packet: &mut Packet, port: &Port) -> i32 
         return context.deliver(packet);
     }
     if packet.sender == 0 && !packet.here {
-        let as_it_is = packet.kind == Kind::Error;
+        // What opens a connection is delivered, whatever it looks like.
+        let as_it_is = new || packet.kind == Kind::Error;
         if !as_it_is && set_ttl(context, packet, steered(packet.ttl)).is_none() {
             return lost::<C>();
         }

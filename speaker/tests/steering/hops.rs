@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use landfall_ebpf_common::handing_on::{self, FIRST_TTL, LEAST_TTL, LOW_FIRST_TTL, LOW_TTL};
+use landfall_ebpf_common::handing_on::{self, FIRST_TTL, LOW_FIRST_TTL, LOW_TTL};
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 use landfall_ebpf_common::{MAX_ASKED, VipKey};
 use landfall_lab::fault::{Fault, SPEAKER};
@@ -163,14 +163,14 @@ fn check(probe: &Probe, way: &[Seen], client: Mac) -> usize {
     }
     // Steered it looks like no question.
     let sent = match probe.kind {
-        Kind::MidStream | Kind::Syn => handing_on::steered(probe.ttl),
-        Kind::Datagram => probe.ttl,
+        Kind::MidStream => handing_on::steered(probe.ttl),
+        Kind::Syn | Kind::Datagram => probe.ttl,
     };
     let steered = way[1..].iter().filter(|it| it.ttl == sent).count();
     assert!(steered <= 1, "it is steered once: {what}");
     let (first_ttl, most) = if sent > LOW_TTL {
         (FIRST_TTL, usize::from(MAX_ASKED))
-    } else if sent > LEAST_TTL {
+    } else if sent > LOW_FIRST_TTL {
         (LOW_FIRST_TTL, 2)
     } else {
         (0, 0)
@@ -181,6 +181,14 @@ fn check(probe: &Probe, way: &[Seen], client: Mac) -> usize {
         Kind::Datagram => 0,
     };
     let handed_on = &way[1 + steered..];
+    if sent <= FIRST_TTL && probe.kind == Kind::Syn || sent <= LOW_FIRST_TTL {
+        // It looks as if it had been handed on before it was.
+        assert!(
+            way[steered..].is_sorted_by(|one, next| one.ttl > next.ttl),
+            "each time lowers the TTL: {what}"
+        );
+        return 0;
+    }
     assert!(handed_on.len() <= most, "at most {most} times: {what}");
     let [asks, asked] = [0, 1].map(|turn| handed_on.iter().skip(turn).step_by(2));
     for (turn, hop) in (0..).zip(handed_on) {

@@ -108,7 +108,7 @@ pub(super) fn reconcile(maps: &mut FlowMaps, known: &Known) -> io::Result<Reconc
             let flow = Flow {
                 seen,
                 state: flow_state::ESTABLISHED,
-                endpoint: Endpoint::default(),
+                ..Flow::default()
             };
             // Otherwise it is there already, or the table is full.
             usize::from(maps.flows.insert(connection.flow, flow, IF_NEW).is_ok())
@@ -141,6 +141,7 @@ fn enter(maps: &mut FlowMaps, known: &Known, connection: &FlowKey, seen: u64) ->
             seen,
             state: flow_state::GUESSED,
             endpoint: to,
+            ..Flow::default()
         };
         entered += usize::from(maps.flows.insert(key, flow, IF_NEW).is_ok());
     }

@@ -29,6 +29,8 @@ pub(super) const HISTORY: Duration = Duration::from_secs(5);
 struct Known {
     port: Port,
     history: History,
+    /// How long each of the earlier spreads was the table.
+    reigns: [Duration; MAX_HISTORY],
     changed: Instant,
     /// Where the nodes are reached; not known of what an earlier process has left.
     reach: Reach,
@@ -68,6 +70,8 @@ impl Ports {
                 Known {
                     port,
                     history,
+                    // Not known: at least as long as any since.
+                    reigns: [Duration::MAX; MAX_HISTORY],
                     changed,
                     reach: Reach::default(),
                 },
@@ -157,6 +161,7 @@ impl Ports {
         let known = Known {
             port,
             history: History::default(),
+            reigns: [Duration::ZERO; MAX_HISTORY],
             changed: Instant::now(),
             reach: state.reach.clone(),
         };
@@ -164,21 +169,30 @@ impl Ports {
         Ok(())
     }
 
-    /// Before a spread is replaced, it is where those who look for a flow can find it.
+    /// Before a spread is replaced, it is where those who look for a flow can find it. Where there is not room for all, that
+    /// which was the table for the shortest time is forgotten: in a flurry of changes few flows began under it.
     fn remember(&mut self, known: &mut Known, before: Spread) -> Result<(), TablesError> {
-        let mut spreads = [Spread::default(); MAX_HISTORY];
-        spreads[0] = before;
-        let mut place = 1;
-        for earlier in known.history.spreads {
+        let mut past = vec![(before, known.changed.elapsed())];
+        for (earlier, reign) in known.history.spreads.into_iter().zip(known.reigns) {
             if earlier.count == 0 {
                 continue;
             }
-            if place < MAX_HISTORY && !same_nodes(&earlier, &before) {
-                spreads[place] = earlier;
-                place += 1;
-            } else {
+            if let Some((_, longest)) = past.iter_mut().find(|it| same_nodes(&it.0, &earlier)) {
+                *longest = reign.max(*longest);
                 self.wide.leave(&earlier);
+            } else {
+                past.push((earlier, reign));
             }
+        }
+        if past.len() > MAX_HISTORY {
+            let shortest = (0..past.len()).min_by_key(|place| past[*place].1);
+            let (forgotten, _) = past.remove(shortest.expect("there are some"));
+            self.wide.leave(&forgotten);
+        }
+        let mut spreads = [Spread::default(); MAX_HISTORY];
+        for (place, (spread, reign)) in past.into_iter().enumerate() {
+            spreads[place] = spread;
+            known.reigns[place] = reign;
         }
         known.history = History { spreads };
         self.history.insert(known.port.number, known.history, 0)?;

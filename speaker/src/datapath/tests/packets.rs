@@ -101,11 +101,15 @@ pub(super) fn mk_udp(from: u16, to: u16, payload: &[u8]) -> Vec<u8> {
 }
 
 pub(super) fn mk_tcp(from: u16, to: u16, flags: u8) -> Vec<u8> {
+    mk_tcp_at(from, to, flags, 7)
+}
+
+/// The same with a sequence number.
+pub(super) fn mk_tcp_at(from: u16, to: u16, flags: u8, sequence: u32) -> Vec<u8> {
     let mut packet = from.to_be_bytes().to_vec();
     packet.extend(to.to_be_bytes());
-    packet.extend([
-        0, 0, 0, 7, 0, 0, 0, 9, 0x50, flags, 0x10, 0, 0xab, 0xcd, 0, 0,
-    ]);
+    packet.extend(sequence.to_be_bytes());
+    packet.extend([0, 0, 0, 9, 0x50, flags, 0x10, 0, 0xab, 0xcd, 0, 0]);
     packet
 }
 

@@ -78,6 +78,7 @@ impl FlowMaps {
             seen: ago(age),
             state,
             endpoint: to,
+            ..Flow::default()
         };
         self.flows.insert(key, flow, 0).expect("the map has room");
     }

@@ -38,6 +38,7 @@ impl Program {
                 seen: 0,
                 state,
                 endpoint: to,
+                ..Flow::default()
             };
             self.table::<Flow>(map::FLOWS)
                 .insert(key, flow, 0)
