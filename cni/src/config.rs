@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::boot::BOOT;
 use crate::call::{Attachment, SOCKET, WAIT};
 use crate::error::CniError;
 
@@ -23,6 +24,8 @@ pub struct Network {
     pub prev_result: Option<Value>,
     /// Where the speaker listens; [`SOCKET`] unless it is named.
     pub socket: Option<PathBuf>,
+    /// What to load while no speaker judges; [`BOOT`] unless it is named.
+    pub boot: Option<PathBuf>,
     /// How long a pod waits for it, in milliseconds; at most 10 000, [`WAIT`] unless it is named.
     pub wait_milliseconds: Option<u64>,
 }
@@ -36,6 +39,11 @@ impl Network {
     /// Where the speaker listens.
     pub fn socket(&self) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| SOCKET.into())
+    }
+
+    /// What to load while it does not judge.
+    pub fn boot(&self) -> PathBuf {
+        self.boot.clone().unwrap_or_else(|| BOOT.into())
     }
 
     /// How long to wait for it.

@@ -5,6 +5,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
+use crate::boot::{Armed, arm};
 use crate::call::{Reply, Request, ask};
 use crate::config::{Command, Environment, Network};
 use crate::error::CniError;
@@ -40,7 +41,9 @@ fn respond(
             let network = Network::parse(input)?;
             let attachment = environment.attachment(&network)?;
             let result = network.prev_result.clone().ok_or(CniError::NotChained)?;
-            tell(&network, &Request::Add(attachment), &grumble);
+            if !tell(&network, &Request::Add(attachment), &grumble) {
+                close(&network, &grumble);
+            }
             Ok(Some(result))
         }
         Command::Del => {
@@ -55,7 +58,21 @@ fn respond(
     }
 }
 
-fn tell(network: &Network, request: &Request, grumble: &impl Fn(&dyn Display)) {
+/// Nobody has judged the pod: nobody is to let it out either.
+fn close(network: &Network, grumble: &impl Fn(&dyn Display)) {
+    let file = network.boot();
+    match arm(&file) {
+        Ok(Armed::Now) => grumble(&format_args!(
+            "{}: loaded; until the speaker is there no pod of this node begins a connection out of the cluster",
+            file.display()
+        )),
+        Ok(Armed::Before | Armed::Needless) => {}
+        Err(error) => grumble(&format_args!("{}: {error}", file.display())),
+    }
+}
+
+/// Whether the speaker has judged.
+fn tell(network: &Network, request: &Request, grumble: &impl Fn(&dyn Display)) -> bool {
     let (Request::Add(attachment) | Request::Del(attachment)) = request;
     let socket = network.socket();
     let pod = match (&attachment.namespace, &attachment.name) {
@@ -63,7 +80,7 @@ fn tell(network: &Network, request: &Request, grumble: &impl Fn(&dyn Display)) {
         _ => format!("container {}", attachment.container),
     };
     match ask(&socket, request, network.wait()) {
-        Ok(Reply { judged: true, .. }) => {}
+        Ok(Reply { judged: true, .. }) => return true,
         Ok(Reply { reason, .. }) => {
             let reason = reason.unwrap_or_else(|| "no reason given".into());
             grumble(&format_args!("{pod} is not judged yet: {reason}"));
@@ -81,4 +98,5 @@ fn tell(network: &Network, request: &Request, grumble: &impl Fn(&dyn Display)) {
             grumble(&format_args!("{pod}: {}: {why}", socket.display()));
         }
     }
+    false
 }

@@ -45,7 +45,13 @@ impl Lab {
             .option("--node-name", node)
             .option("--admin-address", ADMIN)
             .option("--gossip-key-file", self.gossip_key()?.display())
-            .option("--bpf-pin-dir", pins.join(node).display()))
+            .option("--bpf-pin-dir", pins.join(node).display())
+            .option("--cni-socket", self.cni_socket(node).display()))
+    }
+
+    /// Where the CNI plugin calls a node's speaker, if that listens.
+    pub fn cni_socket(&self, node: &str) -> PathBuf {
+        self.directory().join(format!("{node}.sock"))
     }
 
     /// Starts a speaker on every node, from the lab's manifests.

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use landfall_cni::chain::Chain;
 use landfall_ebpf_common::egress::gateway::MAX_BINDINGS;
 use landfall_runtime::args::KubeArgs;
 use landfall_runtime::telemetry::LogArgs;
@@ -32,6 +33,10 @@ Look at it:
 const UNINSTALL_EXAMPLES: &str = "\
 Example, on each node, once the DaemonSet is gone:
   landfall-speaker uninstall
+
+With the CNI plugin, in a container that sees the node's files at /host:
+  landfall-speaker uninstall --cni-bin-dir /host/opt/cni/bin --cni-conf-dir /host/etc/cni/net.d \
+    --egress-boot-file /host/var/lib/landfall/boot.nft
 
 Exit codes: 0 nothing is left, 1 something could not be removed (the message says what), 2 usage.";
 
@@ -202,6 +207,14 @@ pub struct Args {
     #[arg(long, hide = true)]
     pub egress: bool,
 
+    /// With --egress: where the CNI plugin calls. Hidden with it.
+    #[arg(long, hide = true, value_name = "SOCKET", default_value = landfall_cni::call::SOCKET)]
+    pub cni_socket: PathBuf,
+
+    /// With --egress: the CNI plugin. Hidden with it.
+    #[command(flatten)]
+    pub plugin: PluginArgs,
+
     /// How often the flows are compared with connection tracking, in seconds. Hidden: only tests are in a hurry.
     #[arg(
         long,
@@ -228,7 +241,51 @@ pub enum Command {
     /// `inet landfall`, policy routes, the tunnel. Stop the speaker first: one that runs puts it all back. A clsact
     /// qdisc (kernels below 6.6) that was there before, or that others use, stays.
     #[command(after_help = UNINSTALL_EXAMPLES)]
-    Uninstall(PinArgs),
+    Uninstall(UninstallArgs),
+}
+
+/// What there may be to remove.
+#[derive(Clone, Debug, clap::Args)]
+pub struct UninstallArgs {
+    /// Where it pinned.
+    #[command(flatten)]
+    pub pins: PinArgs,
+
+    /// Where it put the CNI plugin.
+    #[command(flatten)]
+    pub plugin: PluginArgs,
+}
+
+/// The CNI plugin on the node.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PluginArgs {
+    /// Where the container runtime looks for programs of CNI plugins (/opt/cni/bin): the plugin is kept there.
+    #[arg(
+        long,
+        hide = true,
+        value_name = "DIR",
+        requires_all = ["cni_conf_dir", "egress_boot_file"]
+    )]
+    pub cni_bin_dir: Option<PathBuf>,
+
+    /// Where it looks for lists of plugins (/etc/cni/net.d): the plugin is kept at the end of the one that it uses.
+    #[arg(long, hide = true, value_name = "DIR", requires = "cni_bin_dir")]
+    pub cni_conf_dir: Option<PathBuf>,
+
+    /// Where the nftables script is left that the CNI plugin loads after this node's start, while no speaker judges pods;
+    /// the same path for both.
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub egress_boot_file: Option<PathBuf>,
+}
+
+impl PluginArgs {
+    /// Where to keep the plugin, if it is to be kept.
+    pub fn chain(&self) -> Option<Chain> {
+        Some(Chain {
+            programs: self.cni_bin_dir.clone()?,
+            lists: self.cni_conf_dir.clone()?,
+        })
+    }
 }
 
 /// Where things outlive the process.

@@ -1,5 +1,7 @@
 //! Where the chained CNI plugin calls (`landfall-cni`): a Unix socket, for root only.
 
+pub mod plugin;
+
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -96,7 +98,11 @@ async fn accept(listener: UnixListener, calls: mpsc::Sender<Call>) {
 
 async fn serve(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> {
     let reply = match request(&mut stream).await {
-        Ok(request) => judged(request, &calls).await,
+        Ok(request) => tokio::select! {
+            reply = judged(request, &calls) => reply,
+            // It has waited long enough, and needs no seat any more. What it has said is known.
+            () = gone(&mut stream) => return Ok(()),
+        },
         Err(error) if error.kind() == io::ErrorKind::InvalidData => refused(format!(
             "the request cannot be read: {error}; the plugin and the speaker are of versions that do not fit"
         )),
@@ -112,6 +118,12 @@ async fn request(stream: &mut UnixStream) -> io::Result<Request> {
     let mut reader = BufReader::new(stream.take(MAX_LINE));
     timeout(SAYS, reader.read_until(b'\n', &mut line)).await??;
     serde_json::from_slice(&line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Waits until the caller hangs up.
+async fn gone(stream: &mut UnixStream) {
+    let mut more = [0; 64];
+    while stream.read(&mut more).await.is_ok_and(|length| length > 0) {}
 }
 
 async fn judged(request: Request, calls: &mpsc::Sender<Call>) -> Reply {

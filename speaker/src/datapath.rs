@@ -34,7 +34,7 @@ use ipnet::IpNet;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::egress::PolicyName;
 use crate::replication::{Bindings, Happened};
@@ -43,6 +43,8 @@ pub use egress::Leaving;
 use egress::{GatewayConfig, Standing};
 pub use pins::{Removed, uninstall};
 pub use worker::Worker;
+
+use crate::egress::InForce;
 
 /// How to run the data path.
 #[derive(Clone, Debug)]
@@ -313,4 +315,6 @@ pub trait DataPath: Send + Sync {
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64>;
     /// How many ports the pods of these policies have in use here.
     fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64>;
+    /// What of [`Change::Egress`] the kernel goes by.
+    fn in_force(&self) -> watch::Receiver<InForce>;
 }

@@ -87,3 +87,21 @@ pub struct Gateway {
     /// The epoch of its claim.
     pub epoch: u64,
 }
+
+/// What of it a part has put into the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum InForce {
+    /// What an earlier process has left, or what somebody else has made of it.
+    #[default]
+    Unknown,
+    /// Nothing: there is no policy.
+    Nothing,
+    /// This.
+    Whole(Arc<Egress>),
+}
+
+impl From<Option<&Arc<Egress>>> for InForce {
+    fn from(egress: Option<&Arc<Egress>>) -> Self {
+        egress.map_or(Self::Nothing, |egress| Self::Whole(egress.clone()))
+    }
+}

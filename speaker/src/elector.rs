@@ -9,6 +9,8 @@
 //!
 //! It is synchronous: every call returns at once, time is an argument, and all I/O is behind the four seams.
 
+mod attached;
+mod calls;
 mod copies;
 mod debug;
 mod desired;
@@ -176,6 +178,9 @@ pub struct Speaker {
     /// Pods that leave by addresses of their own.
     plan: egress::Plan,
     copies: Copies,
+    /// What the CNI plugin says of this node's pods.
+    attached: attached::Attached,
+    calls: calls::Calls,
 }
 
 impl Speaker {
@@ -194,6 +199,7 @@ impl Speaker {
             egress: EgressIndex::new(egress_index::Options {
                 namespaces_listed: !identity.manifests,
             }),
+            attached: attached::Attached::to(identity.node.clone()),
             identity,
             parts,
             metrics,
@@ -232,6 +238,7 @@ impl Speaker {
             needs_tunnel: false,
             plan: egress::Plan::default(),
             copies: Copies::default(),
+            calls: calls::Calls::default(),
             assumes_to_serve: true,
             assumes_until: None,
         };
@@ -256,7 +263,10 @@ impl Speaker {
         if let Event::Apply(Object::Node(_)) | Event::Delete(ObjectId::Node(_)) = &event {
             self.plan.nodes_changed();
         }
-        self.egress.apply_shared(&event);
+        match self.attached.adapt(&event) {
+            Some(adapted) => self.egress.apply(adapted),
+            None => self.egress.apply_shared(&event),
+        }
         self.index.apply(event);
         if self.index.is_synced() {
             self.election.set_synced();
@@ -492,6 +502,7 @@ impl Speaker {
             self.apply();
         }
         self.tell_mark();
+        self.answer_calls();
         if now >= self.hello_at {
             self.hello_at = now + HELLO_EVERY;
             let uplinks: Vec<u32> = self.uplinks.iter().copied().collect();
@@ -518,8 +529,10 @@ impl Speaker {
     }
 
     fn apply_soon(&mut self, now: Duration) {
-        let soonest = now.max(self.applied_at + APPLY_EVERY);
-        self.apply_at.get_or_insert(soonest);
+        let every = self.calls.hurry().unwrap_or(APPLY_EVERY);
+        let soonest = now.max(self.applied_at + every);
+        let at = self.apply_at.get_or_insert(soonest);
+        *at = soonest.min(*at);
     }
 
     fn conclude(&mut self, change: Change) -> GroupId {

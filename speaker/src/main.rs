@@ -13,8 +13,8 @@ async fn main() -> anyhow::Result<()> {
     args.log.init()?;
     match &args.command {
         None => runtime::run(args).await,
-        Some(Command::Uninstall(pins)) => {
-            let removed = uninstall::uninstall(&pins.bpf_pin_dir).await?;
+        Some(Command::Uninstall(args)) => {
+            let removed = uninstall::uninstall(args).await?;
             // It is done, also if nobody reads of it (`| head`): println! would panic.
             match writeln!(io::stdout(), "{removed}") {
                 Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),

@@ -3,6 +3,7 @@
 //! The table guards (what still carries a VIP as destination is not forwarded), delivers Services whose endpoints
 //! are processes of nodes, and marks answers that must leave by a VIP's uplink. It stays when the speaker stops.
 
+mod boot;
 mod egress;
 mod kube_proxy;
 mod metrics;
@@ -17,6 +18,7 @@ mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
@@ -29,7 +31,7 @@ use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
 use crate::announcer::MacAddr;
-use crate::egress::{Egress, Pod, marks};
+use crate::egress::{Egress, InForce, Pod, marks};
 
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -140,6 +142,8 @@ pub trait NodeRules: Send + Sync {
     /// The bits of the packet mark by which the rules know what the eBPF programs have given to an endpoint; 0 if they
     /// need not know. `None` while that is not known.
     fn arrival_mark(&self) -> Option<u32>;
+    /// What of [`Rules::egress`] the kernel goes by.
+    fn in_force(&self) -> watch::Receiver<InForce>;
 }
 
 /// How the rules are made.
@@ -163,6 +167,8 @@ pub struct Config {
     pub priority: u32,
     /// The UDP port of the tunnel, the same on every node.
     pub tunnel_port: u16,
+    /// Where to leave what drops pods' connections after the node's start, for the CNI plugin.
+    pub boot: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -177,6 +183,7 @@ impl Default for Config {
             table: 7950,
             priority: 7950,
             tunnel_port: 7952,
+            boot: None,
         }
     }
 }
@@ -240,6 +247,7 @@ pub struct Handle {
     wanted: watch::Sender<Option<Rules>>,
     kube_proxy: Shared,
     arrival_mark: watch::Receiver<Option<u32>>,
+    in_force: watch::Receiver<InForce>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -249,13 +257,16 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
     metrics.register(registry);
     let (sender, receiver) = watch::channel(None);
     let (marks, arrival_mark) = watch::channel(None);
+    let (force, in_force) = watch::channel(InForce::Unknown);
     let kube_proxy = Shared::default();
     let worker = worker::Worker {
+        boot: boot::Boot::at(config.boot.clone()),
         config,
         wanted: receiver,
         metrics,
         kube_proxy: kube_proxy.clone(),
         arrival_mark: marks,
+        in_force: force,
         written: None,
         routes: None,
         routed: BTreeSet::new(),
@@ -268,6 +279,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         wanted: sender,
         kube_proxy,
         arrival_mark,
+        in_force,
         _task: AbortOnDropHandle::new(tokio::spawn(worker.run())),
     }
 }
@@ -287,6 +299,18 @@ impl NodeRules for Handle {
     fn arrival_mark(&self) -> Option<u32> {
         *self.arrival_mark.borrow()
     }
+
+    fn in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force.clone()
+    }
+}
+
+/// Takes away what the CNI plugin would load after the node's next start. It is no error if it is not there.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_boot(path: &Path) -> std::io::Result<()> {
+    boot::remove(path)
 }
 
 /// Takes the table and the policy routes away: for uninstalling.

@@ -16,12 +16,13 @@ use landfall_runtime::source::{self, Source};
 use landfall_runtime::{admin, shutdown};
 use prometheus_client::registry::Registry;
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::announcer::AnnouncerEvent;
 use crate::args::Args;
 use crate::datapath::DataPath;
+use crate::egress::InForce;
 use crate::elector::{self, Identity, Parts, Speaker};
 use crate::keys::{KeySource, Keys};
 use crate::manifests::Allocator;
@@ -30,7 +31,7 @@ use crate::membership::{Membership, MembershipEvent};
 use crate::metrics::Metrics;
 use crate::replication::{Copying, Replication};
 use crate::status::{Reporter, Write, writer};
-use crate::{announcer, datapath, egress, node_rules, replication};
+use crate::{announcer, cni, datapath, egress, node_rules, replication};
 
 /// The clock begins at an hour, so that subtracting any patience stays above zero.
 const EPOCH: Duration = Duration::from_hours(1);
@@ -96,6 +97,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             gateways: args.uplink_gateway.clone(),
             egress_mark: args.egress_mark,
             tunnel_port: args.tunnel_port,
+            boot: args.plugin.egress_boot_file.clone().filter(|_| args.egress),
             translated: args.delivery == datapath::Delivery::Native,
             ..node_rules::Config::default()
         },
@@ -129,6 +131,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         replication_port: args.replication_port,
         peers: peers(&args).await?,
     };
+    let in_force = [parts.rules.in_force(), parts.datapath.in_force()];
     let speaker = Speaker::new(identity, parts, keys, metrics.clone());
     let shared = Shared(Arc::new(Mutex::new(speaker)));
     let _admin = serve(&args, registry, &shared, objects.problems.clone()).await?;
@@ -144,7 +147,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         ));
         (Reporter::default(), writes)
     });
+    let (_listener, calls) = listen(&args);
+    let _plugin = keep_plugin(&args)?;
     let inputs = Inputs {
+        calls,
+        in_force,
         objects,
         membership: membership_events,
         announcer: announcer_events,
@@ -308,7 +315,36 @@ async fn serve(
     .await
 }
 
+/// Where the CNI plugin calls, while pods' packets are judged.
+fn listen(args: &Args) -> (Option<cni::Listener>, Option<mpsc::Receiver<cni::Call>>) {
+    if !args.egress {
+        return (None, None);
+    }
+    match cni::listen(&args.cni_socket) {
+        Ok((listener, calls)) => (Some(listener), Some(calls)),
+        Err(error) => {
+            let path = args.cni_socket.display();
+            tracing::warn!(%path, %error, "the CNI plugin cannot call: pods wait for the API server to tell of them");
+            (None, None)
+        }
+    }
+}
+
+/// Keeps the CNI plugin in its place on this node.
+fn keep_plugin(args: &Args) -> anyhow::Result<Option<cni::plugin::Keeper>> {
+    let (Some(chain), Some(boot)) = (args.plugin.chain(), &args.plugin.egress_boot_file) else {
+        return Ok(None);
+    };
+    let plugin = landfall_cni::chain::plugin(&args.cni_socket, boot);
+    let program = cni::plugin::program()?;
+    Ok(args
+        .egress
+        .then(|| cni::plugin::keep(chain, program, plugin)))
+}
+
 struct Inputs {
+    calls: Option<mpsc::Receiver<cni::Call>>,
+    in_force: [watch::Receiver<InForce>; 2],
     objects: Objects,
     membership: mpsc::Receiver<MembershipEvent>,
     announcer: mpsc::Receiver<AnnouncerEvent>,
@@ -337,6 +373,8 @@ impl Loop {
 
     async fn run(&mut self, inputs: Inputs, early: Vec<Event>, stop: impl Future<Output = ()>) {
         let Inputs {
+            mut calls,
+            in_force: [mut rules_in_force, mut programs_in_force],
             mut objects,
             mut membership,
             mut announcer,
@@ -349,6 +387,7 @@ impl Loop {
         let mut show = ticker(SHOW_EVERY);
         let mut stopping: Option<Duration> = None;
         let (mut events, mut news, mut facts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut asked = Vec::new();
         loop {
             let (apply_at, ask_at) = self.appointments();
             tokio::select! {
@@ -374,6 +413,16 @@ impl Loop {
                         speaker.announcer(event, now);
                     }
                 }
+                () = called(calls.as_mut(), &mut asked) => {
+                    let now = self.now();
+                    let mut speaker = self.shared.lock();
+                    for call in asked.drain(..) {
+                        speaker.cni(call, now);
+                    }
+                }
+                // Callers may be answered.
+                () = changed(&mut rules_in_force) => {}
+                () = changed(&mut programs_in_force) => {}
                 answer = self.probes.next() => {
                     let now = self.now();
                     let mut speaker = self.shared.lock();
@@ -493,6 +542,23 @@ async fn at(then: Option<Instant>) {
     match then {
         Some(then) => tokio::time::sleep_until(then).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Waits for calls, or for ever if nobody can call.
+async fn called(calls: Option<&mut mpsc::Receiver<cni::Call>>, into: &mut Vec<cni::Call>) {
+    if let Some(calls) = calls
+        && calls.recv_many(into, BATCH).await > 0
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
+}
+
+/// Waits until there is something new to see, or for ever if there will be none.
+async fn changed(of: &mut watch::Receiver<InForce>) {
+    if of.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

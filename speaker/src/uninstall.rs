@@ -1,14 +1,16 @@
 //! Taking away what a speaker leaves on its node.
 
-use std::path::Path;
-
 use anyhow::Context as _;
 
+use crate::args::{PluginArgs, UninstallArgs};
 use crate::{datapath, node_rules};
 
-/// Removes programs, maps, pins, the nftables table, the policy routes and the tunnel of this node, and says what was there.
-/// Each part is tried, also if another fails. It is no error if nothing is there.
-pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
+/// Removes programs, maps, pins, the nftables table, the policy routes, the tunnel and the CNI plugin of this node, and
+/// says what was there. Each part is tried, also if another fails. It is no error if nothing is there.
+pub async fn uninstall(args: &UninstallArgs) -> anyhow::Result<String> {
+    let pin_dir = &args.pins.bpf_pin_dir;
+    // First, so that it does not load the table again.
+    let plugin = plugin(&args.plugin).context("the CNI plugin is still there");
     let rules = node_rules::remove(&node_rules::Config::default())
         .await
         .context("the nftables table, the policy routes or the tunnel are still there");
@@ -18,6 +20,7 @@ pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
             pin_dir.display()
         )
     });
+    let plugin = plugin?;
     rules?;
     let datapath::Removed {
         links,
@@ -26,8 +29,23 @@ pub async fn uninstall(pin_dir: &Path) -> anyhow::Result<String> {
         qdiscs,
     } = removed?;
     Ok(format!(
-        "eBPF links: {links} removed\neBPF maps: {maps} removed\nclsact filters: {filters} removed\n\
+        "{plugin}eBPF links: {links} removed\neBPF maps: {maps} removed\nclsact filters: {filters} removed\n\
          clsact qdiscs: {qdiscs} removed\n\
          nftables table, policy routes and tunnel: gone"
     ))
+}
+
+/// Takes the CNI plugin away where it is said to be, and what it would load.
+fn plugin(args: &PluginArgs) -> anyhow::Result<String> {
+    let mut said = String::new();
+    if let Some(chain) = args.chain() {
+        let done = chain.remove()?;
+        let program = if done.program { "removed" } else { "none" };
+        let lists = done.lists.len();
+        said = format!("CNI plugin: program {program}, taken out of {lists} lists\n");
+    }
+    if let Some(boot) = &args.egress_boot_file {
+        node_rules::remove_boot(boot).with_context(|| boot.display().to_string())?;
+    }
+    Ok(said)
 }

@@ -124,6 +124,82 @@ fn egress_is_asked_for() {
     assert!(speaker.contains("{name: replication, containerPort: 7999, protocol: TCP}\n"));
 }
 
+#[test]
+fn the_cni_plugin_is_asked_for() {
+    let words = [
+        "--cni-socket=/run/landfall/cni.sock",
+        "--egress-boot-file=/var/lib/landfall/boot.nft",
+        "--cni-bin-dir=/opt/cni/bin",
+        "--cni-conf-dir=/etc/cni/net.d",
+    ];
+    let paths = [
+        "/run/landfall",
+        "/var/lib/landfall",
+        "/opt/cni/bin",
+        "/etc/cni/net.d",
+    ];
+    // Neither alone, nor where nothing of egress is enabled.
+    for values in [&[][..], &["egress.cni.enabled=true"]] {
+        let speaker = done(&template("speaker.yaml", values));
+        for word in ["--egress", "cni", "/var/lib"] {
+            assert!(!speaker.contains(word), "{word}: {speaker}");
+        }
+    }
+    let without = done(&template("speaker.yaml", &["egress.enabled=true"]));
+    assert!(without.contains("- --egress\n") && !without.contains("cni"));
+    let both = ["egress.enabled=true", "egress.cni.enabled=true"];
+    let speaker = done(&template("speaker.yaml", &both));
+    for word in words {
+        assert!(
+            speaker.contains(&format!("- {word}\n")),
+            "{word}: {speaker}"
+        );
+    }
+    for path in paths {
+        let mounted = speaker.matches(&format!("mountPath: {path}}}")).count()
+            + speaker.matches(&format!("mountPath: \"{path}\"}}")).count();
+        let volume = speaker.matches(&format!("path: {path}, type:")).count()
+            + speaker.matches(&format!("path: \"{path}\", type:")).count();
+        assert_eq!((mounted, volume), (1, 1), "{path}: {speaker}");
+    }
+    assert!(!speaker.contains("privileged: true"));
+    assert_eq!(
+        capabilities(&speaker),
+        ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"]
+    );
+    let elsewhere = [
+        both[0],
+        both[1],
+        r#"egress.cni.binDir="/home/kubernetes/bin""#,
+    ];
+    let speaker = done(&template("speaker.yaml", &elsewhere));
+    assert_eq!(speaker.matches("/home/kubernetes/bin").count(), 3);
+    // The real program takes what the chart gives it.
+    let taken: Vec<&str> = speaker
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- --"))
+        .collect();
+    let mut daemon = Command::new(
+        landfall_lab::Program::landfall("landfall-speaker")
+            .unwrap()
+            .path,
+    );
+    for flag in taken {
+        daemon.arg(format!("--{flag}"));
+    }
+    // It stops at the key, which is not there: a flag that it does not know would stop it before.
+    let output = daemon
+        .arg("--manifests=/nonexistent")
+        .env("NODE_NAME", "n")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("/etc/landfall/gossip/key") && !said.contains("unexpected argument"),
+        "{said}"
+    );
+}
+
 fn capabilities(speaker: &str) -> Vec<String> {
     let added = speaker.split("add:").nth(1).unwrap();
     added
@@ -150,6 +226,7 @@ fn bad_values_are_refused() {
         ("controller.replicas=0", "/controller/replicas"),
         (r#"logFormat="xml""#, "logFormat"),
         ("speaker.nosuch=1", "nosuch"),
+        (r#"egress.cni.binDir="opt""#, "/egress/cni/binDir"),
         ("egress.bindings=10", "/egress/bindings"),
     ] {
         let output = template("speaker.yaml", &[value]);

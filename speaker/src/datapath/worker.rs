@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::egress::{self, Gateway, Standing};
 use super::flows::Flows;
@@ -22,7 +22,7 @@ use super::{
     Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
     NodeState, PortId, PortState, VipCount, VipState,
 };
-use crate::egress::PolicyName;
+use crate::egress::{InForce, PolicyName};
 use crate::replication::{Bindings, Happened};
 
 /// How long to wait before a data path that could not be loaded is tried again.
@@ -51,6 +51,8 @@ pub(super) struct Shared {
     attachments: Mutex<BTreeMap<u32, Attachment>>,
     /// The same of the interfaces whose drivers are to run a program.
     pub(super) drivers: Mutex<BTreeMap<u32, Attachment>>,
+    /// What of egress is in force.
+    in_force: watch::Sender<InForce>,
 }
 
 #[derive(Debug, Default)]
@@ -156,6 +158,10 @@ impl DataPath for Worker {
 
     fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
         self.gateway.used(policies)
+    }
+
+    fn in_force(&self) -> watch::Receiver<InForce> {
+        self.shared.in_force.subscribe()
     }
 }
 
@@ -275,16 +281,31 @@ impl Task {
                 self.change(&order.changes);
             } else if let Err(reason) = self.load() {
                 self.absent(&interfaces.uplinks, &reason);
+                // There is nothing more to wait for: without the guard what is a tenant's reaches nobody.
+                self.tell_in_force();
                 continue;
             }
             self.fresh &= !(self.wanted.complete && self.flows.has_compared());
             if !self.fresh {
                 self.attach(&interfaces);
                 self.guard();
+                if self.wanted.egress.is_some() || self.wanted.complete {
+                    self.tell_in_force();
+                }
                 self.retire_others();
                 self.attach_drivers();
             }
         }
+    }
+
+    fn tell_in_force(&self) {
+        let egress = self.wanted.egress.as_ref().map(|it| &it.egress);
+        let now = InForce::from(egress);
+        self.shared.in_force.send_if_modified(|told| {
+            let is_new = *told != now;
+            *told = now;
+            is_new
+        });
     }
 
     /// The maps are in force, and so is the program: what another version has left is not needed any more.

@@ -51,6 +51,11 @@ impl Plan {
         self.wanted.policies.keys()
     }
 
+    /// As far as it is known by now, but for the gateways.
+    pub(super) fn wanted(&self) -> &Egress {
+        &self.wanted
+    }
+
     /// Draws conclusions; whether anything came of it.
     fn reconcile(&mut self, index: &mut EgressIndex, me: &NodeName) -> bool {
         self.begun |= index.is_synced();

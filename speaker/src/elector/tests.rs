@@ -1,5 +1,6 @@
 //! The loop's owner with all four seams in memory, under virtual time.
 
+mod calls;
 mod copies;
 mod egress;
 mod steered;
@@ -13,12 +14,13 @@ use landfall_core::model::{
 };
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+use tokio::sync::watch;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
 use crate::datapath::egress::{Standing, State};
 use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
-use crate::egress::PolicyName;
+use crate::egress::{InForce, PolicyName};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
 use crate::replication::{Bindings, Copying, Happened, Roles};
@@ -39,6 +41,8 @@ struct Lower {
     hindrance: Mutex<Option<String>>,
     roles: Mutex<Roles>,
     standings: Mutex<BTreeMap<IpAddr, Standing>>,
+    /// What each part has put into the kernel, once it is told to: first the rules, then the programs.
+    in_force: [watch::Sender<InForce>; 2],
 }
 
 impl Lower {
@@ -61,6 +65,10 @@ impl NodeRules for Lower {
 
     fn arrival_mark(&self) -> Option<u32> {
         Some(ARRIVAL)
+    }
+
+    fn in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force[0].subscribe()
     }
 }
 
@@ -108,6 +116,10 @@ impl DataPath for Lower {
         let uplinks = self.uplinks.lock().unwrap();
         let attached = uplinks.iter().flatten().map(|it| (*it, attachment.clone()));
         attached.collect()
+    }
+
+    fn in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force[1].subscribe()
     }
 }
 

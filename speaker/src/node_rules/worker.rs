@@ -19,6 +19,7 @@ use super::routes::{self, Complaints, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
 use super::{Config, Rules, Shared, egress, stale, tunnel};
+use crate::egress::InForce;
 use crate::netlink::Listener;
 
 /// How long after a failure to try again.
@@ -29,6 +30,8 @@ const COUNTERS: Duration = Duration::from_secs(15);
 const SETTLE: Duration = Duration::from_millis(200);
 /// How long after a change of a route ours are looked at.
 const ROUTES_SETTLE: Duration = Duration::from_millis(500);
+/// How often in a row such a look may be put off for what is wanted: it takes many processes, and pods wait.
+const PUT_OFF: u32 = 8;
 /// Links, addresses, routes and rules of both families (`RTNLGRP_…`), as a mask.
 const ROUTES: u32 = 1 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 18;
 /// How many of our own changes are remembered; their events come within milliseconds.
@@ -41,6 +44,9 @@ pub(super) struct Worker {
     pub(super) kube_proxy: Shared,
     /// By which mark the programs are to tell what they have translated.
     pub(super) arrival_mark: watch::Sender<Option<u32>>,
+    pub(super) boot: super::boot::Boot,
+    /// What of egress is in force.
+    pub(super) in_force: watch::Sender<InForce>,
     /// What the table says now, as far as we wrote it.
     pub(super) written: Option<Rules>,
     /// What the table said of pods that leave by addresses of their own; nothing while nobody has looked.
@@ -84,6 +90,7 @@ impl Worker {
         self.read_kube_proxy(&sockets.query)?;
         let mut write = Some(Instant::now());
         let mut look = None;
+        let mut put_off = 0;
         let mut counters = Instant::now() + COUNTERS;
         loop {
             tokio::select! {
@@ -107,13 +114,17 @@ impl Worker {
                 }
                 () = at(look) => {
                     look = None;
-                    let is_written = self.written.is_some(); // else it is about to be
-                    if is_written && !self.leaving.are_right(&self.config).await {
-                        write = self.write_or_retry().await;
-                    }
-                    if !self.are_routes_right().await {
-                        self.written = None;
-                        self.routes = None;
+                    let mut wanted = self.wanted.clone();
+                    let right = tokio::select! {
+                        right = self.are_right() => right,
+                        _ = wanted.changed(), if put_off < PUT_OFF => {
+                            put_off += 1;
+                            look = Some(Instant::now() + ROUTES_SETTLE);
+                            continue;
+                        }
+                    };
+                    put_off = 0;
+                    if !right {
                         write = self.write_or_retry().await;
                     }
                 }
@@ -179,6 +190,7 @@ impl Worker {
 
     /// What the table says of pods, if it says anything, may not be what was written.
     fn doubt(&mut self) {
+        self.in_force.send_replace(InForce::Unknown);
         if !matches!(self.before, Some(Before::Unarmed)) {
             self.before = Some(Before::Unknown);
         }
@@ -211,6 +223,7 @@ impl Worker {
             .flatten()
             .and_then(|written| ruleset::change(written, &rules, &marks, ways, &self.config));
         let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, ways, &self.config));
+        self.boot.before(&rules).await;
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.own.push_front(process);
@@ -227,10 +240,13 @@ impl Worker {
         } else {
             0
         };
+        let egress = rules.egress.as_ref().map(|it| it.egress.clone());
         self.written = Some(rules);
         self.arrival_mark.send_replace(Some(arrival));
         end_flows(shrunk).await;
         settle(settling).await;
+        self.in_force.send_replace(egress.as_ref().into());
+        self.boot.after(self.written.as_ref(), &self.config).await;
         left?;
         self.leaving.prune(&self.config).await?;
         routed.map(drop)
@@ -269,6 +285,19 @@ impl Worker {
             }
         }
         self.complaints = complaints;
+    }
+
+    /// Whether all routes are what they should be; if not, the next write makes them.
+    async fn are_right(&mut self) -> bool {
+        // Else it is about to be written.
+        let is_written = self.written.is_some();
+        let left = !is_written || self.leaving.are_right(&self.config).await;
+        let right = self.are_routes_right().await;
+        if !right {
+            self.written = None;
+            self.routes = None;
+        }
+        left && right
     }
 
     /// Whether the routes still are what they should be, now that some route, rule or link changed.
