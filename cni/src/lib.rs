@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod bridge;
 pub mod call;
 pub mod chain;
 pub mod config;

@@ -6,6 +6,7 @@ use std::io;
 use serde_json::{Value, json};
 
 use crate::boot::{Armed, arm};
+use crate::bridge::announce_changes;
 use crate::call::{Reply, Request, ask};
 use crate::config::{Command, Environment, Network};
 use crate::error::CniError;
@@ -41,6 +42,13 @@ fn respond(
             let network = Network::parse(input)?;
             let attachment = environment.attachment(&network)?;
             let result = network.prev_result.clone().ok_or(CniError::NotChained)?;
+            for interface in &attachment.host_interfaces {
+                if let Err(error) = announce_changes(interface) {
+                    grumble(&format_args!(
+                        "{interface}: its pods are not told when its address changes: {error}"
+                    ));
+                }
+            }
             if !tell(&network, &Request::Add(attachment), &grumble) {
                 close(&network, &grumble);
             }

@@ -11,6 +11,7 @@ mod cni {
     #[path = "../egress/cni.rs"]
     #[allow(dead_code, reason = "the scenarios of the node use the rest")]
     mod masquerade;
+    mod moved;
     mod pods;
     mod reused;
     mod soon;
