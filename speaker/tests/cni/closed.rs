@@ -1,4 +1,5 @@
 //! Without a speaker nobody's packets leave while there are policies: neither where one was, nor after the node's start.
+//! Once there is one, all are served.
 
 use std::fs;
 use std::thread;
@@ -10,6 +11,7 @@ use landfall_lab::fault::SPEAKER;
 use super::cluster::{Cluster, NODE, PATIENCE, PLAIN};
 use super::pods::{Pod, with_all};
 use super::soon::bridge;
+use super::wire::NOWHERE;
 
 const TENANTS: [&str; 3] = ["red", "blue", PLAIN];
 const PODS: usize = 12;
@@ -46,10 +48,8 @@ fn assert_shut(cluster: &Cluster, pods: &mut [Pod<'_>]) {
     let near = cluster.lab.node("node2").unwrap();
     let near = near.addresses(Network::Management)[0];
     for pod in &*pods {
-        let ping = format!("ping -c 1 -W 2 {near}");
-        cluster.until("what is inside the cluster is reached", || {
-            pod.netns.exec(&ping).is_ok()
-        });
+        let answer = pod.netns.exec(&format!("ping -c 1 -W 20 {near}"));
+        assert!(answer.is_ok(), "{answer:?}\n{}", cluster.state());
     }
 }
 
@@ -59,7 +59,7 @@ fn assert_served(cluster: &Cluster, pods: &mut [Pod<'_>]) {
         cluster.tell(&pod.name, pod.tenant, &pod.addresses);
     }
     cluster.speak_on(NODE);
-    let seen = with_all(pods, |pod| pod.connect(Duration::from_secs(15)));
+    let seen = with_all(pods, |pod| pod.connect(PATIENCE));
     for (pod, seen) in pods.iter().zip(seen) {
         for (seen, by) in seen.into_iter().zip(cluster.leaves_by(pod.tenant)) {
             let seen = seen.unwrap_or_else(|error| {
@@ -77,7 +77,8 @@ fn assert_served(cluster: &Cluster, pods: &mut [Pod<'_>]) {
         .iter()
         .map(|pod| (pod.tenant, pod.addresses.as_slice()))
         .collect();
-    cluster.assert_clean(&owners);
+    // The table may lead them before the guard knows them. Until then their frames are for an address that no bridge forwards.
+    cluster.assert_clean_but(&owners, Some(NOWHERE));
 }
 
 /// As the node is after a power failure: nothing in the kernel, nothing of what is not on its disk.
@@ -133,6 +134,7 @@ fn after_the_nodes_start() {
     let mut pods = mk_pods(&cluster, "pod");
     assert_shut(&cluster, &mut pods);
     assert!(pods.iter().any(|pod| pod.said.contains("boot.nft: loaded")));
+    assert_served(&cluster, &mut pods);
 }
 
 /// When the policies have gone, what the plugin would load goes too: the next start holds nobody up.
