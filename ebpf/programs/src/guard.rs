@@ -4,7 +4,8 @@
 //!  tenant    judged, and not for its gateway ─> leaves      for the cluster ─> leaves
 //!            (but what was led while nobody judged goes on so: connection tracking may take it for an answer)
 //!            else ─> its gateway's Ethernet address, out of the interface to it; without a gateway ─> dropped
-//!  another   this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
+//!  another   for its gateway ─> dropped: a tenant's, who is not known here yet
+//!            this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
 //!            else ─> dropped
 //! ```
 
@@ -79,9 +80,14 @@ pub(crate) fn guard(context: &TcContext) -> i32 {
 
 #[inline(always)]
 fn of_another(told: &Told, marks: &Marks, ends: &Ends) -> i32 {
+    let led = told.from != 0 && told.mark & marks.egress != 0;
     let is_ours = told.from == 0 || told.mark & marks.judged != 0;
-    if is_ours || is_inside(&ends.destination) {
+    if is_ours && !led || is_inside(&ends.destination) {
         return NEXT;
+    }
+    // The packet filter takes it for a tenant's, of whom this has not heard yet: nobody would lead it, nor translate it.
+    if led {
+        return refuse(Guarded::NoGateway);
     }
     // Another node's pod, which that node takes for a tenant of a gateway here: this one has not heard of it yet, or it
     // would be translated by now.

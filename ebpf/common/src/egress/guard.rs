@@ -100,7 +100,7 @@ pub enum Guarded {
     LedUnjudged,
     /// Dropped: no tenant's, and nobody has judged it.
     Unjudged,
-    /// Dropped: its policy has no gateway, or no address for it.
+    /// Dropped: its policy has no gateway, or no address for it, or it is not known to be a tenant yet.
     NoGateway,
     /// Dropped: a tenant's address that came in from outside.
     Forged,

@@ -191,7 +191,11 @@ fn others_leave_when_they_are_judged() {
             for (to, mark, from, expected) in [
                 (remote, NO_MARK, POD_LINK, Left::Dropped),
                 (remote, NO_MARK | JUDGED, POD_LINK, Left::Passed),
+                // A tenant to the packet filter, that the maps have not been told of.
+                (remote, JUDGED | EGRESS, POD_LINK, Left::Dropped),
                 (remote, NO_MARK, OWN, Left::Passed),
+                (remote, JUDGED | EGRESS, OWN, Left::Passed),
+                (inside(family), JUDGED | EGRESS, POD_LINK, Left::Passed),
                 (remote, NO_MARK, OUTSIDE, Left::Passed),
                 (inside(family), NO_MARK, POD_LINK, Left::Passed),
                 (vip, NO_MARK, POD_LINK, Left::Passed),
@@ -202,6 +206,7 @@ fn others_leave_when_they_are_judged() {
         }
     }
     assert_eq!(program.guarded(Guarded::Unjudged), 4);
+    assert_eq!(program.guarded(Guarded::NoGateway), 4);
     // Without policies nobody is guarded.
     program.change(&Change::Egress(None));
     for last in [TENANT, CLOSED, NOBODYS] {
