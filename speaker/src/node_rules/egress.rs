@@ -286,6 +286,8 @@ fn verdict(
     };
     // It has no direction and is not translated: it would leave with the pod's address.
     rule("ct state invalid counter name egress-invalid drop");
+    // What left by the policy goes on so, whatever it is for by now: it would leave with the pod's address.
+    let other = format!("ct mark and {egress:#x} == 0");
     for (nets, matches) in [(&policy.excluded, true), (&policy.destinations, false)] {
         if nets.is_empty() {
             continue; // None is excluded; the policy is for all.
@@ -298,11 +300,11 @@ fn verdict(
             let list = of_family(&nets, family);
             match (list.is_empty() || all, matches) {
                 (true, _) if all == matches => {
-                    rule(&format!("meta nfproto {name} goto egress-judged"));
+                    rule(&format!("meta nfproto {name} {other} goto egress-judged"));
                 }
                 (true, _) => {}
                 (false, _) => rule(&format!(
-                    "{word} daddr {}{{ {} }} goto egress-judged",
+                    "{word} daddr {}{{ {} }} {other} goto egress-judged",
                     if matches { "" } else { "!= " },
                     list.join(", ")
                 )),

@@ -132,6 +132,8 @@ fn what_a_policy_is_not_for_leaves_as_it_did() {
         line(pod, (v6, port).into(), A_WHILE).unwrap(),
         cluster.egress_ips()[1]
     );
+    let mut flow = Pair::open(pod, cluster.lab.remote(), v6).unwrap();
+    assert_eq!(flow.seen_as, cluster.egress_ips()[1]);
     let policy = cluster.egress.policies.values_mut().next().unwrap();
     policy.excluded.clear();
     policy.destinations = [EXCLUDED.parse().unwrap()].into();
@@ -147,5 +149,8 @@ fn what_a_policy_is_not_for_leaves_as_it_did() {
         line(pod, (v6, port).into(), A_WHILE).unwrap(),
         cluster.node_ips()[1]
     );
+    // What left by it goes on so, to its end.
+    flow.pod_speaks().unwrap();
+    flow.outside_speaks().unwrap();
     only_by_the_second(&cluster);
 }
