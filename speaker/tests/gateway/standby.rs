@@ -89,11 +89,13 @@ pub(super) struct Pair {
     pub(super) first: Option<Speaks>,
     pub(super) second: Option<Speaks>,
     gateway: Option<Gateway>,
+    /// The second's.
+    pub(super) config: GatewayConfig,
     pub(super) world: World,
     pub(super) host: Netns,
     around: Surroundings,
     egress: Egress,
-    bpffs: Bpffs,
+    _bpffs: Bpffs,
 }
 
 /// The same for both egress addresses.
@@ -138,7 +140,9 @@ impl Pair {
         world.gateway().stand(&both(leads()));
         world.tell();
         world.await_state(|state| matches!(state, State::Armed(_)));
+        let bpffs = Bpffs::mount();
         let mut pair = Self {
+            config: GatewayConfig::new(bpffs.pin_dir()),
             first: None,
             second: None,
             gateway: None,
@@ -146,24 +150,30 @@ impl Pair {
             host,
             around,
             egress,
-            bpffs: Bpffs::mount(),
+            _bpffs: bpffs,
         };
         pair.launch_second();
+        pair.stand(Some(Standing::StandsBy));
         pair
     }
 
     /// Starts the second gateway's process.
     pub(super) fn launch_second(&mut self) {
-        let config = GatewayConfig::new(self.bpffs.pin_dir());
+        let config = self.config.clone();
         let gateway = self
             .host
             .run(|| Gateway::start(config, &mut Registry::default()));
-        gateway.stand(&both(Standing::StandsBy));
         self.gateway = Some(gateway);
         self.tell_second();
         eventually("the second gateway is armed", || {
             matches!(self.gateway().state(), State::Armed(_))
         });
+    }
+
+    /// What the second is to the egress addresses.
+    pub(super) fn stand(&self, standing: Option<Standing>) {
+        let standings = standing.map(both).unwrap_or_default();
+        self.gateway().stand(&standings);
     }
 
     fn tell_second(&self) {
@@ -225,7 +235,7 @@ impl Pair {
             mac: None,
             epoch,
         });
-        self.gateway().stand(&both(leads()));
+        self.stand(Some(leads()));
         self.tell_second();
         self.second.as_ref().unwrap().is(epoch, None);
         let lladdr = Mac(mac_of(&self.host, "eth0"));
@@ -250,7 +260,7 @@ impl Drop for Pair {
     fn drop(&mut self) {
         self.first = None;
         self.stop_second();
-        let pins = self.bpffs.pin_dir();
+        let pins = self.config.pin_dir.clone();
         let _ = self
             .host
             .run(|| landfall_speaker::datapath::uninstall(&pins));

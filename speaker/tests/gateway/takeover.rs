@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_ebpf_common::egress::binding::ticks;
 use landfall_lab::Netns;
 use landfall_lab::server::{NEWS_PORT, WHO_AM_I};
+use landfall_speaker::datapath::egress::Standing;
 
 use super::standby::{Pair, eventually};
 use super::world::{EGRESS, LINES, PATIENCE, REMOTE, SERVER, connect, ip, say};
@@ -211,6 +213,7 @@ fn copies_outlive_processes() {
     end(streams.drain(..5));
     pair.launch_second();
     assert_eq!(pair.used(), 40);
+    pair.stand(Some(Standing::StandsBy));
     pair.speak_second(1);
     eventually("it has all, and no more", || pair.used() == 45);
     // The gateway's: flows begin and end while nobody counts them.
@@ -228,6 +231,29 @@ fn copies_outlive_processes() {
         assert_eq!(ip(&say(stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
     }
     pair.world.no_leak();
+}
+
+/// A standby keeps copies that nobody hears, its next process too, until somebody says that it is none.
+#[test]
+fn copies_stay_until_they_are_no_copies() {
+    let mut pair = Pair::build();
+    pair.stop_second();
+    pair.config.times.established = ticks(1);
+    pair.config.watch = Duration::from_millis(100);
+    pair.launch_second();
+    pair.stand(Some(Standing::StandsBy));
+    pair.speak(1);
+    let to = SocketAddr::new(ip(REMOTE[0]), LINES);
+    let _stream = connect(&pair.world.pods[0], to).unwrap();
+    eventually("it is copied", || pair.used() == 1);
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(pair.used(), 1);
+    pair.stop_second();
+    pair.launch_second();
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(pair.used(), 1, "nobody has said anything yet");
+    pair.stand(None);
+    eventually("it ends by its own time", || pair.used() == 0);
 }
 
 /// They close, both sides.

@@ -102,7 +102,8 @@ impl From<aya::programs::ProgramError> for GatewayError {
 #[derive(Debug, Default)]
 struct Orders {
     wanted: Option<(Arc<Egress>, Arc<Surroundings>)>,
-    states: Arc<States>,
+    /// What this node is to egress addresses; nothing, as long as nobody has said it.
+    states: Option<Arc<States>>,
     changed: bool,
     stop: bool,
 }
@@ -182,7 +183,7 @@ impl Gateway {
     /// and nobody else's word counts for one that this node leads.
     pub fn stand(&self, standings: &BTreeMap<IpAddr, Standing>) {
         let mut orders = lock(&self.shared.orders);
-        orders.states = Arc::new(states(standings));
+        orders.states = Some(Arc::new(states(standings)));
         orders.changed = true;
         self.shared.wake.notify_all();
     }
@@ -281,7 +282,7 @@ impl Task {
             let Some((egress, around)) = wanted else {
                 continue;
             };
-            let state = match self.apply(&egress, &around, &states, changed) {
+            let state = match self.apply(&egress, &around, states.as_deref(), changed) {
                 Ok(state) => state,
                 Err(error) => State::Failed(error.to_string()),
             };
@@ -294,7 +295,13 @@ impl Task {
         clippy::type_complexity,
         reason = "what was ordered, and whether it is new"
     )]
-    fn wait(&self) -> Option<(Option<(Arc<Egress>, Arc<Surroundings>)>, Arc<States>, bool)> {
+    fn wait(
+        &self,
+    ) -> Option<(
+        Option<(Arc<Egress>, Arc<Surroundings>)>,
+        Option<Arc<States>>,
+        bool,
+    )> {
         let orders = lock(&self.shared.orders);
         let (mut orders, _) = self
             .shared
@@ -307,7 +314,7 @@ impl Task {
             return None;
         }
         let changed = std::mem::take(&mut orders.changed);
-        Some((orders.wanted.clone(), Arc::clone(&orders.states), changed))
+        Some((orders.wanted.clone(), orders.states.clone(), changed))
     }
 
     fn report(&self, state: State) {
@@ -327,10 +334,14 @@ impl Task {
         &mut self,
         egress: &Egress,
         around: &Surroundings,
-        states: &States,
+        states: Option<&States>,
         changed: bool,
     ) -> Result<State, GatewayError> {
-        let addresses = states.keys().map(|key| key.address()).collect();
+        let addresses = states
+            .into_iter()
+            .flat_map(States::keys)
+            .map(|key| key.address())
+            .collect();
         let plan = plan(egress, around, &addresses);
         if self.loaded.is_none() {
             if let Some((at, reason)) = &self.again
@@ -353,7 +364,7 @@ impl Task {
             self.write(&plan, states)?;
         }
         self.listen()?;
-        let kept = self.keep(&plan, states)?;
+        let kept = self.keep(&plan)?;
         if plan.interfaces.is_empty() {
             // Flows that began under a policy go on to their end.
             if kept.is_some_and(|kept| kept.read == 0) {
@@ -373,7 +384,12 @@ impl Task {
 
     /// Loads the programs beside the pinned maps, and puts each in the place of the one that an earlier process left; not
     /// before the maps hold what they should.
-    fn load(&mut self, pins: Pins, wanted: &Plan, states: &States) -> Result<(), GatewayError> {
+    fn load(
+        &mut self,
+        pins: Pins,
+        wanted: &Plan,
+        states: Option<&States>,
+    ) -> Result<(), GatewayError> {
         let mut loader = EbpfLoader::new();
         for shape in SHARED.iter().chain(&SHAPES) {
             loader.map_pin_path(shape.name, pins.map(shape.name));
@@ -391,7 +407,9 @@ impl Task {
             errors: self.config.errors,
             flags: 0,
         })?;
-        tables.stand(states)?;
+        if let Some(states) = states {
+            tables.stand(states)?;
+        }
         let keeper = Keeper::adopt(&mut ebpf, self.config.times)?;
         classifier(&mut ebpf, GATEWAY_KEEP)?.load()?;
         let orphaned = tables.orphaned(wanted);
@@ -451,9 +469,11 @@ impl Task {
         Ok(())
     }
 
-    fn write(&self, plan: &Plan, states: &States) -> Result<(), GatewayError> {
+    fn write(&self, plan: &Plan, states: Option<&States>) -> Result<(), GatewayError> {
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
-            tables.stand(states)?;
+            if let Some(states) = states {
+                tables.stand(states)?;
+            }
             tables.write(plan, self.config.arrival_mark)?;
         }
         self.shared.copies.try_again(AGAIN);
@@ -461,7 +481,7 @@ impl Task {
     }
 
     /// Looks through the bindings, if it is time.
-    fn keep(&mut self, plan: &Plan, states: &States) -> Result<Option<Kept>, GatewayError> {
+    fn keep(&mut self, plan: &Plan) -> Result<Option<Kept>, GatewayError> {
         let now = Instant::now();
         let early = self
             .looked
@@ -474,8 +494,12 @@ impl Task {
         }
         self.looked = Some(now);
         self.shared.copies.try_again(AGAIN);
+        let states = lock(&self.shared.tables)
+            .as_ref()
+            .map(|tables| tables.states().clone())
+            .unwrap_or_default();
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
-        let kept = loaded.keeper.look(program, states)?;
+        let kept = loaded.keeper.look(program, &states)?;
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
             tables.forget(plan, &kept)?;
         }

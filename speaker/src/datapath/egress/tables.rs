@@ -131,10 +131,17 @@ impl Tables {
         let some = |name: u64| (name != 0).then_some(name);
         let sources: HashMap<_, VipKey, Source> = taken(ebpf, map::SOURCES)?;
         let known = sources.iter().flatten();
+        let egress: HashMap<_, VipKey, EgressState> = taken(ebpf, map::EGRESS)?;
+        // As long as nothing else is said, this node is what it was: copies stay, and who was silent is.
+        let states = egress.iter().flatten().filter_map(|(key, state)| {
+            let flags = state.flags & !egress_flag::HERE;
+            (flags != 0).then_some((key, EgressState { flags, ..state }))
+        });
         Ok(Self {
+            states: states.collect(),
             owners: known.map(|(key, source)| (key, source.identity)).collect(),
             sources,
-            egress: taken(ebpf, map::EGRESS)?,
+            egress,
             routes: taken(ebpf, map::ROUTES)?,
             hops: Numbered::adopt(ebpf, map::HOPS, MAX_HOPS, |hop: &Hop| {
                 let routed = hop.via_v4 != 0 || hop.via_v6 != [0; 16];
@@ -155,7 +162,6 @@ impl Tables {
             filter: taken(ebpf, map::FILTER)?,
             planned: Box::new(Filter::EMPTY),
             by: BTreeSet::new(),
-            states: States::new(),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
         })
@@ -192,6 +198,11 @@ impl Tables {
             self.write_egress()?;
         }
         Ok(())
+    }
+
+    /// The same as it is now.
+    pub(in super::super) fn states(&self) -> &States {
+        &self.states
     }
 
     fn write_egress(&mut self) -> Result<(), TablesError> {
