@@ -13,6 +13,7 @@
 mod attach;
 mod changes;
 mod copies;
+mod error;
 mod gateway;
 pub(super) mod guard;
 mod keeper;

@@ -238,7 +238,54 @@ impl Pair {
         self.stand(Some(leads()));
         self.tell_second();
         self.second.as_ref().unwrap().is(epoch, None);
-        let lladdr = Mac(mac_of(&self.host, "eth0"));
+        self.announce(&self.host, [SECOND, "fd00:88::13"]);
+    }
+
+    /// The first is there again, as the standby of the second.
+    pub(super) fn return_first(&mut self, epoch: u64) {
+        let gw = &self.world.gw;
+        gw.ip("link set eth0 up").unwrap();
+        // What went with the link.
+        gw.ip_batch(
+            "addr replace fd00:88::11/64 dev eth0 nodad\n\
+             route replace default via 10.88.0.1 dev eth0 table 100\n\
+             route replace default via fd00:88::1 dev eth0 table 100\n",
+        )
+        .unwrap();
+        let uplink = gw.interface_index("eth0").unwrap();
+        let mac = mac_of(&self.host, "eth0");
+        self.world.policy().gateway = Some(egress::Gateway {
+            node: "gw2".into(),
+            uplink: "eth0".into(),
+            interface: uplink,
+            mac: Some(mac),
+            epoch,
+        });
+        self.world.gateway().stand(&both(Standing::StandsBy));
+        self.world.tell();
+        let first = self.first.as_ref().unwrap();
+        first.is(epoch, Some(("gw2", SECOND)));
+    }
+
+    /// The second has no power any more, and the first is the gateway again.
+    pub(super) fn take_back(&mut self, epoch: u64) {
+        self.host.ip("link set eth0 down").unwrap();
+        let policy = self.world.policy();
+        policy.gateway = policy.gateway.take().map(|gateway| egress::Gateway {
+            node: "gw".into(),
+            mac: None,
+            epoch,
+            ..gateway
+        });
+        self.world.gateway().stand(&both(leads()));
+        self.world.tell();
+        self.first.as_ref().unwrap().is(epoch, None);
+        self.announce(&self.world.gw, [GW, "fd00:88::11"]);
+    }
+
+    /// Everybody knows that the gateway is here.
+    fn announce(&self, gateway: &Netns, at: [&str; 2]) {
+        let lladdr = Mac(mac_of(gateway, "eth0"));
         for host in [&self.world.router, &self.world.server] {
             for egress in EGRESS {
                 let neighbour =
@@ -246,7 +293,7 @@ impl Pair {
                 host.ip(&neighbour).unwrap();
             }
         }
-        for (family, via) in [("", SECOND), ("-6 ", "fd00:88::13")] {
+        for (family, via) in ["", "-6 "].into_iter().zip(at) {
             for table in ["main", "100"] {
                 let route =
                     format!("{family}route replace default via {via} dev eth0 table {table}");

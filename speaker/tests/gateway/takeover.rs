@@ -169,6 +169,50 @@ fn flows_outlive_their_gateway() {
     pair.world.no_leak();
 }
 
+/// The gateway goes, comes back as the standby, and takes over when the other goes: what began at either goes on.
+#[test]
+fn flows_outlive_two_gateways() {
+    let mut pair = Pair::build();
+    pair.speak(1);
+    let begin = |pair: &Pair| {
+        let mut streams = Vec::new();
+        for family in 0..2 {
+            for to in [SERVER[family], REMOTE[family]].map(ip) {
+                for pod in &pair.world.pods[..4] {
+                    let stream = connect(pod, SocketAddr::new(to, LINES)).unwrap();
+                    streams.push((family, stream));
+                }
+            }
+        }
+        streams
+    };
+    let all_go_on = |streams: &[(usize, TcpStream)]| {
+        for (family, stream) in streams {
+            let answer = say(stream, WHO_AM_I).unwrap();
+            assert_eq!(ip(&answer), ip(EGRESS[*family]));
+        }
+    };
+    let mut streams = begin(&pair);
+    let each = streams.len() as u64;
+    eventually("all are copied", || pair.used() == each);
+    pair.power_off();
+    pair.take_over(2);
+    all_go_on(&streams);
+    streams.extend(begin(&pair));
+    // Some of those that the first knows end meanwhile.
+    end(streams.drain(..8).map(|(_, stream)| stream));
+    pair.return_first(2);
+    eventually("all are copied back, and no others", || {
+        pair.world.used() == 2 * each - 8
+    });
+    pair.take_back(3);
+    all_go_on(&streams);
+    println!("{:?}", pair.world.gateway().counts());
+    assert_eq!(pair.world.count("resumed"), 0);
+    assert_eq!(pair.world.count("cut"), 0);
+    pair.world.no_leak();
+}
+
 /// A connection whose binding nobody has copied: its client's next packet makes it anew; where only the server speaks it
 /// is lost, and ends when the client says something.
 #[test]

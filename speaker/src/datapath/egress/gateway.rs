@@ -4,7 +4,6 @@
 //! the data path does.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -20,13 +19,13 @@ use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
 
 use super::super::layout::SHAPES as SHARED;
-use super::super::pins::{Pins, PinsError};
-use super::super::tables::TablesError;
-use super::super::uplink::{UplinkError, classifier, load};
+use super::super::pins::Pins;
+use super::super::uplink::{classifier, load};
 use super::super::worker::lock;
 use super::attach::Attached;
 use super::changes::{Changes, QUEUE, Source, Told, listener};
 use super::copies::{Copies, Kernel, Seam};
+use super::error::GatewayError;
 use super::keeper::{Keeper, Kept};
 use super::layout::{SHAPES, SIZED};
 use super::metrics::{Counters, SharedTables};
@@ -71,31 +70,6 @@ impl GatewayConfig {
             errors: 1000,
             watch: Duration::from_secs(1),
         }
-    }
-}
-
-/// Why there is no gateway.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum GatewayError {
-    #[error(transparent)]
-    Pins(#[from] PinsError),
-    #[error(transparent)]
-    Uplink(#[from] UplinkError),
-    #[error(transparent)]
-    Tables(#[from] TablesError),
-    #[error("looking through the bindings: {0}")]
-    Keeper(#[from] io::Error),
-}
-
-impl From<aya::EbpfError> for GatewayError {
-    fn from(error: aya::EbpfError) -> Self {
-        Self::Uplink(error.into())
-    }
-}
-
-impl From<aya::programs::ProgramError> for GatewayError {
-    fn from(error: aya::programs::ProgramError) -> Self {
-        Self::Uplink(error.into())
     }
 }
 
