@@ -238,6 +238,7 @@ impl Pair {
         self.stand(Some(leads()));
         self.tell_second();
         self.second.as_ref().unwrap().is(epoch, None);
+        eventually("it is in force", || self.gateway().is_settled());
         self.announce(&self.host, [SECOND, "fd00:88::13"]);
     }
 
@@ -280,6 +281,7 @@ impl Pair {
         self.world.gateway().stand(&both(leads()));
         self.world.tell();
         self.first.as_ref().unwrap().is(epoch, None);
+        eventually("it is in force", || self.world.gateway().is_settled());
         self.announce(&self.world.gw, [GW, "fd00:88::11"]);
     }
 

@@ -73,12 +73,14 @@ impl GatewayConfig {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Orders {
     wanted: Option<(Arc<Egress>, Arc<Surroundings>)>,
     /// What this node is to egress addresses; nothing, as long as nobody has said it.
     states: Option<Arc<States>>,
-    changed: bool,
+    /// How often something was said, and how often when all of it was last in force.
+    said: u64,
+    done: u64,
     stop: bool,
 }
 
@@ -131,6 +133,7 @@ impl Gateway {
             shared: Arc::clone(&shared),
             loaded: None,
             looked: None,
+            taken: 0,
             again: None,
         };
         let thread = thread::Builder::new()
@@ -147,7 +150,7 @@ impl Gateway {
     pub fn set(&self, egress: Arc<Egress>, around: Arc<Surroundings>) {
         let mut orders = lock(&self.shared.orders);
         orders.wanted = Some((egress, around));
-        orders.changed = true;
+        orders.said += 1;
         self.shared.wake.notify_all();
     }
 
@@ -158,7 +161,7 @@ impl Gateway {
     pub fn stand(&self, standings: &BTreeMap<IpAddr, Standing>) {
         let mut orders = lock(&self.shared.orders);
         orders.states = Some(Arc::new(states(standings)));
-        orders.changed = true;
+        orders.said += 1;
         self.shared.wake.notify_all();
     }
 
@@ -167,7 +170,7 @@ impl Gateway {
     pub fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>) {
         let (to, told) = mpsc::channel(QUEUE);
         *lock(&self.shared.told) = Some(to);
-        lock(&self.shared.orders).changed = true;
+        lock(&self.shared.orders).said += 1;
         self.shared.wake.notify_all();
         (Arc::new(Seam(Arc::clone(&self.shared.copies))), told)
     }
@@ -185,8 +188,14 @@ impl Gateway {
             None => Arc::new(Surroundings::nowhere()),
         };
         orders.wanted = Some((Arc::default(), around));
-        orders.changed = true;
+        orders.said += 1;
         self.shared.wake.notify_all();
+    }
+
+    /// Whether all that was said is in force: then a node that takes over may say so to others.
+    pub fn is_settled(&self) -> bool {
+        let orders = lock(&self.shared.orders);
+        orders.said == orders.done
     }
 
     /// Whether it does it.
@@ -246,49 +255,42 @@ struct Task {
     shared: Arc<Shared>,
     loaded: Option<Loaded>,
     looked: Option<Instant>,
+    /// How much of what was said it has heard.
+    taken: u64,
     /// When what could not be loaded is tried again, and why it could not.
     again: Option<(Instant, String)>,
 }
 
 impl Task {
     fn run(&mut self) {
-        while let Some((wanted, states, changed)) = self.wait() {
-            let Some((egress, around)) = wanted else {
+        while let Some(orders) = self.wait() {
+            let Some((egress, around)) = &orders.wanted else {
                 continue;
             };
-            let state = match self.apply(&egress, &around, states.as_deref(), changed) {
+            let changed = orders.said != orders.done;
+            let state = match self.apply(egress, around, orders.states.as_deref(), changed) {
                 Ok(state) => state,
                 Err(error) => State::Failed(error.to_string()),
             };
+            if !matches!(state, State::Failed(_)) {
+                lock(&self.shared.orders).done = orders.said;
+            }
             self.report(state);
         }
     }
 
     /// Waits for new orders or for the next look. Nothing: stop.
-    #[expect(
-        clippy::type_complexity,
-        reason = "what was ordered, and whether it is new"
-    )]
-    fn wait(
-        &self,
-    ) -> Option<(
-        Option<(Arc<Egress>, Arc<Surroundings>)>,
-        Option<Arc<States>>,
-        bool,
-    )> {
+    fn wait(&mut self) -> Option<Orders> {
         let orders = lock(&self.shared.orders);
-        let (mut orders, _) = self
+        let (orders, _) = self
             .shared
             .wake
             .wait_timeout_while(orders, self.config.watch, |orders| {
-                !orders.changed && !orders.stop
+                orders.said == self.taken && !orders.stop
             })
             .unwrap_or_else(PoisonError::into_inner);
-        if orders.stop {
-            return None;
-        }
-        let changed = std::mem::take(&mut orders.changed);
-        Some((orders.wanted.clone(), orders.states.clone(), changed))
+        self.taken = orders.said;
+        (!orders.stop).then(|| orders.clone())
     }
 
     fn report(&self, state: State) {
