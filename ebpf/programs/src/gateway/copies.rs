@@ -5,7 +5,7 @@
 //! has it, since its gateway's epoch is the highest that is known; the flow that was there is cut. Not so if this node leads
 //! the address itself: then the epoch is its own, and the copy is late.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address, Binding, Claim, Key, heard, phase};
@@ -116,10 +116,12 @@ fn clear<F: Family>() -> u32 {
     room.source = source;
     room.copy_hop = u32::from(hop);
     let led = leads(room.copy_in.local);
+    let mut there = false;
     // Who has the port.
     if let Some(entry) = F::inward().get_ptr_mut(&room.copy_in) {
-        let claim = claim_of(entry);
-        if claim.phase == phase::LIVE && !is_same(room, entry) {
+        let live = claim_of(entry).phase == phase::LIVE;
+        there = live && is_same(room, entry);
+        if live && !there {
             if led {
                 maps::note(Reason::Cut);
                 return outcome::REFUSED;
@@ -152,9 +154,9 @@ fn clear<F: Family>() -> u32 {
             if live {
                 cut::<F>(room);
             }
-            let Some(room) = F::room() else {
-                return outcome::LATER;
-            };
+            there = false;
+        }
+        if !there && let Some(room) = F::room() {
             let _ = F::out().remove(&room.copy_out);
         }
     }
@@ -244,8 +246,8 @@ fn place<F: Family>() -> u32 {
     room.value.node = room.source.node;
     room.value.policy = room.source.policy;
     room.value.theirs = opened;
-    let flag = if there { BPF_NOEXIST } else { BPF_ANY };
-    match F::out().insert(&room.out, &room.value, u64::from(flag)) {
+    match F::out().insert(&room.out, &room.value, u64::from(BPF_NOEXIST)) {
+        // Else the flow has begun by another port meanwhile, or there is no room.
         Err(error) if !(there && error == EXISTS) => {
             if !there {
                 room.other = room.inward.target();
@@ -254,7 +256,11 @@ fn place<F: Family>() -> u32 {
                 room.other = room.out.target();
                 release::<F>(room.source.policy, room.value.ours, &room.other);
             }
-            outcome::NO_ROOM
+            if error == EXISTS {
+                outcome::LATER
+            } else {
+                outcome::NO_ROOM
+            }
         }
         _ => {
             if !there {

@@ -314,6 +314,65 @@ fn who_leads_keeps_its_own() {
     }
 }
 
+/// Late copies come while flows begin, for the same ports, on another CPU: each port is one flow's, and all are counted.
+#[test]
+fn nothing_is_counted_twice_when_copies_and_flows_race() {
+    const MANY: u16 = 6_000;
+    let [world, _] = WORLDS;
+    let mut egress = mk_egress();
+    let policy = egress.policies.get_mut("mail").expect("it is there");
+    policy.ports_per_pod = Some(50_000);
+    let mut gate = Gate::standby(egress.clone(), forever());
+    gate.leads(&egress, Licence::Full);
+    let copies = Arc::clone(&gate.copies);
+    let program = gate.program(GATEWAY_INGRESS);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for port in 20_000..20_000 + MANY {
+                let syn = mk_tcp(port, 443, SYN);
+                let syn = mk(OTHER, world.pod, world.remote, 6, 64, &syn);
+                let result = program
+                    .test_run(TestRunOptions {
+                        data_in: Some(&syn),
+                        repeat: 1,
+                        ..TestRunOptions::default()
+                    })
+                    .expect("the kernel runs it");
+                assert_eq!(result.return_value, SENT);
+            }
+        });
+        scope.spawn(|| {
+            // From the end: they meet in the middle, and again where flows had to have other ports.
+            for port in (20_000..20_000 + MANY).rev() {
+                copies.insert(vec![
+                    binding(world, world.friend, port, port),
+                    binding(world, world.pod, port, port.wrapping_add(MANY)),
+                ]);
+            }
+        });
+    });
+    for _ in 0..3 {
+        gate.copies.try_again(usize::MAX);
+    }
+    let held = gate.held(world.egress);
+    let ports: BTreeSet<u16> = held.iter().map(|it| it.egress.port()).collect();
+    assert_eq!(ports.len(), held.len(), "a port is two flows'");
+    let flows: BTreeSet<std::net::SocketAddr> = held.iter().map(|it| it.pod).collect();
+    assert_eq!(flows.len(), held.len(), "a flow has two ports");
+    assert_eq!(gate.used("mail"), held.len() as u64);
+    println!(
+        "{} flows and copies, {} of which were in each other's way, {} wait",
+        held.len(),
+        gate.count(Reason::Cut),
+        gate.copies.aside()
+    );
+    // What is counted is given back to the last.
+    gate.stands_by(egress);
+    let addresses = BTreeSet::from([world.egress]);
+    gate.copies.keep(&addresses, &HashSet::new());
+    assert_eq!((gate.used("mail"), gate.held(world.egress).len()), (0, 0));
+}
+
 /// A copy whose pod is not known yet is placed when it is.
 #[test]
 fn what_cannot_be_placed_waits() {
