@@ -45,6 +45,7 @@ impl Lab {
             .option("--node-name", node)
             .option("--admin-address", ADMIN)
             .option("--gossip-key-file", self.gossip_key()?.display())
+            .option("--control-socket", self.control_socket(node).display())
             .option("--bpf-pin-dir", pins.join(node).display())
             .option("--cni-socket", self.cni_socket(node).display()))
     }
@@ -52,6 +53,11 @@ impl Lab {
     /// Where the CNI plugin calls a node's speaker, if that listens.
     pub fn cni_socket(&self, node: &str) -> PathBuf {
         self.directory().join(format!("{node}.sock"))
+    }
+
+    /// The socket by which a node's speaker is asked by root.
+    pub fn control_socket(&self, node: &str) -> PathBuf {
+        self.directory().join(format!("{node}.control"))
     }
 
     /// Starts a speaker on every node, from the lab's manifests.

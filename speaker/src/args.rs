@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use landfall_cni::chain::Chain;
 use landfall_ebpf_common::egress::gateway::MAX_BINDINGS;
 use landfall_runtime::args::KubeArgs;
+use landfall_runtime::control;
 use landfall_runtime::telemetry::LogArgs;
 
 use crate::datapath::{COMPARE, Delivery};
@@ -127,6 +128,15 @@ pub struct Args {
     /// Where /metrics, /healthz, /readyz and /debug/state are served.
     #[arg(long, env = "LANDFALL_ADMIN_ADDRESS", default_value = "127.0.0.1:7951")]
     pub admin_address: SocketAddr,
+
+    /// Where `landfall egress` reaches this speaker: a Unix socket that only root can open. Nowhere, if empty.
+    #[arg(
+        long,
+        env = "LANDFALL_CONTROL_SOCKET",
+        value_name = "FILE",
+        default_value = control::SOCKET
+    )]
+    pub control_socket: PathBuf,
 
     /// Who gives packets that reached this node to its pods: kube-proxy, or this program itself (eBPF on the uplinks;
     /// clients' addresses are kept whatever externalTrafficPolicy says). The same on every node.

@@ -25,6 +25,7 @@ mod uplink;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -313,8 +314,20 @@ pub trait DataPath: Send + Sync {
     fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>);
     /// How many packets met each fate at it, by its word.
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64>;
-    /// How many ports the pods of these policies have in use here.
-    fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64>;
     /// What of [`Change::Egress`] the kernel goes by.
     fn in_force(&self) -> watch::Receiver<InForce>;
+    /// What the pods of each policy use of this node as their gateway.
+    fn usage(&self) -> BTreeMap<PolicyName, egress::Usage>;
+    /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn bindings(
+        &self,
+        most: usize,
+        wanted: &dyn Fn(&egress::Bound) -> bool,
+    ) -> io::Result<(Vec<egress::Bound>, usize)>;
+    /// Takes the gateway out of the kernel, with the bindings of living flows, and leaves it so, or ends that. Returns at
+    /// once.
+    fn disarm(&self, disarmed: bool);
 }

@@ -15,7 +15,7 @@ mod copies;
 mod debug;
 mod desired;
 mod echo;
-mod egress;
+pub mod egress;
 mod hindered;
 pub mod ready;
 mod shown;
@@ -181,6 +181,7 @@ pub struct Speaker {
     /// What the CNI plugin says of this node's pods.
     attached: attached::Attached,
     calls: calls::Calls,
+    uses: egress::usage::Uses,
 }
 
 impl Speaker {
@@ -239,6 +240,7 @@ impl Speaker {
             plan: egress::Plan::default(),
             copies: Copies::default(),
             calls: calls::Calls::default(),
+            uses: egress::usage::Uses::default(),
             assumes_to_serve: true,
             assumes_until: None,
         };
@@ -489,6 +491,7 @@ impl Speaker {
         }
         let mut touched = changed;
         touched.append(&mut self.stale);
+        let used = self.look_at_usage(now);
         for change in tick.changes {
             touched.insert(self.conclude(change));
         }
@@ -503,6 +506,7 @@ impl Speaker {
         }
         self.tell_mark();
         self.answer_calls();
+        touched.extend(used);
         if now >= self.hello_at {
             self.hello_at = now + HELLO_EVERY;
             let uplinks: Vec<u32> = self.uplinks.iter().copied().collect();

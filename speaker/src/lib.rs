@@ -16,6 +16,7 @@ pub mod announcer;
 pub mod args;
 pub mod cni;
 mod conntrack;
+mod control;
 pub mod datapath;
 pub mod egress;
 pub mod elector;

@@ -54,6 +54,8 @@ pub struct Metrics {
     pub groups: Gauge,
     /// Groups that no node could lead.
     pub leaderless_groups: Gauge,
+    /// 1 while somebody has disarmed egress on this node.
+    pub egress_disarmed: Gauge,
     /// Leaderships taken and given up.
     pub transitions: Family<ReasonLabels, Counter>,
     /// From a peer's last hello to the verdict.
@@ -100,6 +102,7 @@ impl Metrics {
             led_groups: Gauge::default(),
             groups: Gauge::default(),
             leaderless_groups: Gauge::default(),
+            egress_disarmed: Gauge::default(),
             transitions: Family::default(),
             detection: seconds(),
             takeover: seconds(),
@@ -126,6 +129,7 @@ impl Metrics {
             "led_groups", led_groups, "Groups of VIPs that this node leads";
             "groups", groups, "Groups of VIPs that exist";
             "leaderless_groups", leaderless_groups, "Groups of VIPs that nobody leads, as this node sees it";
+            "egress_disarmed", egress_disarmed, "Whether somebody has disarmed egress policies on this node (1): its pods leave as if there were none";
             "transitions", transitions, "Leaderships that this node took, gave up, or announced anew after a contest";
             "detection_seconds", detection, "Seconds from a peer's last hello to the verdict that it is heard no more, of peers that did not leave";
             "takeover_seconds", takeover, "Seconds that a group had no leader before this node took it";

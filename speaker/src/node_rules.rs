@@ -31,7 +31,7 @@ use kube_proxy::KubeProxy;
 pub use tool::ToolError;
 
 use crate::announcer::MacAddr;
-use crate::egress::{Egress, InForce, Pod, marks};
+use crate::egress::{Egress, InForce, Pod, PolicyName, marks};
 
 /// What this node's nftables table `landfall` and routing rules should say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +40,9 @@ pub struct Rules {
     pub vips: BTreeSet<IpAddr>,
     /// The VIPs that answer for ports which nobody serves, and the ports that somebody serves.
     pub refusing: BTreeMap<IpAddr, BTreeSet<(Protocol, u16)>>,
+    /// Those of them that pods leave by: only what asks for a connection is answered. All else may belong to a flow that is
+    /// not known here yet.
+    pub silent: BTreeSet<IpAddr>,
     /// The uplink (by name) of each VIP on this node: answers leave by it even when the route to the client does not.
     pub uplinks: BTreeMap<IpAddr, Arc<str>>,
     /// Services whose endpoints are processes of nodes, delivered by Landfall itself.
@@ -144,6 +147,9 @@ pub trait NodeRules: Send + Sync {
     fn arrival_mark(&self) -> Option<u32>;
     /// What of [`Rules::egress`] the kernel goes by.
     fn in_force(&self) -> watch::Receiver<InForce>;
+    /// Packets of this node's pods that were dropped since their policy has no gateway, or no address for them, by policy,
+    /// as they were counted some seconds ago; from nothing with each table.
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64>;
 }
 
 /// How the rules are made.
@@ -248,6 +254,7 @@ pub struct Handle {
     kube_proxy: Shared,
     arrival_mark: watch::Receiver<Option<u32>>,
     in_force: watch::Receiver<InForce>,
+    dropped: watch::Receiver<BTreeMap<PolicyName, u64>>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -258,6 +265,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
     let (sender, receiver) = watch::channel(None);
     let (marks, arrival_mark) = watch::channel(None);
     let (force, in_force) = watch::channel(InForce::Unknown);
+    let (counted, dropped) = watch::channel(BTreeMap::new());
     let kube_proxy = Shared::default();
     let worker = worker::Worker {
         boot: boot::Boot::at(config.boot.clone()),
@@ -267,6 +275,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         kube_proxy: kube_proxy.clone(),
         arrival_mark: marks,
         in_force: force,
+        dropped: counted,
         written: None,
         routes: None,
         routed: BTreeSet::new(),
@@ -280,6 +289,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         kube_proxy,
         arrival_mark,
         in_force,
+        dropped,
         _task: AbortOnDropHandle::new(tokio::spawn(worker.run())),
     }
 }
@@ -302,6 +312,10 @@ impl NodeRules for Handle {
 
     fn in_force(&self) -> watch::Receiver<InForce> {
         self.in_force.clone()
+    }
+
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64> {
+        self.dropped.borrow().clone()
     }
 }
 

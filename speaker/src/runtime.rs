@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use landfall_core::election::BootId;
 use landfall_core::model::{Event, Kind, NodeName};
+use landfall_runtime::control::Control;
 use landfall_runtime::source::{self, Source};
 use landfall_runtime::{admin, shutdown};
 use prometheus_client::registry::Registry;
@@ -31,7 +32,7 @@ use crate::membership::{Membership, MembershipEvent};
 use crate::metrics::Metrics;
 use crate::replication::{Copying, Replication};
 use crate::status::{Reporter, Write, writer};
-use crate::{announcer, cni, datapath, egress, node_rules, replication};
+use crate::{announcer, cni, control, datapath, egress, node_rules, replication};
 
 /// The clock begins at an hour, so that subtracting any patience stays above zero.
 const EPOCH: Duration = Duration::from_hours(1);
@@ -135,6 +136,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let speaker = Speaker::new(identity, parts, keys, metrics.clone());
     let shared = Shared(Arc::new(Mutex::new(speaker)));
     let _admin = serve(&args, registry, &shared, objects.problems.clone()).await?;
+    let _control = control_socket(&args, &shared, start);
     tracing::info!(%node, %boot, %address, "speaking");
 
     let (writes, queue) = mpsc::unbounded_channel();
@@ -282,12 +284,12 @@ async fn peers(args: &Args) -> anyhow::Result<Vec<SocketAddr>> {
     Ok(peers)
 }
 
-/// The speaker, shared with those who only look.
+/// The speaker, shared with those who look, and with the control socket.
 #[derive(Clone)]
-struct Shared(Arc<Mutex<Speaker>>);
+pub(crate) struct Shared(Arc<Mutex<Speaker>>);
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Speaker> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Speaker> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -340,6 +342,22 @@ fn keep_plugin(args: &Args) -> anyhow::Result<Option<cni::plugin::Keeper>> {
     Ok(args
         .egress
         .then(|| cni::plugin::keep(chain, program, plugin)))
+}
+
+/// The control socket. Without it the speaker does its work all the same.
+fn control_socket(args: &Args, shared: &Shared, start: Instant) -> Option<Control> {
+    let path = &args.control_socket;
+    if path.as_os_str().is_empty() {
+        return None;
+    }
+    let router = control::router(shared.clone(), move || start.elapsed() + EPOCH);
+    let served = landfall_runtime::control::serve(path, router);
+    served
+        .inspect_err(|error| {
+            let path = path.display();
+            tracing::warn!(%path, %error, "no control socket: `landfall egress` cannot ask this speaker (--control-socket)");
+        })
+        .ok()
 }
 
 struct Inputs {

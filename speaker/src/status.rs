@@ -3,6 +3,7 @@
 //! The leader reports its addresses; for a group that no node could lead, the living speaker with the smallest
 //! name does. A change of leader, place or condition is written at once, of anything else now and then.
 
+mod drops;
 mod served;
 mod steered;
 pub mod writer;
@@ -17,10 +18,12 @@ use landfall_api::conditions::{
 use landfall_core::election::Verdict;
 use landfall_core::groups::{Group, GroupId, GroupVip};
 use landfall_core::ip::virtual_ip_name;
-use landfall_core::model::{NodeName, ObjectKey};
+use landfall_core::model::{Holder, NodeName};
 use serde_json::{Value, json};
 
+use crate::egress::PolicyName;
 use crate::elector::Speaker;
+use drops::Drops;
 
 /// What belongs together is written together.
 const COALESCE: Duration = Duration::from_millis(200);
@@ -30,6 +33,8 @@ const LEADERLESS: Duration = Duration::from_secs(1);
 const MINOR_EVERY: Duration = Duration::from_secs(10);
 /// What was observed is compared with what was said this often.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// What was dropped is looked at this often.
+const DROPS_EVERY: Duration = Duration::from_secs(5);
 /// Nodes that are named in a message.
 const MAX_NODES: usize = 20;
 
@@ -43,10 +48,12 @@ pub enum Write {
         /// The patch.
         patch: Value,
     },
-    /// An Event about a Service.
+    /// An Event.
     Event {
-        /// The Service.
-        service: ObjectKey,
+        /// What it is about: a Service, or an egress policy.
+        about: Holder,
+        /// The UID of that, if it is known.
+        uid: String,
         /// A CamelCase word.
         reason: &'static str,
         /// What happened, and what to do.
@@ -90,6 +97,8 @@ struct Status {
     served: Option<Condition>,
     standby: Option<NodeName>,
     endpoint_nodes: Vec<String>,
+    /// Ports that flows of policies' pods have on it.
+    egress: BTreeMap<PolicyName, u64>,
 }
 
 impl Status {
@@ -99,9 +108,23 @@ impl Status {
             status.standby = None;
             status.endpoint_nodes.clear();
             status.served = None;
+            status.egress.clear();
             status
         };
         major(self) == major(other)
+    }
+
+    /// A number of ports that is not noticeably another stays what was said: by a twentieth, and always at nothing.
+    fn keep_what_is_near(&mut self, before: &Self) {
+        for (policy, ports) in &mut self.egress {
+            let Some(said) = before.egress.get(policy) else {
+                continue;
+            };
+            let is_near = said.abs_diff(*ports).saturating_mul(20) <= *said;
+            if is_near && *ports > 0 {
+                *ports = *said;
+            }
+        }
     }
 
     fn patch(&self, since: Transitions) -> Value {
@@ -120,6 +143,10 @@ impl Status {
             "interface": self.interface,
             "mac": self.mac,
             "endpointNodes": self.endpoint_nodes,
+            "egress": self.egress.iter().map(|(policy, ports)| json!({
+                "policy": policy,
+                "portsInUse": i64::try_from(*ports).unwrap_or(i64::MAX),
+            })).collect::<Vec<_>>(),
             "conditions": conditions,
         }})
     }
@@ -179,6 +206,8 @@ pub struct Reporter {
     addresses: BTreeMap<GroupId, BTreeSet<IpAddr>>,
     leaderless: BTreeMap<GroupId, Duration>,
     sweep: Duration,
+    drops: Drops,
+    drops_at: Duration,
 }
 
 impl Reporter {
@@ -207,6 +236,10 @@ impl Reporter {
         for id in due {
             self.due.remove(&id);
             self.report(speaker, &id, now, wall, &mut writes);
+        }
+        if now >= self.drops_at {
+            self.drops_at = now + DROPS_EVERY;
+            writes.extend(self.drops.look(speaker, now));
         }
         writes
     }
@@ -304,12 +337,15 @@ impl Reporter {
         speaker: &Speaker,
         group: &Group,
         vip: &GroupVip,
-        status: Status,
+        mut status: Status,
         now: Duration,
         wall: u64,
         writes: &mut Vec<Write>,
     ) {
         let before = self.said.get(&vip.address);
+        if let Some(before) = before {
+            status.keep_what_is_near(&before.status);
+        }
         if before.is_some_and(|before| before.status == status) {
             return;
         }
@@ -327,7 +363,8 @@ impl Reporter {
             && before.is_none_or(|before| before.status.announced.reason != status.announced.reason)
         {
             writes.extend(group.services.iter().map(|service| Write::Event {
-                service: service.key.clone(),
+                about: Holder::Service(service.key.clone()),
+                uid: String::new(),
                 reason: announced::ADDRESS_CONFLICT,
                 note: status.announced.message.clone(),
             }));
@@ -432,6 +469,11 @@ fn status(
         announced,
         standby: view.standby,
         endpoint_nodes: endpoint_nodes.into_iter().collect(),
+        egress: if led && !group.egress.is_empty() {
+            speaker.ports_of(vip.address)
+        } else {
+            BTreeMap::new()
+        },
     }
 }
 

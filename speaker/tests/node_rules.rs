@@ -3,14 +3,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use landfall_core::model::Protocol;
 use landfall_lab::{Lab, Netns, Network, Topology};
 use landfall_speaker::node_rules::{self, Config, HostTargets, NodeRules as _, Rules, VipPort};
+use pnet_packet::tcp::{self, MutableTcpPacket};
 use prometheus_client::registry::Registry;
+use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -580,4 +582,94 @@ fn kube_proxys_map_is_followed() {
         netns.nft("flush ruleset\n").unwrap();
         until_seen("kube-proxy is gone", || serves(vip6).is_none());
     });
+}
+
+/// An address that pods leave by answers what asks for a connection, and nothing else: that may belong to a flow that is
+/// not known here yet. One that only Services have answers all of it.
+#[test]
+fn an_address_that_pods_leave_by_refuses_a_syn_only() {
+    let lab = mk_small();
+    let node = &lab.node("node1").unwrap().netns;
+    let client = lab.client();
+    let [quiet, loud]: [Ipv4Addr; 2] = ["10.88.0.240", "10.88.0.241"].map(|it| it.parse().unwrap());
+    let via = lab.node("node1").unwrap().addresses(Network::Lan)[0];
+    for vip in [quiet, loud] {
+        client
+            .exec(&format!("ip route add {vip}/32 via {via}"))
+            .unwrap();
+    }
+    let both = [quiet, loud].map(IpAddr::from);
+    let rules = Rules {
+        vips: BTreeSet::from(both),
+        refusing: both.map(|vip| (vip, BTreeSet::new())).into(),
+        silent: BTreeSet::from([quiet.into()]),
+        ..Rules::default()
+    };
+    let running = Running::start(node, rules, "@silent4");
+    let answer = |vip: Ipv4Addr, flags: u8| client.run(move || reset_by(vip, flags)).unwrap();
+    const ACK: u8 = 16;
+    const SYN: u8 = 2;
+    for flags in [SYN, ACK, SYN | ACK] {
+        assert!(answer(loud, flags), "{flags}");
+        assert_eq!(answer(quiet, flags), flags == SYN, "{flags}");
+    }
+    let datagram = |vip: Ipv4Addr| {
+        client
+            .run(move || {
+                let socket = UdpSocket::bind("0.0.0.0:0")?;
+                socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+                socket.connect((vip, 4000))?;
+                socket.send(b"x")?;
+                std::io::Result::Ok(socket.recv(&mut [0; 8]).unwrap_err().kind())
+            })
+            .unwrap()
+    };
+    assert_eq!(datagram(loud), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(datagram(quiet), std::io::ErrorKind::WouldBlock);
+    running.stop();
+}
+
+/// Whether a segment with these flags, of no connection, is answered by a reset.
+fn reset_by(vip: Ipv4Addr, flags: u8) -> std::io::Result<bool> {
+    const OWN: u16 = 45_000;
+    const RST: u8 = 4;
+    let own = {
+        let probe = UdpSocket::bind("0.0.0.0:0")?;
+        probe.connect((vip, 1))?;
+        match probe.local_addr()?.ip() {
+            IpAddr::V4(own) => own,
+            IpAddr::V6(_) => unreachable!("the socket is an IPv4 one"),
+        }
+    };
+    let port = OWN + u16::from(flags);
+    let mut segment = [0; 20];
+    let mut tcp = MutableTcpPacket::new(&mut segment).unwrap();
+    tcp.set_source(port);
+    tcp.set_destination(4000);
+    tcp.set_sequence(1);
+    tcp.set_acknowledgement(1);
+    tcp.set_data_offset(5);
+    tcp.set_flags(flags);
+    tcp.set_window(1000);
+    tcp.set_checksum(tcp::ipv4_checksum(&tcp.to_immutable(), &own, &vip));
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::TCP))?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    socket.send_to(&segment, &SocketAddr::from((vip, 0)).into())?;
+    let begun = Instant::now();
+    let mut socket = socket;
+    let mut answer = [0; 256];
+    while begun.elapsed() < Duration::from_secs(2) {
+        match socket.read(&mut answer) {
+            // Behind the IP header, which has no options.
+            Ok(40..) => {
+                let to = u16::from_be_bytes([answer[22], answer[23]]);
+                if to == port && answer[33] & RST != 0 {
+                    return Ok(true);
+                }
+            }
+            Ok(_) => {}
+            Err(_) => return Ok(false),
+        }
+    }
+    Ok(false)
 }

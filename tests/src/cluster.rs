@@ -125,6 +125,10 @@ impl Cluster {
             .option("--namespace", chart::NAMESPACE)
             .option("--gossip-key-file", self.gossip_key.display())
             .option(
+                "--control-socket",
+                self.lab().control_socket(node).display(),
+            )
+            .option(
                 "--bpf-pin-dir",
                 self.lab().mount_pins()?.join(node).display(),
             );

@@ -178,6 +178,7 @@ pub struct Elector {
     interfaces: Vec<InterfaceFact>,
     source_synced: bool,
     leaving: bool,
+    disarmed: bool,
     steers: bool,
     hindrance: Option<Arc<str>>,
     started: Option<Duration>,
@@ -211,6 +212,7 @@ impl Elector {
             interfaces: Vec::new(),
             source_synced: false,
             leaving: false,
+            disarmed: false,
             steers: false,
             hindrance: None,
             started: None,
@@ -343,6 +345,12 @@ impl Elector {
     pub fn set_steers(&mut self, steers: bool) {
         self.all_dirty |= self.steers != steers;
         self.steers = steers;
+    }
+
+    /// Says whether this node leads no address that pods leave by: it hands such over to whoever can lead them.
+    pub fn set_disarmed(&mut self, disarmed: bool) {
+        self.all_dirty |= self.disarmed != disarmed;
+        self.disarmed = disarmed;
     }
 
     /// Says why this node's data path cannot steer; at most [`super::MAX_HINDRANCE`] bytes.
@@ -698,6 +706,7 @@ impl Elector {
             hindrance: self.hindrance.clone(),
             synced: self.source_synced && !self.listening,
             leaving: self.leaving,
+            disarmed: self.disarmed,
         }
     }
 

@@ -28,6 +28,8 @@ pub enum Ineligible {
     NotSynced,
     /// Its speaker is stopping.
     Leaving,
+    /// Pods leave by the address, and somebody has disarmed this node.
+    Disarmed,
     /// The sources rule it out.
     Refused(Refused),
     /// None of its interfaces is up in the address's subnet.
@@ -48,7 +50,9 @@ impl Ineligible {
     /// Whether its announcements still reach clients and serve them, so that it may wait for a successor.
     pub fn is_soft(&self) -> bool {
         match self {
-            Self::Leaving | Self::Refused(_) | Self::NoEndpoint(_) | Self::Odd => true,
+            Self::Leaving | Self::Disarmed | Self::Refused(_) | Self::NoEndpoint(_) | Self::Odd => {
+                true
+            }
             Self::NotAlive
             | Self::NotSynced
             | Self::NoSubnet(_)
@@ -65,6 +69,9 @@ impl fmt::Display for Ineligible {
             Self::NotAlive => f.write_str("no sign of life from its speaker"),
             Self::NotSynced => f.write_str("its speaker is starting"),
             Self::Leaving => f.write_str("its speaker is stopping"),
+            Self::Disarmed => {
+                f.write_str("its egress is disarmed (`landfall egress arm` ends that)")
+            }
             Self::Refused(refused) => refused.fmt(f),
             Self::NoSubnet(vip) => write!(f, "no interface that is up has {vip} in its subnet"),
             Self::NoInterface(patterns) => write!(
@@ -219,6 +226,9 @@ fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
     let register = subject.register?;
     if register.leaving {
         return Some(Ineligible::Leaving);
+    }
+    if register.disarmed && !group.egress.is_empty() {
+        return Some(Ineligible::Disarmed);
     }
     for vip in &group.vips {
         if let Err(refused) = vip.placement.admission(subject.node) {

@@ -77,6 +77,8 @@ pub struct NodeRegister {
     pub synced: bool,
     /// It is about to stop and leads nothing new.
     pub leaving: bool,
+    /// It is no gateway of egress policies until somebody arms it again.
+    pub disarmed: bool,
 }
 
 /// How a claim is meant.

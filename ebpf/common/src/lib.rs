@@ -261,6 +261,7 @@ mod pod {
         gateway::GateRoute,
         gateway::GateSettings,
         gateway::EgressState,
+        gateway::PolicyCount,
         gateway::Filter
     );
 }

@@ -200,6 +200,21 @@ fn drop(reason: Reason) -> i32 {
     DROP
 }
 
+/// The same of a packet of a policy's.
+#[inline(always)]
+fn drop_of(policy: u16, reason: Reason) -> i32 {
+    maps::note_of(policy, reason as u32, 0);
+    DROP
+}
+
+/// A packet of a policy's goes on.
+#[inline(always)]
+fn passed(context: &TcContext, policy: u16, reason: Reason) {
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+    let bytes = unsafe { (*context.skb.skb).len };
+    maps::note_of(policy, reason as u32, bytes);
+}
+
 /// Finds a later fragment's ports, and notes a first one's. False, if they are not known.
 #[inline(always)]
 fn complete(packet: &mut Packet) -> bool {
@@ -243,7 +258,7 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         return if leaves {
             NOT_OURS
         } else {
-            drop(Reason::NotGateway)
+            drop_of(found.policy, Reason::NotGateway)
         };
     }
     if leaves != (found.node == 0) {
@@ -257,30 +272,30 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     packet.from.port = packet.flow.client_port;
     if leaves {
         if landfall_translate(context.skb.skb, SOURCE) != 0 {
-            return drop(Reason::Unreadable);
+            return drop_of(found.policy, Reason::Unreadable);
         }
-        maps::note(Reason::Out);
+        passed(context, found.policy, Reason::Out);
         return NEXT;
     }
     if maps::node(found.node).is_none_or(|node| node.mac != packet.mac) {
         return drop(Reason::Forged);
     }
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
-        return drop(Reason::NoWay);
+        return drop_of(found.policy, Reason::NoWay);
     };
     let own = signed(found.hop, found.node);
     if packet.ttl <= 1 {
-        maps::note(Reason::Expired);
+        maps::note_of(found.policy, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
     }
     if length(context, packet) > hop.mtu {
-        maps::note(Reason::TooBig);
+        maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
     }
     if landfall_translate(context.skb.skb, SOURCE) != 0 || lower(context, packet).is_none() {
-        return drop(Reason::Unreadable);
+        return drop_of(found.policy, Reason::Unreadable);
     }
-    maps::note(Reason::Out);
+    passed(context, found.policy, Reason::Out);
     forward(packet, hop)
 }
 
@@ -323,11 +338,12 @@ fn begin<F: Family>(
     }
     if !readable {
         let stray = packet.kind == Kind::LaterFragment;
-        return Err(drop(if stray {
+        let reason = if stray {
             Reason::StrayFragment
         } else {
             Reason::Unreadable
-        }));
+        };
+        return Err(drop_of(source.policy, reason));
     }
     let begins = match packet.kind {
         Kind::Whole if packet.protocol == TCP => packet.is_syn(),
@@ -337,7 +353,7 @@ fn begin<F: Family>(
     };
     let state = maps::egress(&VipKey(source.egress));
     if state.flags & egress_flag::SILENT != 0 {
-        return Err(drop(Reason::Silent));
+        return Err(drop_of(source.policy, Reason::Silent));
     }
     // The connection may be one whose binding was not copied in time.
     let goes_on = !begins
@@ -347,16 +363,16 @@ fn begin<F: Family>(
         && state.flags & egress_flag::LED != 0
         && flow::now().wrapping_sub(state.since) < ticks(RESUME);
     if !begins && !goes_on {
-        return Err(drop(Reason::Unknown));
+        return Err(drop_of(source.policy, Reason::Unknown));
     }
     if state.flags & egress_flag::FROZEN != 0 {
         return Err(drop(Reason::Frozen));
     }
     let Some(hop) = maps::route(uplink, &destination) else {
-        return Err(drop(Reason::NoWay));
+        return Err(drop_of(source.policy, Reason::NoWay));
     };
     if packet.ttl <= 1 && !leaves {
-        maps::note(Reason::Expired);
+        maps::note_of(source.policy, Reason::Expired as u32, 0);
         return Err(landfall_gateway_answer(
             context.skb.skb,
             say::EXPIRED,
@@ -375,7 +391,7 @@ fn begin<F: Family>(
         return flow::find_out::<F>(packet).ok_or(DROP);
     }
     let refused = made == Reason::Quota as u32 || made == Reason::NoPort as u32;
-    maps::note_number(made);
+    maps::note_of(source.policy, made, 0);
     if !refused && made != Reason::NoRoom as u32 {
         return Err(DROP);
     }
@@ -466,30 +482,30 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         return drop(Reason::Silent);
     }
     if !is_gateway(&found) {
-        return drop(Reason::NotGateway);
+        return drop_of(found.policy, Reason::NotGateway);
     }
     set_words(&mut packet.from.address, words(&packet.flow.vip.0));
     packet.from.port = packet.flow.port;
     if found.hop == 0 {
         if landfall_translate(context.skb.skb, DESTINATION) != 0 {
-            return drop(Reason::Unreadable);
+            return drop_of(found.policy, Reason::Unreadable);
         }
         // So that the check of its way back finds the way that the pod's packets go.
         // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
         let before = unsafe { (*context.skb.skb).mark };
         context.set_mark(before | maps::mark());
-        maps::note(Reason::In);
+        passed(context, found.policy, Reason::In);
         return NEXT;
     }
     let Some(node) = maps::node(found.hop).filter(|node| node.interface != 0) else {
-        return drop(Reason::NoWay);
+        return drop_of(found.policy, Reason::NoWay);
     };
     if packet.ttl <= 1 {
-        maps::note(Reason::Expired);
+        maps::note_of(found.policy, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, 0);
     }
     if length(context, packet) > node.mtu {
-        maps::note(Reason::TooBig);
+        maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | node.mtu << 16, 0);
     }
     let translated = landfall_translate(context.skb.skb, DESTINATION) == 0
@@ -497,12 +513,12 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         && context.skb.store(0, &node.mac, 0).is_ok()
         && context.skb.store(6, &node.own, 0).is_ok();
     if !translated {
-        return drop(Reason::Unreadable);
+        return drop_of(found.policy, Reason::Unreadable);
     }
     if tunnelled(context.skb.skb, found.hop).is_none() {
-        return drop(Reason::NoWay);
+        return drop_of(found.policy, Reason::NoWay);
     }
-    maps::note(Reason::In);
+    passed(context, found.policy, Reason::In);
     // SAFETY: it takes numbers only.
     unsafe { bpf_redirect(node.interface, 0) as i32 }
 }
@@ -547,14 +563,15 @@ fn unbound(context: &TcContext, packet: &mut Packet, readable: bool) -> i32 {
     if asks_for_neighbour(context, packet) {
         return NOT_OURS;
     }
-    // A SYN to a port that no Service has is refused, where the address is a Service's.
+    // A SYN to a port that no Service has is refused.
     let refusable =
         readable && packet.kind == Kind::Whole && packet.protocol == TCP && packet.is_syn();
     // Whether a fragment is a Service's is known there.
     let stray = packet.kind == Kind::LaterFragment;
-    let serves =
-        crate::maps::vip(&packet.flow.vip).is_some_and(|vip| vip.flags & vip_flag::STEER != 0);
-    if serves && (refusable || stray) {
+    // Whether it is steered or not: the packet filter refuses it, where the address answers for such ports at all.
+    let vip = crate::maps::vip(&packet.flow.vip);
+    let serves = vip.is_some_and(|vip| vip.flags & vip_flag::STEER != 0);
+    if vip.is_some() && refusable || serves && stray {
         return NOT_OURS;
     }
     drop(if stray {

@@ -8,6 +8,8 @@
 //!  keeper    ends what is idle and what has rested
 //!  copies    bindings as replication reads and writes them; changes: what the programs tell of theirs
 //!  standing  what this node is to egress addresses
+//!  keeper    ends what is idle and what has rested, and counts what is there: tally, usage
+//!  list      bindings, one by one, for whoever asks
 //! ```
 
 mod attach;
@@ -18,10 +20,13 @@ mod gateway;
 pub(super) mod guard;
 mod keeper;
 mod layout;
+mod list;
 mod metrics;
 mod plan;
 mod standing;
 mod tables;
+mod tally;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,8 +34,11 @@ use std::sync::Arc;
 use landfall_core::model::NodeName;
 
 pub use gateway::{Gateway, GatewayConfig, State};
+pub use list::{Bound, State as FlowState};
 pub use plan::{Peer, PeerId, Surroundings, Uplink};
 pub use standing::{Licence, Standing};
+pub use tally::Bindings;
+pub use usage::Usage;
 
 pub(super) use landfall_ebpf_common::egress::gateway::map::CHANGES;
 pub(super) use layout::SHAPES;

@@ -36,6 +36,8 @@ pub(super) enum TablesError {
     Missing(&'static str),
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error("the number of CPUs is not known: {0}")]
+    Cpus(#[from] std::io::Error),
     #[error("the data path has room for {0} {1} and no more")]
     Full(u32, &'static str),
 }

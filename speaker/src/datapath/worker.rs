@@ -3,6 +3,7 @@
 mod guard;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -156,8 +157,20 @@ impl DataPath for Worker {
         self.gateway.counts()
     }
 
-    fn ports_in_use(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
-        self.gateway.used(policies)
+    fn usage(&self) -> BTreeMap<PolicyName, egress::Usage> {
+        self.gateway.usage()
+    }
+
+    fn bindings(
+        &self,
+        most: usize,
+        wanted: &dyn Fn(&egress::Bound) -> bool,
+    ) -> io::Result<(Vec<egress::Bound>, usize)> {
+        self.gateway.bindings(most, wanted)
+    }
+
+    fn disarm(&self, disarmed: bool) {
+        self.gateway.disarm(disarmed);
     }
 
     fn in_force(&self) -> watch::Receiver<InForce> {

@@ -57,6 +57,7 @@ impl Desired {
         for vip in &part.vips {
             self.rules.vips.remove(vip);
             self.rules.refusing.remove(vip);
+            self.rules.silent.remove(vip);
         }
         for (vip, uplink) in &part.uplinks {
             self.rules.uplinks.remove(vip);
@@ -79,6 +80,7 @@ impl Desired {
     fn insert(&mut self, id: GroupId, added: Part) {
         let part = &added.rules;
         self.rules.vips.extend(&part.vips);
+        self.rules.silent.extend(&part.silent);
         let refusing = part.refusing.iter();
         self.rules
             .refusing
@@ -196,6 +198,9 @@ impl Speaker {
                     .map(|(_, protocol, port)| (*protocol, *port))
                     .collect();
                 part.refusing.insert(vip.address, ports);
+                if !group.egress.is_empty() {
+                    part.silent.insert(vip.address);
+                }
             }
             if let Some(place) = places.get(&vip.address) {
                 part.uplinks.insert(vip.address, place.name.clone());

@@ -5,6 +5,7 @@
 //! pods' nodes do not change in a fail-over, only where their packets go.
 
 mod around;
+pub mod usage;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -160,7 +161,7 @@ pub(super) struct Leaving {
 impl Speaker {
     /// What follows from it for this node, that has uplinks (by index) to segments with VIPs.
     pub(super) fn leaving(&mut self, uplinks: &BTreeSet<u32>) -> Option<Leaving> {
-        let mark = self.identity.egress_mark?;
+        let mark = self.identity.egress_mark.filter(|_| !self.is_disarmed())?;
         let egress = self.wanted_egress()?;
         let outside = self.interfaces().iter().filter(|interface| {
             uplinks.contains(&interface.index)

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::announcer::twin::{Twin as Announcing, twin};
-use crate::datapath::egress::{Standing, State};
+use crate::datapath::egress::{Bound, Standing, State, Usage};
 use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
 use crate::egress::{InForce, PolicyName};
 use crate::membership::twin::{Hub, Twin as Member};
@@ -43,6 +43,12 @@ struct Lower {
     standings: Mutex<BTreeMap<IpAddr, Standing>>,
     /// What each part has put into the kernel, once it is told to: first the rules, then the programs.
     in_force: [watch::Sender<InForce>; 2],
+    /// What policies' pods use here.
+    usage: Mutex<BTreeMap<PolicyName, Usage>>,
+    /// The gateway is to be out of the kernel.
+    disarmed: Mutex<bool>,
+    /// Packets that the rules have dropped for want of a gateway.
+    dropped: Mutex<BTreeMap<PolicyName, u64>>,
 }
 
 impl Lower {
@@ -69,6 +75,10 @@ impl NodeRules for Lower {
 
     fn in_force(&self) -> watch::Receiver<InForce> {
         self.in_force[0].subscribe()
+    }
+
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64> {
+        self.dropped.lock().unwrap().clone()
     }
 }
 
@@ -106,8 +116,20 @@ impl DataPath for Lower {
         BTreeMap::new()
     }
 
-    fn ports_in_use(&self, _: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
-        BTreeMap::new()
+    fn usage(&self) -> BTreeMap<PolicyName, Usage> {
+        self.usage.lock().unwrap().clone()
+    }
+
+    fn bindings(
+        &self,
+        _: usize,
+        _: &dyn Fn(&Bound) -> bool,
+    ) -> std::io::Result<(Vec<Bound>, usize)> {
+        Ok((Vec::new(), 0))
+    }
+
+    fn disarm(&self, disarmed: bool) {
+        *self.disarmed.lock().unwrap() = disarmed;
     }
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {

@@ -52,7 +52,7 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     }
     judge(text, leaving, config);
     for (name, policy) in &leaving.egress.policies {
-        let _ = writeln!(text, "add chain inet {TABLE} {}", chain(name));
+        add_chain(text, name);
         verdict(text, name, policy, leaving, ways, config);
     }
     elements(text, "add", "egress-sources", &sources(leaving));
@@ -90,9 +90,7 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
             Some(_) => {
                 let _ = writeln!(text, "flush chain inet {TABLE} {}", chain(name));
             }
-            None => {
-                let _ = writeln!(text, "add chain inet {TABLE} {}", chain(name));
-            }
+            None => add_chain(text, name),
         }
         verdict(text, name, policy, new, ways, config);
     }
@@ -104,8 +102,26 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
         macs(text, "add", *value, &(&new - &old));
     }
     for name in before.keys().filter(|name| !after.contains_key(*name)) {
-        let _ = writeln!(text, "delete chain inet {TABLE} {}", chain(name));
+        let _ = writeln!(
+            text,
+            "delete chain inet {TABLE} {0}\ndelete counter inet {TABLE} {0}",
+            chain(name)
+        );
     }
+}
+
+/// A policy's chain, and the counter of its packets that are dropped for want of a gateway or an address.
+fn add_chain(text: &mut String, policy: &PolicyName) {
+    let _ = writeln!(
+        text,
+        "add chain inet {TABLE} {0}\nadd counter inet {TABLE} {0}",
+        chain(policy)
+    );
+}
+
+/// The counter of a policy.
+pub(super) fn counter_of(policy: &PolicyName) -> String {
+    chain(policy)
 }
 
 fn skeleton(text: &mut String, leaving: &Leaving) {
@@ -319,7 +335,7 @@ fn verdict(
     rule("ct status snat counter name egress-translated drop");
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         rule(&format!(
-            "{family} saddr @egress-closed{suffix} counter name egress-no-gateway drop"
+            "{family} saddr @egress-closed{suffix} counter name {chain} counter name egress-no-gateway drop"
         ));
     }
     let way = policy
@@ -337,7 +353,9 @@ fn verdict(
                 !egress
             ));
         }
-        None => rule("counter name egress-no-gateway drop"),
+        None => rule(&format!(
+            "counter name {chain} counter name egress-no-gateway drop"
+        )),
     }
 }
 

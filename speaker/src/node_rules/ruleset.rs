@@ -27,6 +27,8 @@ add set inet {TABLE} vips4 {{ type ipv4_addr; }}
 add set inet {TABLE} vips6 {{ type ipv6_addr; }}
 add set inet {TABLE} refusing4 {{ type ipv4_addr; }}
 add set inet {TABLE} refusing6 {{ type ipv6_addr; }}
+add set inet {TABLE} silent4 {{ type ipv4_addr; }}
+add set inet {TABLE} silent6 {{ type ipv6_addr; }}
 add set inet {TABLE} ports4 {{ type ipv4_addr . inet_proto . inet_service; }}
 add set inet {TABLE} ports6 {{ type ipv6_addr . inet_proto . inet_service; }}
 add set inet {TABLE} refused4 {{ type ipv4_addr; flags dynamic, timeout; timeout 10s; size 65535; }}
@@ -49,6 +51,7 @@ add chain inet {TABLE} hide-client {{ type nat hook postrouting priority srcnat 
 pub(super) fn whole(rules: &Rules, marks: &Marks, ways: &Ways, config: &Config) -> String {
     let mut text = skeleton();
     elements(&mut text, "add", "vips", &rules.vips);
+    elements(&mut text, "add", "silent", &rules.silent);
     elements(&mut text, "add", "refusing", &rules.refusing());
     elements(&mut text, "add", "ports", &rules.ports());
     refusals(&mut text);
@@ -88,6 +91,7 @@ pub(super) fn change(
     replace(&mut text, "vips", &old.vips, &new.vips);
     // A port is known before packets to others are refused.
     elements(&mut text, "add", "ports", &(&new.ports() - &old.ports()));
+    replace(&mut text, "silent", &old.silent, &new.silent);
     replace(&mut text, "refusing", &old.refusing(), &new.refusing());
     elements(&mut text, "delete", "ports", &(&old.ports() - &new.ports()));
     for (uplink, mark) in marks {
@@ -154,12 +158,23 @@ impl Element for (IpAddr, Protocol, u16) {
     }
 }
 
-/// Ports that no Service has are refused, ten times a second to each client; more is dropped by the guard.
+/// Ports that no Service has are refused, ten times a second to each client; more is dropped by the guard. Of an address
+/// that pods leave by, a SYN is refused and all else is dropped.
 ///
 /// Before routing, and after every translation: a packet that is routed back to its segment is counted by the kernel as
 /// a redirect, also when it is dropped then, and after each redirect its ICMP to that client has to wait anew.
 fn refusals(text: &mut String) {
     for (protocol, suffix) in [("ip", 4), ("ip6", 6)] {
+        for quiet in [
+            "meta l4proto udp",
+            "tcp flags & (fin | syn | rst | ack) != syn",
+        ] {
+            let _ = writeln!(
+                text,
+                "add rule inet {TABLE} unknown-ports {protocol} daddr @silent{suffix} {quiet} \
+                 {protocol} daddr . meta l4proto . th dport != @ports{suffix} fib daddr type != local drop"
+            );
+        }
         let _ = writeln!(
             text,
             "add rule inet {TABLE} unknown-ports {protocol} daddr @refusing{suffix} meta l4proto {{ tcp, udp }} \

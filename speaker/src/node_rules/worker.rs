@@ -1,6 +1,6 @@
 //! The task that makes [`Rules`] so, and keeps them so.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -19,7 +19,7 @@ use super::routes::{self, Complaints, PolicyRoute};
 use super::ruleset::{self, TABLE};
 use super::tool::{self, ToolError};
 use super::{Config, Rules, Shared, egress, stale, tunnel};
-use crate::egress::InForce;
+use crate::egress::{InForce, PolicyName};
 use crate::netlink::Listener;
 
 /// How long after a failure to try again.
@@ -47,6 +47,8 @@ pub(super) struct Worker {
     pub(super) boot: super::boot::Boot,
     /// What of egress is in force.
     pub(super) in_force: watch::Sender<InForce>,
+    /// Packets of pods that were dropped for want of a gateway, by policy.
+    pub(super) dropped: watch::Sender<BTreeMap<PolicyName, u64>>,
     /// What the table says now, as far as we wrote it.
     pub(super) written: Option<Rules>,
     /// What the table said of pods that leave by addresses of their own; nothing while nobody has looked.
@@ -317,6 +319,15 @@ impl Worker {
     }
 
     fn read_counters(&self, query: &Query) {
+        let leaving = self.written.as_ref().and_then(|it| it.egress.as_ref());
+        let policies = leaving.map(|it| it.egress.policies.keys());
+        let count = |policy: &PolicyName| {
+            let name = egress::counter_of(policy);
+            let packets = query.counter(TableFamily::Inet, TABLE, &name).ok()?;
+            (packets > 0).then(|| (policy.clone(), packets))
+        };
+        let dropped = policies.into_iter().flatten().filter_map(count).collect();
+        self.dropped.send_replace(dropped);
         if self
             .written
             .as_ref()

@@ -12,9 +12,9 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use kube::{Client, Error};
-use landfall_api::VirtualIP;
-use landfall_core::model::ObjectKey;
+use kube::{Client, Error, Resource as _};
+use landfall_api::{EgressPolicy, VirtualIP};
+use landfall_core::model::Holder;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -96,11 +96,11 @@ pub async fn run(
                         .map_or((now, FIRST_DELAY), |old| (old.not_before, old.delay));
                     pending.insert(key, Pending { job: Job::Status(name, patch), not_before, delay });
                 }
-                Some(Write::Event { service, reason, note }) => {
+                Some(Write::Event { about, uid, reason, note }) => {
                     let waiting = pending.range(Key::Event(0)..).count();
                     if waiting < MAX_EVENTS {
                         events += 1;
-                        let job = Job::Event(Box::new(event(&node, &service, reason, note)));
+                        let job = Job::Event(Box::new(event(&node, &about, uid, reason, note)));
                         pending.insert(Key::Event(events), Pending { job, not_before: now, delay: FIRST_DELAY });
                     }
                 }
@@ -178,24 +178,44 @@ async fn write(client: Client, job: &Job) -> Result<(), Error> {
     }
 }
 
-fn event(node: &str, service: &ObjectKey, reason: &'static str, note: String) -> Event {
+fn event(node: &str, about: &Holder, uid: String, reason: &'static str, note: String) -> Event {
+    let (regarding, action) = match about {
+        Holder::Service(key) => (
+            ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Service".to_owned()),
+                name: Some(key.name.to_string()),
+                namespace: Some(key.namespace.to_string()),
+                ..ObjectReference::default()
+            },
+            "Announce",
+        ),
+        Holder::EgressPolicy(name) => (
+            ObjectReference {
+                api_version: Some(EgressPolicy::api_version(&()).into_owned()),
+                kind: Some("EgressPolicy".to_owned()),
+                name: Some(name.to_string()),
+                ..ObjectReference::default()
+            },
+            "Translate",
+        ),
+    };
+    // Those about cluster-scoped objects stand in `default`, where kubectl looks for them.
+    let namespace = regarding.namespace.clone();
     Event {
-        action: Some("Announce".to_owned()),
+        action: Some(action.to_owned()),
         event_time: Some(MicroTime(jiff::Timestamp::now())),
         metadata: ObjectMeta {
             // A dot at the end is refused.
-            generate_name: Some(format!("{}-", service.name)),
-            namespace: Some(service.namespace.to_string()),
+            generate_name: regarding.name.as_ref().map(|name| format!("{name}-")),
+            namespace: Some(namespace.unwrap_or_else(|| "default".to_owned())),
             ..ObjectMeta::default()
         },
         note: Some(note),
         reason: Some(reason.to_owned()),
         regarding: Some(ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Service".to_owned()),
-            name: Some(service.name.to_string()),
-            namespace: Some(service.namespace.to_string()),
-            ..ObjectReference::default()
+            uid: (!uid.is_empty()).then_some(uid),
+            ..regarding
         }),
         reporting_controller: Some("landfall.dev/speaker".to_owned()),
         reporting_instance: Some(node.to_owned()),

@@ -211,12 +211,8 @@ impl Pair {
 
     /// How many ports are in use at the second.
     pub(super) fn used(&self) -> u64 {
-        let names = BTreeSet::from(["mail".into()]);
-        self.gateway()
-            .used(&names)
-            .get("mail")
-            .copied()
-            .unwrap_or(0)
+        let usage = self.gateway().usage();
+        usage.get("mail").map_or(0, |usage| usage.ports)
     }
 
     /// The first has no power any more.

@@ -362,8 +362,7 @@ impl World {
     }
 
     pub(super) fn used(&self) -> u64 {
-        let names = BTreeSet::from(["mail".into()]);
-        self.gateway().used(&names)["mail"]
+        self.gateway().usage()["mail"].ports
     }
 
     pub(super) fn pin_dir(&self) -> PathBuf {

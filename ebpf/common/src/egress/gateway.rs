@@ -317,6 +317,68 @@ impl Reason {
     }
 }
 
+/// What a CPU has counted of a policy's packets: a cache line, at the place of the policy's number.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyCount {
+    /// Translated, on their way to remotes. What the kernel handles as one counts as one.
+    pub out_packets: u64,
+    /// Bytes of them, link-layer header included.
+    pub out_bytes: u64,
+    /// Translated back, on their way to pods.
+    pub in_packets: u64,
+    /// Bytes of them, likewise.
+    pub in_bytes: u64,
+    /// Refused: [`Reason::Quota`].
+    pub quota: u64,
+    /// Refused: [`Reason::NoPort`].
+    pub no_port: u64,
+    /// Refused: [`Reason::NoRoom`].
+    pub no_room: u64,
+    /// Dropped or answered for any other reason.
+    pub others: u64,
+}
+
+impl PolicyCount {
+    /// One packet of so many bytes more.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // The verifier sees straight code.
+    pub const fn note(&mut self, reason: u32, bytes: u32) {
+        const OUT: u32 = Reason::Out as u32;
+        const IN: u32 = Reason::In as u32;
+        const QUOTA: u32 = Reason::Quota as u32;
+        const NO_PORT: u32 = Reason::NoPort as u32;
+        const NO_ROOM: u32 = Reason::NoRoom as u32;
+        match reason {
+            OUT => {
+                self.out_packets += 1;
+                self.out_bytes += bytes as u64;
+            }
+            IN => {
+                self.in_packets += 1;
+                self.in_bytes += bytes as u64;
+            }
+            QUOTA => self.quota += 1,
+            NO_PORT => self.no_port += 1,
+            NO_ROOM => self.no_room += 1,
+            _ => self.others += 1,
+        }
+    }
+}
+
+impl core::ops::AddAssign for PolicyCount {
+    fn add_assign(&mut self, other: Self) {
+        self.out_packets += other.out_packets;
+        self.out_bytes += other.out_bytes;
+        self.in_packets += other.in_packets;
+        self.in_bytes += other.in_bytes;
+        self.quota += other.quota;
+        self.no_port += other.no_port;
+        self.no_room += other.no_room;
+        self.others += other.others;
+    }
+}
+
 /// What the program that ends bindings is told: keys of the map *in*, behind an Ethernet header that means nothing.
 pub mod keep {
     /// Where it says how many keys there are (one byte), and of which family (one byte: 4 or 6, and [`AT_ONCE`]).
@@ -374,6 +436,8 @@ pub mod map {
     pub const REASONS: &str = "GATE_REASONS";
     /// [`Event`](super::super::copies::Event)s on their way to user space. Not pinned: a process that begins has missed some.
     pub const CHANGES: &str = "GATE_CHANGES";
+    /// [`PolicyCount`](super::PolicyCount)s, by CPU, at the place of a policy's number.
+    pub const COUNTS: &str = "GATE_COUNTS";
 }
 
 #[cfg(test)]
@@ -392,6 +456,7 @@ mod tests {
             size_of::<GateRoute>(),
             size_of::<GateSettings>(),
             size_of::<EgressState>(),
+            size_of::<PolicyCount>(),
         ];
         let expected = [
             16 + 4 * 2 + 8,
@@ -401,6 +466,7 @@ mod tests {
             4 + 16,
             6 * 4 + 4 + 4 + 4,
             4 + 4,
+            8 * 8,
         ];
         assert_eq!(sizes, expected);
     }

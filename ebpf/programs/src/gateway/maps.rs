@@ -9,7 +9,7 @@ use landfall_ebpf_common::egress::binding::{Address, Binding, Key, V4, V6};
 use landfall_ebpf_common::egress::gateway::{
     EgressState, Filter, GateNode, GateRoute, GateSettings, Hop, MAX_BINDINGS, MAX_CROWDS,
     MAX_EGRESS, MAX_GATE_NODES, MAX_GATE_ROUTES, MAX_HOPS, MAX_POLICIES, MAX_RETURNED, MAX_SOURCES,
-    Policy, Reason, Source, egress_flag, settings_flag,
+    Policy, PolicyCount, Reason, Source, egress_flag, settings_flag,
 };
 use landfall_ebpf_common::egress::ports::{Crowd, Returned};
 
@@ -64,6 +64,8 @@ static GATE_FILTER: Array<Filter> = Array::with_max_entries(1, 0);
 static GATE_SETTINGS: Array<GateSettings> = Array::with_max_entries(1, 0);
 #[map]
 static GATE_REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
+#[map]
+static GATE_COUNTS: PerCpuArray<PolicyCount> = PerCpuArray::with_max_entries(MAX_POLICIES, 0);
 #[map]
 static GATE_ROOM_V4: PerCpuArray<Room<V4>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -375,5 +377,15 @@ pub(super) fn note_number(reason: u32) {
     if let Some(count) = GATE_REASONS.get_ptr_mut(reason) {
         // SAFETY: the map gave the pointer, to this CPU's value, and nothing else runs on it meanwhile.
         unsafe { *count += 1 };
+    }
+}
+
+/// The same, of a packet of a policy's.
+#[inline(always)]
+pub(super) fn note_of(policy: u16, reason: u32, bytes: u32) {
+    note_number(reason);
+    if let Some(count) = GATE_COUNTS.get_ptr_mut(u32::from(policy)) {
+        // SAFETY: as above.
+        unsafe { (*count).note(reason, bytes) };
     }
 }

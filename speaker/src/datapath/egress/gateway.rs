@@ -4,6 +4,7 @@
 //! the data path does.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -28,10 +29,12 @@ use super::copies::{Copies, Kernel, Seam};
 use super::error::GatewayError;
 use super::keeper::{Keeper, Kept};
 use super::layout::{SHAPES, SIZED};
+use super::list::{self, Bound};
 use super::metrics::{Counters, SharedTables};
 use super::plan::{Plan, Surroundings, plan};
 use super::standing::{Standing, States, states};
 use super::tables::Tables;
+use super::usage::Usage;
 use crate::egress::{Egress, PolicyName};
 use crate::replication::{Bindings, Happened};
 
@@ -81,6 +84,8 @@ struct Orders {
     /// How often something was said, and how often when all of it was last in force.
     said: u64,
     done: u64,
+    /// All of it goes out of the kernel at once, flows or not.
+    disarmed: bool,
     stop: bool,
 }
 
@@ -112,6 +117,7 @@ pub enum State {
 #[derive(Debug)]
 pub struct Gateway {
     shared: Arc<Shared>,
+    pin_dir: PathBuf,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -127,6 +133,7 @@ impl Gateway {
             told: Told::default(),
             state: Mutex::default(),
         });
+        let pin_dir = config.pin_dir.clone();
         registry.register_collector(Box::new(Counters(Arc::clone(&shared.tables))));
         let mut task = Task {
             config,
@@ -142,6 +149,7 @@ impl Gateway {
             .expect("the system has a thread to spare");
         Self {
             shared,
+            pin_dir,
             thread: Some(thread),
         }
     }
@@ -180,6 +188,17 @@ impl Gateway {
         self.shared.copies.aside()
     }
 
+    /// Takes all of it out of the kernel, the bindings of living flows too, and leaves it so, or ends that. Returns at
+    /// once.
+    pub fn disarm(&self, disarmed: bool) {
+        let mut orders = lock(&self.shared.orders);
+        if orders.disarmed != disarmed {
+            orders.disarmed = disarmed;
+            orders.said += 1;
+            self.shared.wake.notify_all();
+        }
+    }
+
     /// It has nothing to do. Returns at once.
     pub fn clear(&self) {
         let mut orders = lock(&self.shared.orders);
@@ -214,13 +233,26 @@ impl Gateway {
             .collect()
     }
 
-    /// How many ports the pods of these policies have in use here.
-    pub fn used(&self, policies: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
+    /// What the pods of each policy use here.
+    pub fn usage(&self) -> BTreeMap<PolicyName, Usage> {
         let tables = lock(&self.shared.tables);
-        tables
-            .as_ref()
-            .map(|tables| tables.used(policies))
-            .unwrap_or_default()
+        tables.as_ref().map(Tables::usage).unwrap_or_default()
+    }
+
+    /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub fn bindings(
+        &self,
+        most: usize,
+        wanted: &dyn Fn(&Bound) -> bool,
+    ) -> io::Result<(Vec<Bound>, usize)> {
+        let names = match lock(&self.shared.tables).as_ref() {
+            Some(tables) => tables.names().clone(),
+            None => return Ok((Vec::new(), 0)),
+        };
+        list::read(&self.pin_dir, &names, most, wanted)
     }
 }
 
@@ -264,6 +296,11 @@ struct Task {
 impl Task {
     fn run(&mut self) {
         while let Some(orders) = self.wait() {
+            if orders.disarmed {
+                self.disarm();
+                self.report(State::Idle);
+                continue;
+            }
             let Some((egress, around)) = &orders.wanted else {
                 continue;
             };
@@ -480,6 +517,18 @@ impl Task {
             tables.forget(plan, &kept)?;
         }
         Ok(Some(kept))
+    }
+
+    /// The same, also of what an earlier process has left and this one has not looked at.
+    fn disarm(&mut self) {
+        if self.loaded.is_none()
+            && let Ok(pins) = Pins::open(&self.config.pin_dir)
+            && pins.map(SHAPES[0].name).exists()
+            && let Err(error) = self.load(pins, &Plan::default(), None)
+        {
+            tracing::warn!(%error, "what an earlier process has left of the gateway stays");
+        }
+        self.unload();
     }
 
     /// Takes everything out of the kernel.

@@ -18,6 +18,7 @@ use landfall_ebpf_common::egress::gateway::{EgressState, Filter, egress_flag, ke
 
 use super::super::tables::TablesError;
 use super::standing::{States, now};
+use super::tally::Tally;
 
 /// How many entries are read at a time.
 const BATCH: u32 = 4096;
@@ -34,6 +35,8 @@ pub(in super::super) struct Kept {
     /// The numbers of the policies and of the pods' nodes that they are about.
     pub(in super::super) policies: BTreeSet<u16>,
     pub(in super::super) nodes: BTreeSet<u16>,
+    /// How many there are of each policy.
+    pub(in super::super) tally: Tally,
 }
 
 /// The maps *in*, and where in them it is.
@@ -73,6 +76,7 @@ impl Keeper {
             filter: Box::new(Filter::EMPTY),
             policies: BTreeSet::new(),
             nodes: BTreeSet::new(),
+            tally: Tally::default(),
         };
         self.look_at::<V4>(&self.v4, 4, program, states, &mut kept)?;
         self.look_at::<V6>(&self.v6, 6, program, states, &mut kept)?;
@@ -113,6 +117,7 @@ impl Keeper {
                 kept.filter.destinations[word] |= bit;
                 kept.policies.insert(binding.policy);
                 kept.nodes.insert(binding.hop);
+                kept.tally.count(key, binding);
             }
             let due: Vec<Key<A>> = batch
                 .entries

@@ -7,13 +7,15 @@ use std::net::IpAddr;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key as Prefix, LpmTrie};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues};
+use aya::util::nr_cpus;
 use ipnet::IpNet;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address as _, V6};
 use landfall_ebpf_common::egress::gateway::{
     EgressState, Filter, GateNode, GateRoute, GateSettings, Hop, MAX_GATE_NODES, MAX_HOPS,
-    MAX_POLICIES, Policy, Reason, Source, egress_flag, map, settings_flag, source_flag,
+    MAX_POLICIES, Policy, PolicyCount, Reason, Source, egress_flag, map, settings_flag,
+    source_flag,
 };
 use xxhash_rust::xxh64::xxh64;
 
@@ -21,6 +23,8 @@ use super::super::tables::{Numbers, TablesError, network, taken};
 use super::keeper::Kept;
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
 use super::standing::States;
+use super::tally::Tally;
+use super::usage::Usage;
 use crate::egress::PolicyName;
 
 /// The maps, and what this process knows to be in them.
@@ -40,6 +44,11 @@ pub(in super::super) struct Tables {
     states: States,
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
+    counts: PerCpuArray<MapData, PolicyCount>,
+    /// The names of the policies whose numbers this process has learnt.
+    names: BTreeMap<u32, PolicyName>,
+    /// What the keeper has counted last.
+    tally: Tally,
     /// Which pods addresses were of when it was last said, by this process or an earlier one.
     owners: BTreeMap<VipKey, u64>,
 }
@@ -91,20 +100,24 @@ impl<T: aya::Pod> Numbered<T> {
 }
 
 impl<T: aya::Pod + Default> Numbered<T> {
-    /// Frees the numbers of what is neither planned nor in use.
-    fn forget(&mut self, planned: &BTreeSet<u64>, used: &BTreeSet<u16>) -> Result<(), TablesError> {
+    /// Frees the numbers of what is neither planned nor in use, and returns them.
+    fn forget(
+        &mut self,
+        planned: &BTreeSet<u64>,
+        used: &BTreeSet<u16>,
+    ) -> Result<Vec<u32>, TablesError> {
         let gone: Vec<(u64, u32)> = self
             .numbers
             .iter()
             .map(|(hash, number)| (*hash, *number))
             .filter(|(hash, found)| !planned.contains(hash) && !used.contains(&number(*found)))
             .collect();
-        for (hash, number) in gone {
-            self.map.set(number, T::default(), 0)?;
-            self.numbers.remove(&hash);
-            self.free.give(number);
+        for (hash, number) in &gone {
+            self.map.set(*number, T::default(), 0)?;
+            self.numbers.remove(hash);
+            self.free.give(*number);
         }
-        Ok(())
+        Ok(gone.into_iter().map(|(_, number)| number).collect())
     }
 }
 
@@ -164,6 +177,9 @@ impl Tables {
             by: BTreeSet::new(),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
+            counts: taken(ebpf, map::COUNTS)?,
+            names: BTreeMap::new(),
+            tally: Tally::default(),
         })
     }
 
@@ -247,6 +263,7 @@ impl Tables {
             let entry = mk_policy(name, policy);
             self.policies.set(entry.name, entry, "policies")?;
         }
+        self.learn_names(plan);
         self.leave_to_others(plan)?;
         self.write_routes(plan, &hops)?;
         self.widen(plan)?;
@@ -370,19 +387,52 @@ impl Tables {
         self.let_through(&kept.filter)?;
         let planned = plan.policies.keys().chain(&plan.elsewhere);
         let planned: BTreeSet<u64> = planned.map(name_of_policy).collect();
-        self.policies.forget(&planned, &kept.policies)?;
+        self.tally = kept.tally.clone();
+        for number in self.policies.forget(&planned, &kept.policies)? {
+            // Another policy may get the number.
+            self.names.remove(&number);
+            let zero = vec![PolicyCount::default(); nr_cpus().map_err(|(_, error)| error)?];
+            self.counts.set(number, PerCpuValues::try_from(zero)?, 0)?;
+        }
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
-        self.nodes.forget(&planned, &kept.nodes)
+        self.nodes.forget(&planned, &kept.nodes)?;
+        Ok(())
     }
 
-    /// How many ports the pods of each policy have in use.
-    pub(in super::super) fn used(&self, names: &BTreeSet<PolicyName>) -> BTreeMap<PolicyName, u64> {
-        names
-            .iter()
-            .filter_map(|name| {
-                let number = self.policies.numbers.get(&name_of_policy(name))?;
-                Some((name.clone(), self.used.get(number, 0).ok()?))
+    /// The maps hold numbers; which names these are of, only those know who name them.
+    fn learn_names(&mut self, plan: &Plan) {
+        for name in plan.policies.keys().chain(&plan.elsewhere) {
+            if let Some(number) = self.policies.numbers.get(&name_of_policy(name)) {
+                self.names.insert(*number, name.clone());
+            }
+        }
+    }
+
+    /// The names of policies by their numbers.
+    pub(super) fn names(&self) -> &BTreeMap<u32, PolicyName> {
+        &self.names
+    }
+
+    /// What each policy's pods use here.
+    pub(in super::super) fn usage(&self) -> BTreeMap<PolicyName, Usage> {
+        let of = |at: u32| -> Option<Usage> {
+            let policy = self.policies.map.get(&at, 0).ok()?;
+            let mut count = PolicyCount::default();
+            for of_cpu in self.counts.get(&at, 0).ok()?.iter() {
+                count += *of_cpu;
+            }
+            Some(Usage {
+                is_gateway: policy.uplink != 0,
+                ports: self.used.get(&at, 0).ok()?,
+                quota: policy.ports,
+                quota_per_pod: policy.ports_per_pod,
+                bindings: self.tally.of(number(at)),
+                count,
             })
+        };
+        let named = self.names.iter();
+        named
+            .filter_map(|(number, name)| Some((name.clone(), of(*number)?)))
             .collect()
     }
 

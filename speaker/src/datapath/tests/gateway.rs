@@ -5,6 +5,7 @@ mod changes;
 mod copies;
 #[cfg(feature = "bench")]
 mod cost;
+mod counts;
 mod errors;
 mod life;
 mod others;
@@ -358,8 +359,7 @@ impl Gate {
     }
 
     fn used(&self, policy: &str) -> u64 {
-        let names = BTreeSet::from([Arc::from(policy)]);
-        self.maps.used(&names)[policy]
+        self.maps.usage()[policy].ports
     }
 
     /// A look through all bindings.

@@ -238,3 +238,164 @@ fn programs_are_told_once_of_each_change_and_of_the_end() {
     assert_eq!(told(&world).last(), Some(&None));
     assert_eq!(egress(&world, "n1"), None);
 }
+
+/// What a host says of the address when it is asked again and again for so long.
+fn said(
+    world: &mut World,
+    name: &str,
+    reporter: &mut crate::status::Reporter,
+    time: Duration,
+) -> Vec<crate::status::Write> {
+    let end = world.now + time;
+    let mut writes = Vec::new();
+    while world.now < end {
+        world.step();
+        let now = world.now;
+        let host = world.host(name);
+        let touched = std::mem::take(&mut host.touched);
+        writes.extend(reporter.look(&host.speaker, touched, now, 0));
+    }
+    writes
+}
+
+fn ports_said(writes: &[crate::status::Write]) -> Vec<u64> {
+    let patches = writes.iter().filter_map(|write| match write {
+        crate::status::Write::Status { patch, .. } => Some(patch),
+        crate::status::Write::Event { .. } => None,
+    });
+    patches
+        .filter_map(|patch| patch["status"]["egress"][0]["portsInUse"].as_u64())
+        .collect()
+}
+
+fn mk_usage(ports: u64) -> BTreeMap<PolicyName, Usage> {
+    let bindings = crate::datapath::egress::Bindings {
+        live: ports,
+        resting: 1,
+    };
+    let usage = Usage {
+        is_gateway: true,
+        ports,
+        bindings: BTreeMap::from([(VIP.parse().unwrap(), bindings)]),
+        ..Usage::default()
+    };
+    BTreeMap::from([("mail".into(), usage)])
+}
+
+#[test]
+fn the_gateway_reports_ports_in_use_now_and_then() {
+    const LONG: Duration = Duration::from_secs(30);
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let leader = leader(&world);
+    // What is written shows.
+    world.tell(&Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        leader: Some(leader.as_str().into()),
+        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+    }));
+    let mut reporter = crate::status::Reporter::default();
+    let mut set = |world: &mut World, ports: u64| {
+        *world.host(&leader).lower.usage.lock().unwrap() = mk_usage(ports);
+        ports_said(&said(world, &leader, &mut reporter, LONG))
+    };
+    assert_eq!(set(&mut world, 100).last(), Some(&100));
+    // A twentieth is not worth a write, more is; and nothing is told always.
+    assert_eq!(set(&mut world, 105), [0; 0]);
+    assert_eq!(set(&mut world, 106), [106]);
+    assert_eq!(set(&mut world, 1), [1]);
+    assert_eq!(set(&mut world, 0), [0]);
+    assert_eq!(set(&mut world, 0), [0; 0]);
+    // Each look finds another number: one write in ten seconds.
+    let mut writes = Vec::new();
+    for ports in 1..30 {
+        *world.host(&leader).lower.usage.lock().unwrap() = mk_usage(ports * 1000);
+        writes.extend(said(
+            &mut world,
+            &leader,
+            &mut reporter,
+            Duration::from_secs(1),
+        ));
+    }
+    assert!((1..=3).contains(&writes.len()), "{writes:?}");
+    // Who does not lead says nothing of it.
+    let other = ["n1", "n2", "n3"].into_iter().find(|it| *it != leader);
+    let other = other.unwrap();
+    *world.host(other).lower.usage.lock().unwrap() = mk_usage(7);
+    let mut reporter = crate::status::Reporter::default();
+    assert!(ports_said(&said(&mut world, other, &mut reporter, LONG)).is_empty());
+}
+
+#[test]
+fn drops_are_events_of_the_policy() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let mut reporter = crate::status::Reporter::default();
+    let mut events = |world: &mut World, dropped: u64| -> Vec<String> {
+        let counts = BTreeMap::from([("mail".into(), dropped)]);
+        *world.host("n1").lower.dropped.lock().unwrap() = counts;
+        let writes = said(world, "n1", &mut reporter, Duration::from_secs(30));
+        let events = writes.into_iter().filter_map(|write| match write {
+            crate::status::Write::Event {
+                about,
+                reason,
+                note,
+                ..
+            } => Some(format!("{about} {reason} {note}")),
+            crate::status::Write::Status { .. } => None,
+        });
+        events.collect()
+    };
+    assert_eq!(events(&mut world, 0), [""; 0]);
+    let first = events(&mut world, 12);
+    let expected =
+        "EgressPolicy mail PacketsDroppedNoGateway node n1 dropped 12 packets of its pods";
+    assert!(
+        first.len() == 1 && first[0].starts_with(expected),
+        "{first:?}"
+    );
+    // It goes on, and is said again minutes later, with all there were.
+    let mut later = Vec::new();
+    for more in 1..=11 {
+        later.extend(events(&mut world, 12 + more * 10));
+    }
+    assert!(
+        later.len() == 1 && later[0].contains(" dropped 1"),
+        "{later:?}"
+    );
+}
+
+#[test]
+fn who_is_disarmed_hands_over_and_lets_go() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let first = leader(&world);
+    world.host(&first).speaker.hand_over_egress(true);
+    world.run(Duration::from_secs(2));
+    let second = leader(&world);
+    assert_ne!(first, second, "another is the gateway");
+    assert!(egress(&world, &first).is_some(), "and it is in force still");
+    assert!(
+        world.hosts[&NodeName::from(first.as_str())]
+            .speaker
+            .gateway_of()
+            .is_empty()
+    );
+    let now = world.now;
+    world.host(&first).speaker.disarm(true, now);
+    world.run(Duration::from_secs(1));
+    assert_eq!(egress(&world, &first), None);
+    assert!(*world.host(&first).lower.disarmed.lock().unwrap());
+    assert!(world.host(&first).speaker.is_disarmed());
+    assert!(egress(&world, &second).is_some());
+    // Others go on without it, whoever dies; and it comes back when it is told to.
+    let now = world.now;
+    world.host(&first).speaker.disarm(false, now);
+    world.run(Duration::from_secs(1));
+    assert!(egress(&world, &first).is_some());
+    assert!(!*world.host(&first).lower.disarmed.lock().unwrap());
+    assert_eq!(leader(&world), second, "it takes nothing back");
+}

@@ -1,6 +1,7 @@
 //! What a packet costs at the gateway, by how many bindings there are, and what a binding costs. For people: nothing is
 //! asserted about time. Prints tables, and writes `target/bench/egress-test-run.json` for `make bench-egress`.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use aya::EbpfLoader;

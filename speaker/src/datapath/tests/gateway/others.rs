@@ -108,6 +108,30 @@ fn without_a_binding_nothing_comes_in() {
     }
 }
 
+/// An address that policies alone have is a VIP too: what asks for a connection is refused elsewhere, and of all else nobody
+/// says anything, since it may belong to a flow that is not known here yet. Steered or not.
+#[test]
+fn an_address_of_policies_alone_answers_a_syn_only() {
+    for steer in [true, false] {
+        let mut gate = Gate::load();
+        for world in WORLDS {
+            let state = VipState {
+                steer,
+                udp_port: None,
+            };
+            gate.change(&Change::Vip(world.second, Some(state)));
+            let to = |payload: &[u8], protocol: u8| {
+                mk(STRANGER, world.remote, world.second, protocol, 64, payload)
+            };
+            gate.passes(&to(&mk_tcp(443, 25, SYN), 6));
+            for flags in [ACK, RST, FIN | ACK, SYN | ACK] {
+                gate.drops(&to(&mk_tcp(443, 25, flags), 6), Reason::Unbound);
+            }
+            gate.drops(&to(&mk_udp(53, 40_000, b"x"), 17), Reason::Unbound);
+        }
+    }
+}
+
 /// Each part of a flow's name counts: another remote, another port of it, another protocol.
 #[test]
 fn a_binding_is_for_one_remote_only() {

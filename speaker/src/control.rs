@@ -1,0 +1,337 @@
+//! What the control socket answers ([`landfall_runtime::control`] says what that is for): who leaves by what, and the way
+//! out of it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::Json;
+use axum::routing::{get, post};
+use landfall_runtime::control::{Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, path};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use crate::datapath::egress::{Bound, FlowState, Usage};
+use crate::egress::PolicyName;
+use crate::runtime::Shared;
+
+/// How many bindings an answer has, unless it is asked for another number.
+const MOST: usize = 1000;
+/// How long another node may take to become the gateway instead.
+const HAND_OVER: Duration = Duration::from_secs(4);
+/// How long pods' nodes may take to follow.
+const FOLLOW: Duration = Duration::from_millis(500);
+const STEP: Duration = Duration::from_millis(50);
+
+type Refusal = (StatusCode, String);
+
+/// The speaker, and its clock.
+#[derive(Clone)]
+struct Asked {
+    shared: Shared,
+    now: Arc<dyn Fn() -> Duration + Send + Sync>,
+}
+
+/// The answers.
+pub(crate) fn router(shared: Shared, now: impl Fn() -> Duration + Send + Sync + 'static) -> Router {
+    let asked = Asked {
+        shared,
+        now: Arc::new(now),
+    };
+    Router::new()
+        .route(path::EGRESS, get(egress))
+        .route(path::BINDINGS, get(bindings))
+        .route(path::PODS, get(pods))
+        .route(path::DISARM, post(disarm))
+        .route(path::ARM, post(arm))
+        .with_state(asked)
+}
+
+async fn egress(State(asked): State<Asked>) -> Json<Egress> {
+    let speaker = asked.shared.lock();
+    let mut policies: BTreeMap<String, PolicyUse> = BTreeMap::new();
+    for (policy, usage) in speaker.usage() {
+        policies.insert(policy.to_string(), use_of(usage));
+    }
+    for (policy, dropped) in speaker.dropped_for_no_gateway() {
+        let known = policies.entry(policy.to_string()).or_default();
+        known.dropped.insert("no-gateway".to_owned(), *dropped);
+    }
+    Json(Egress {
+        node: speaker.election().me().to_string(),
+        enabled: speaker.treats_egress(),
+        disarmed: speaker.is_disarmed(),
+        gateway_of: names(&speaker.gateway_of()),
+        policies,
+    })
+}
+
+fn use_of(usage: &Usage) -> PolicyUse {
+    let limit = |quota: u32| (quota > 0).then_some(quota);
+    let total = usage.total();
+    let drops = usage.drops().into_iter();
+    PolicyUse {
+        ports: usage.ports,
+        quota: limit(usage.quota),
+        quota_per_pod: limit(usage.quota_per_pod),
+        bindings: total.live,
+        resting: total.resting,
+        out_packets: usage.count.out_packets,
+        out_bytes: usage.count.out_bytes,
+        in_packets: usage.count.in_packets,
+        in_bytes: usage.count.in_bytes,
+        dropped: drops
+            .map(|(reason, packets)| (reason.to_owned(), packets))
+            .collect(),
+    }
+}
+
+fn names(policies: &BTreeSet<PolicyName>) -> Vec<String> {
+    policies.iter().map(ToString::to_string).collect()
+}
+
+/// Which bindings are asked for.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Which {
+    policy: Option<String>,
+    /// `namespace/name`.
+    pod: Option<String>,
+    most: Option<usize>,
+}
+
+/// Bindings as the maps have them, and the names of pods by address.
+struct Found {
+    node: String,
+    bound: Vec<Bound>,
+    more: usize,
+    pods: HashMap<IpAddr, String>,
+}
+
+async fn find(asked: &Asked, which: Which, most: usize) -> Result<Found, Refusal> {
+    let (reader, node, pods) = {
+        let speaker = asked.shared.lock();
+        let judged = speaker.egress().judged().iter();
+        let pods: HashMap<IpAddr, String> = judged
+            .map(|(address, judged)| (*address, judged.pod.to_string()))
+            .collect();
+        let node = speaker.election().me().to_string();
+        (speaker.bindings(), node, pods)
+    };
+    if let Some(pod) = &which.pod
+        && !pods.values().any(|known| known == pod)
+    {
+        let said = format!("no pod {pod} is known here (is it namespace/name?)\n");
+        return Err((StatusCode::NOT_FOUND, said));
+    }
+    // All of them are read: a million take a second.
+    let read = tokio::task::spawn_blocking(move || {
+        let wanted = |bound: &Bound| {
+            let policy = which.policy.as_deref();
+            let of_policy = policy.is_none_or(|name| bound.policy.as_deref() == Some(name));
+            let of_pod = which
+                .pod
+                .as_ref()
+                .is_none_or(|pod| pods.get(&bound.pod.ip()) == Some(pod));
+            of_policy && of_pod
+        };
+        let read = reader.list(most, &wanted);
+        read.map(|(bound, more)| Found {
+            node,
+            bound,
+            more,
+            pods,
+        })
+    });
+    let read = read.await.map_err(std::io::Error::other).flatten();
+    read.map_err(|error| {
+        let said = format!("the bindings cannot be read: {error}\n");
+        (StatusCode::INTERNAL_SERVER_ERROR, said)
+    })
+}
+
+async fn bindings(
+    State(asked): State<Asked>,
+    Query(which): Query<Which>,
+) -> Result<Json<Bindings>, Refusal> {
+    let most = which.most.unwrap_or(MOST);
+    let found = find(&asked, which, most).await?;
+    let bindings = found.bound.iter().map(|bound| Binding {
+        policy: bound.policy.as_ref().map(ToString::to_string),
+        pod: found.pods.get(&bound.pod.ip()).cloned(),
+        pod_address: bound.pod,
+        egress: bound.egress,
+        remote: bound.remote,
+        protocol: protocol(bound.protocol),
+        idle_seconds: bound.idle.as_secs(),
+        state: bound.state.word().to_owned(),
+    });
+    Ok(Json(Bindings {
+        bindings: bindings.collect(),
+        node: found.node,
+        more: found.more,
+    }))
+}
+
+fn protocol(number: u8) -> String {
+    match number {
+        6 => "TCP".to_owned(),
+        17 => "UDP".to_owned(),
+        1 | 58 => "ICMP".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+async fn pods(
+    State(asked): State<Asked>,
+    Query(which): Query<Which>,
+) -> Result<Json<Pods>, Refusal> {
+    let most = which.most.unwrap_or(MOST);
+    let found = find(&asked, which, usize::MAX).await?;
+    let mut pods = sums(&found.bound, &found.pods);
+    pods.truncate(most);
+    Ok(Json(Pods {
+        node: found.node,
+        pods,
+    }))
+}
+
+/// Bindings by pod, who has most first.
+fn sums(bound: &[Bound], names: &HashMap<IpAddr, String>) -> Vec<PodUse> {
+    let mut pods: BTreeMap<(String, Option<String>), PodUse> = BTreeMap::new();
+    let mut targets: HashMap<(IpAddr, SocketAddr, u8), u64> = HashMap::new();
+    for one in bound {
+        let address = one.pod.ip();
+        let name = names.get(&address).cloned();
+        let name = name.unwrap_or_else(|| address.to_string());
+        let policy = one.policy.as_ref().map(ToString::to_string);
+        let known = pods
+            .entry((name.clone(), policy.clone()))
+            .or_insert_with(|| PodUse {
+                policy,
+                pod: name,
+                bindings: 0,
+                resting: 0,
+                most_to_one: 0,
+                busiest: None,
+            });
+        if one.state == FlowState::Resting {
+            known.resting += 1;
+            continue;
+        }
+        known.bindings += 1;
+        let ports = targets
+            .entry((address, one.remote, one.protocol))
+            .or_default();
+        *ports += 1;
+        if *ports > known.most_to_one {
+            known.most_to_one = *ports;
+            known.busiest = Some(one.remote);
+        }
+    }
+    let mut pods: Vec<PodUse> = pods.into_values().collect();
+    pods.sort_by_key(|pod| std::cmp::Reverse(pod.bindings));
+    pods
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+struct How {
+    /// Also if nobody can take over what this node is the gateway of.
+    #[serde(default)]
+    force: bool,
+}
+
+/// First another node becomes the gateway of what this one is the gateway of, and the pods' nodes follow: or else their
+/// packets would pass here and leave by this node's own address.
+async fn disarm(
+    State(asked): State<Asked>,
+    Query(how): Query<How>,
+) -> Result<Json<Armed>, Refusal> {
+    let before = {
+        let mut speaker = asked.shared.lock();
+        if !speaker.treats_egress() {
+            let said = "this speaker runs without --egress: there is nothing to disarm\n";
+            return Err((StatusCode::CONFLICT, said.to_owned()));
+        }
+        let before = speaker.gateway_of();
+        speaker.hand_over_egress(true);
+        before
+    };
+    let begun = Instant::now();
+    let mut left = before.clone();
+    while !left.is_empty() && begun.elapsed() < HAND_OVER {
+        tokio::time::sleep(STEP).await;
+        left = asked.shared.lock().gateway_of();
+    }
+    if !left.is_empty() && !how.force {
+        asked.shared.lock().hand_over_egress(false);
+        let list = names(&left).join(", ");
+        let said = format!(
+            "this node is the gateway of {list}, and no other node can take over: packets of other nodes' pods would \
+             leave by this node's own address. Nothing was disarmed. Let another node be a gateway, or say --force\n"
+        );
+        return Err((StatusCode::CONFLICT, said));
+    }
+    if !before.is_empty() {
+        tokio::time::sleep(FOLLOW).await;
+    }
+    let mut speaker = asked.shared.lock();
+    speaker.disarm(true, (asked.now)());
+    Ok(Json(Armed {
+        node: speaker.election().me().to_string(),
+        disarmed: true,
+        handed_over: names(&(&before - &left)),
+        abandoned: names(&left),
+    }))
+}
+
+async fn arm(State(asked): State<Asked>) -> Json<Armed> {
+    let mut speaker = asked.shared.lock();
+    speaker.disarm(false, (asked.now)());
+    Json(Armed {
+        node: speaker.election().me().to_string(),
+        ..Armed::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn mk_bound(pod: &str, remote: &str, state: FlowState) -> Bound {
+        Bound {
+            policy: Some("mail".into()),
+            pod: pod.parse().unwrap(),
+            egress: "192.0.2.1:4000".parse().unwrap(),
+            remote: remote.parse().unwrap(),
+            protocol: 6,
+            idle: Duration::ZERO,
+            state,
+        }
+    }
+
+    #[test]
+    fn pods_are_summed_up() {
+        let bound = [
+            mk_bound("10.1.0.1:1", "198.51.100.1:25", FlowState::Established),
+            mk_bound("10.1.0.2:1", "198.51.100.1:25", FlowState::Established),
+            mk_bound("10.1.0.2:2", "198.51.100.2:25", FlowState::Opening),
+            mk_bound("10.1.0.2:3", "198.51.100.2:25", FlowState::Closing),
+            mk_bound("10.1.0.2:4", "198.51.100.2:25", FlowState::Resting),
+        ];
+        let names = HashMap::from([("10.1.0.2".parse().unwrap(), "a/mta".to_owned())]);
+        let pods = sums(&bound, &names);
+        let of = |pod: &PodUse| (pod.pod.clone(), pod.bindings, pod.resting, pod.most_to_one);
+        let of: Vec<_> = pods.iter().map(of).collect();
+        assert_eq!(
+            of,
+            [("a/mta".into(), 3, 1, 2), ("10.1.0.1".into(), 1, 0, 1)]
+        );
+        assert_eq!(pods[0].busiest, Some("198.51.100.2:25".parse().unwrap()));
+    }
+}
