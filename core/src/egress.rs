@@ -18,6 +18,8 @@
 
 mod addresses;
 mod choice;
+mod explain;
+mod inside;
 mod judge;
 mod lookup;
 mod matching;
@@ -38,6 +40,8 @@ use crate::ip::Family;
 use crate::model::{EgressPolicy, Event, Kind, NodeName, Object, ObjectId, ObjectKey, Pod, Pool};
 use crate::selector::Labels;
 use choice::Rank;
+pub use explain::{Cluster, Explanation, Outcome, Topic};
+pub use inside::inside;
 use judge::Offers;
 use lookup::{Carriers, Seekers};
 

@@ -588,6 +588,8 @@ fn kube_proxys_map_is_followed() {
 /// not known here yet. One that only Services have answers all of it.
 #[test]
 fn an_address_that_pods_leave_by_refuses_a_syn_only() {
+    const ACK: u8 = 16;
+    const SYN: u8 = 2;
     let lab = mk_small();
     let node = &lab.node("node1").unwrap().netns;
     let client = lab.client();
@@ -607,8 +609,6 @@ fn an_address_that_pods_leave_by_refuses_a_syn_only() {
     };
     let running = Running::start(node, rules, "@silent4");
     let answer = |vip: Ipv4Addr, flags: u8| client.run(move || reset_by(vip, flags)).unwrap();
-    const ACK: u8 = 16;
-    const SYN: u8 = 2;
     for flags in [SYN, ACK, SYN | ACK] {
         assert!(answer(loud, flags), "{flags}");
         assert_eq!(answer(quiet, flags), flags == SYN, "{flags}");

@@ -8,11 +8,10 @@ mod around;
 pub mod usage;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use landfall_core::egress::{EgressIndex, Judged};
+use landfall_core::egress::{EgressIndex, Judged, inside};
 use landfall_core::groups::Group;
 use landfall_core::model::NodeName;
 use landfall_core::steering::seed;
@@ -131,27 +130,6 @@ fn pod(judged: &Judged, me: &NodeName, had: bool) -> Option<Pod> {
     })
 }
 
-/// Networks that are never outside: link-local, multicast, this host, broadcast (RFC 6890).
-fn reserved() -> impl Iterator<Item = IpNet> {
-    let v4 = |address: [u8; 4], prefix| {
-        let network = Ipv4Net::new(Ipv4Addr::from(address), prefix);
-        IpNet::V4(network.expect("the prefixes are short enough"))
-    };
-    let v6 = |first: u16, prefix| {
-        let network = Ipv6Net::new(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0), prefix);
-        IpNet::V6(network.expect("the prefixes are short enough"))
-    };
-    [
-        v4([127, 0, 0, 0], 8),
-        v4([169, 254, 0, 0], 16),
-        v4([224, 0, 0, 0], 4),
-        v4([255, 255, 255, 255], 32),
-        v6(0xfe80, 10),
-        v6(0xff00, 8),
-    ]
-    .into_iter()
-}
-
 /// What follows for the packet filter and for the programs.
 pub(super) struct Leaving {
     pub(super) rules: Arc<node_rules::Leaving>,
@@ -222,33 +200,14 @@ impl Speaker {
             }
         }
         if std::mem::take(&mut self.plan.inside_stale) || self.plan.wanted.inside.is_empty() {
-            self.plan.wanted.inside = self.inside();
+            let pods = self.egress.judged().keys().copied();
+            self.plan.wanted.inside = inside(self.index.nodes().values(), pods);
         }
         let wanted = &self.plan.wanted;
         if self.plan.given.as_deref() != Some(wanted) {
             self.plan.given = Some(Arc::new(wanted.clone()));
         }
         self.plan.given.clone()
-    }
-
-    /// The cluster's own networks, and its pods' addresses that lie in none of them.
-    fn inside(&self) -> BTreeSet<IpNet> {
-        let mut inside: BTreeSet<IpNet> = reserved().collect();
-        for node in self.index.nodes().values() {
-            inside.extend(node.pod_cidrs.iter().map(IpNet::trunc));
-            inside.extend(node.addresses.iter().copied().map(IpNet::from));
-        }
-        let lengths: BTreeSet<u8> = inside.iter().map(IpNet::prefix_len).collect();
-        let is_inside = |address: IpAddr| {
-            lengths.iter().any(|length| {
-                let around = IpNet::new(address, *length);
-                around.is_ok_and(|around| inside.contains(&around.trunc()))
-            })
-        };
-        let pods = self.egress.judged().keys().copied();
-        let strays: Vec<IpAddr> = pods.filter(|pod| !is_inside(*pod)).collect();
-        inside.extend(strays.into_iter().map(IpNet::from));
-        inside
     }
 
     /// The group of a policy's addresses.
