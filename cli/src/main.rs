@@ -6,6 +6,7 @@
     reason = "they panic where nobody listens; see `print`"
 )]
 
+mod egress;
 mod exit;
 mod lab;
 mod print;
@@ -24,12 +25,15 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Pods that leave the cluster by addresses of their own: who, by what, why, and the way out.
+    Egress(egress::Args),
     /// A LAN in network namespaces, with real speakers, to watch fail-overs on.
     Lab(lab::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Egress(args) => egress::run(args),
         Command::Lab(args) => lab::run(args),
     };
     exit::code(outcome)

@@ -1,7 +1,7 @@
 //! A lab with a control plane, kube-proxies, the chart's CRDs and RBAC, and Landfall's real binaries.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -115,6 +115,11 @@ impl Cluster {
             program = program.arg(*arg);
         }
         Ok(self.lab().start(control_plane::HOST, name, &program)?)
+    }
+
+    /// The kubeconfig of speakers, with their rights.
+    pub fn speaker_kubeconfig(&self) -> &Path {
+        &self.kubeconfigs.speaker
     }
 
     /// Starts a node's speaker.

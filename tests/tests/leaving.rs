@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
+#[path = "leaving/cli.rs"]
+mod cli;
+
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,6 +59,8 @@ fn tenants() {
         let _far = PodServer::start(lab.remote(), "far")?;
         let pods: Vec<&Pod> = lab.pods().collect();
         follow(lab, &pods, By::Node, By::Policy);
+        cli::says_what_is(cluster);
+        cli::disarms(cluster);
         let pods = the_gateway_loses_power(lab);
         follow(lab, &pods, By::Policy, By::Policy);
         delete_policy(cluster);

@@ -1,0 +1,209 @@
+//! `landfall egress bindings`.
+
+use landfall_runtime::control::{self, Binding, Bindings, Egress, PodUse, Pods, path};
+
+use super::table::{aligned, or_none};
+use super::{Format, SpeakerArgs, exec, parse_pod, parse_policy};
+use crate::print;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Only those of this policy's pods.
+    #[arg(long, value_parser = parse_policy)]
+    policy: Option<String>,
+    /// Only those of this pod.
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = parse_pod)]
+    pod: Option<String>,
+    /// How many each pod has, who has most first.
+    #[arg(long)]
+    by_pod: bool,
+    /// Show so many at most.
+    #[arg(long, default_value_t = 1000, value_name = "NUMBER")]
+    most: usize,
+    /// How to print it.
+    #[arg(short, long, default_value = "table")]
+    output: Format,
+    #[command(flatten)]
+    speaker: SpeakerArgs,
+}
+
+impl Args {
+    /// The same, for a speaker's pod.
+    fn words(&self) -> Vec<String> {
+        let mut words = vec!["bindings".to_owned(), format!("--most={}", self.most)];
+        words.extend(self.policy.iter().map(|it| format!("--policy={it}")));
+        words.extend(self.pod.iter().map(|it| format!("--pod={it}")));
+        words.extend(self.by_pod.then(|| "--by-pod".to_owned()));
+        words.extend((self.output == Format::Json).then(|| "--output=json".to_owned()));
+        words
+    }
+
+    /// Names need no escaping.
+    fn query(&self, path: &str) -> String {
+        let mut query = format!("{path}?most={}", self.most);
+        if let Some(policy) = &self.policy {
+            query = format!("{query}&policy={policy}");
+        }
+        if let Some(pod) = &self.pod {
+            query = format!("{query}&pod={pod}");
+        }
+        query
+    }
+}
+
+/// Prints them; whether there are any.
+pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
+    if let Some(node) = &args.speaker.node {
+        return exec::at(node, &args.speaker, &args.words()).await;
+    }
+    let socket = &args.speaker.socket;
+    let (text, any) = if args.by_pod {
+        let found: Pods = control::get(socket, &args.query(path::PODS)).await?;
+        let text = match args.output {
+            Format::Json => serde_json::to_string_pretty(&found)?,
+            Format::Table => pods(&found),
+        };
+        (text, !found.pods.is_empty())
+    } else {
+        let found: Bindings = control::get(socket, &args.query(path::BINDINGS)).await?;
+        if found.more > 0 && args.output == Format::Table {
+            print::note(format_args!("{} more: see --most", found.more));
+        }
+        let text = match args.output {
+            Format::Json => serde_json::to_string_pretty(&found)?,
+            Format::Table => table(&found),
+        };
+        (text, !found.bindings.is_empty())
+    };
+    if any || args.output == Format::Json {
+        print::result(text)?;
+    } else {
+        let here: Egress = control::get(socket, path::EGRESS).await?;
+        print::note(why_none(&here));
+    }
+    Ok(any)
+}
+
+/// What a node is, that has no bindings.
+fn why_none(here: &Egress) -> String {
+    let node = &here.node;
+    if !here.enabled {
+        return format!("None: the speaker of {node} runs without --egress.");
+    }
+    if here.disarmed {
+        return format!("None: egress is disarmed on {node} (`landfall egress arm` ends that).");
+    }
+    if here.gateway_of.is_empty() {
+        return format!(
+            "None: {node} is no policy's gateway (`landfall egress list` says which nodes are)."
+        );
+    }
+    let of = here.gateway_of.join(", ");
+    format!("None. {node} is the gateway of {of}.")
+}
+
+fn table(found: &Bindings) -> String {
+    let row = |it: &Binding| {
+        vec![
+            or_none(it.pod.as_ref()),
+            it.pod_address.to_string(),
+            it.egress.to_string(),
+            it.remote.to_string(),
+            it.protocol.clone(),
+            format!("{}s", it.idle_seconds),
+            it.state.clone(),
+            or_none(it.policy.as_ref()),
+        ]
+    };
+    let rows: Vec<Vec<String>> = found.bindings.iter().map(row).collect();
+    let header = [
+        "POD",
+        "FROM",
+        "LEAVES BY",
+        "REMOTE",
+        "PROTOCOL",
+        "IDLE",
+        "STATE",
+        "POLICY",
+    ];
+    aligned(&header, &rows)
+}
+
+fn pods(found: &Pods) -> String {
+    let row = |it: &PodUse| {
+        vec![
+            it.pod.clone(),
+            or_none(it.policy.as_ref()),
+            it.bindings.to_string(),
+            it.resting.to_string(),
+            it.most_to_one.to_string(),
+            or_none(it.busiest),
+        ]
+    };
+    let rows: Vec<Vec<String>> = found.pods.iter().map(row).collect();
+    let header = [
+        "POD",
+        "POLICY",
+        "BINDINGS",
+        "RESTING",
+        "MOST TO ONE",
+        "REMOTE",
+    ];
+    aligned(&header, &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn bindings_are_lines() {
+        let found = Bindings {
+            node: "n1".into(),
+            bindings: vec![Binding {
+                policy: Some("mail".into()),
+                pod: None,
+                pod_address: "10.0.0.5:4000".parse().unwrap(),
+                egress: "192.0.2.32:4000".parse().unwrap(),
+                remote: "198.51.100.7:25".parse().unwrap(),
+                protocol: "TCP".into(),
+                idle_seconds: 7,
+                state: "established".into(),
+            }],
+            more: 0,
+        };
+        let text = table(&found);
+        let lines: Vec<&str> = text.lines().collect();
+        let words: Vec<&str> = lines[1].split_whitespace().collect();
+        let expected = [
+            "-",
+            "10.0.0.5:4000",
+            "192.0.2.32:4000",
+            "198.51.100.7:25",
+            "TCP",
+            "7s",
+            "established",
+            "mail",
+        ];
+        assert_eq!(words, expected);
+        assert_eq!(lines[0].find("STATE"), lines[1].find("established"));
+    }
+
+    #[test]
+    fn why_there_are_none_is_said() {
+        let mut here = Egress {
+            node: "n1".into(),
+            enabled: true,
+            ..Egress::default()
+        };
+        assert!(why_none(&here).contains("no policy's gateway"));
+        here.gateway_of.push("mail".into());
+        assert!(why_none(&here).contains("the gateway of mail"));
+        here.disarmed = true;
+        assert!(why_none(&here).contains("disarmed"));
+        here.enabled = false;
+        assert!(why_none(&here).contains("without --egress"));
+    }
+}

@@ -1,0 +1,113 @@
+//! `landfall egress list`.
+
+use landfall_core::model::{Condition, EgressPolicy};
+use serde::Serialize;
+
+use super::cluster::{Read, read};
+use super::table::{aligned, or_none};
+use super::{ApiArgs, Format};
+use crate::print;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// How to print it.
+    #[arg(short, long, default_value = "table")]
+    output: Format,
+    #[command(flatten)]
+    api: ApiArgs,
+}
+
+/// A policy.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    name: String,
+    addresses: Vec<String>,
+    gateway: Option<String>,
+    standby: Option<String>,
+    pods: usize,
+    host_network_pods: usize,
+    ports_in_use: u64,
+    ports_quota: Option<u32>,
+    ports_per_pod: Option<u32>,
+    /// It is in force, for all of its pods.
+    ready: bool,
+    reason: String,
+    message: String,
+}
+
+impl Row {
+    fn of(policy: &EgressPolicy, read: &Read) -> Self {
+        let vips = read.addresses_of(&policy.name);
+        let report = read.index.report(&policy.name).unwrap_or_default();
+        let ready = policy.status.conditions.iter();
+        let ready = ready.into_iter().find(|it| it.kind == "Ready");
+        let is_true = |condition: &Condition| condition.status == "True";
+        let node = |name: Option<&landfall_core::model::NodeName>| name.map(ToString::to_string);
+        Self {
+            name: policy.name.to_string(),
+            addresses: vips.iter().map(|vip| vip.address.to_string()).collect(),
+            gateway: node(vips.iter().find_map(|vip| vip.leader.as_ref())),
+            standby: node(vips.iter().find_map(|vip| vip.standby.as_ref())),
+            pods: report.matched,
+            host_network_pods: report.host_network,
+            ports_in_use: policy.status.ports_in_use,
+            ports_quota: policy.spec.ports,
+            ports_per_pod: policy.spec.ports_per_pod,
+            ready: ready.is_some_and(is_true),
+            reason: ready.map_or("Unknown", |it| &it.reason).to_owned(),
+            message: ready.map_or(
+                "no controller has said anything about it: does one run?".to_owned(),
+                |it| it.message.clone(),
+            ),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let addresses = self.addresses.join(",");
+        let quota = self.ports_quota.map(|quota| format!("/{quota}"));
+        vec![
+            self.name.clone(),
+            or_none((!addresses.is_empty()).then_some(addresses)),
+            or_none(self.gateway.as_ref()),
+            or_none(self.standby.as_ref()),
+            self.pods.to_string(),
+            format!("{}{}", self.ports_in_use, quota.unwrap_or_default()),
+            if self.ready { "True" } else { "False" }.to_owned(),
+            self.reason.clone(),
+        ]
+    }
+}
+
+const HEADER: [&str; 8] = [
+    "NAME",
+    "ADDRESSES",
+    "GATEWAY",
+    "STANDBY",
+    "PODS",
+    "PORTS",
+    "READY",
+    "REASON",
+];
+
+/// Prints the policies; whether all are in force.
+pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
+    let read = read(&args.api.client().await?).await?;
+    let policies = read.index.policies();
+    let rows: Vec<Row> = policies.map(|policy| Row::of(policy, &read)).collect();
+    match args.output {
+        Format::Json => {
+            let json = serde_json::json!({ "policies": rows });
+            print::result(serde_json::to_string_pretty(&json)?)?;
+        }
+        Format::Table if rows.is_empty() => print::result("There are no egress policies.")?,
+        Format::Table => {
+            let cells: Vec<Vec<String>> = rows.iter().map(Row::cells).collect();
+            print::result(aligned(&HEADER, &cells))?;
+            for row in rows.iter().filter(|row| !row.ready) {
+                print::note(format_args!("{}: {}", row.name, row.message));
+            }
+        }
+    }
+    Ok(rows.iter().all(|row| row.ready))
+}

@@ -1,0 +1,183 @@
+//! `landfall egress` against the real thing: what it says, and what disarming a gateway does.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use landfall_lab::{Lab, Pod, Program};
+use landfall_tests::flows::Flow;
+use landfall_tests::{Cluster, PATIENCE};
+use serde_json::Value;
+
+use super::{By, TRY, egress, follow, outside};
+
+/// The command, as it runs in a speaker's pod: with that one's rights.
+struct Cli<'a> {
+    cluster: &'a Cluster,
+    path: PathBuf,
+}
+
+impl<'a> Cli<'a> {
+    fn new(cluster: &'a Cluster) -> Self {
+        Self {
+            cluster,
+            path: Program::landfall("landfall").unwrap().path,
+        }
+    }
+
+    fn run(&self, node: &str, args: &[&str], more: &[&str]) -> Output {
+        let node = self.cluster.lab().node(node).unwrap();
+        let mut command: Command = node.netns.command(&self.path);
+        command.arg("egress").args(args).args(more);
+        command.output().unwrap()
+    }
+
+    /// What reads the API.
+    fn reads(&self, args: &[&str]) -> (i32, String) {
+        let kubeconfig = self.cluster.speaker_kubeconfig().display().to_string();
+        ended(&self.run("node1", args, &["--kubeconfig", &kubeconfig]))
+    }
+
+    /// What asks the speaker of a node.
+    fn asks(&self, node: &str, args: &[&str]) -> (i32, String) {
+        let socket = self.cluster.lab().control_socket(node);
+        ended(&self.run(node, args, &["--socket", &socket.display().to_string()]))
+    }
+
+    fn policies(&self) -> Value {
+        let (code, text) = self.reads(&["list", "-o", "json"]);
+        assert_eq!(code, 0, "{text}");
+        let policies: Value = serde_json::from_str(&text).unwrap();
+        policies["policies"][0].clone()
+    }
+
+    fn gateway(&self) -> String {
+        let gateway = self.policies()["gateway"].clone();
+        gateway.as_str().unwrap_or_default().to_owned()
+    }
+
+    fn explains(&self, pod: &Pod, to: IpAddr) -> (i32, String) {
+        let pod = format!("default/{}", pod.name);
+        self.reads(&["explain", "--pod", &pod, "--to", &to.to_string()])
+    }
+}
+
+/// The exit code, and all that was said.
+fn ended(output: &Output) -> (i32, String) {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    println!("{text}");
+    (output.status.code().unwrap_or(-1), text)
+}
+
+fn eventually<T>(what: &str, mut come: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(it) = come() {
+            return it;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{what}: not in {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Asks, while pods leave by their policy's addresses.
+pub(super) fn says_what_is(cluster: &Cluster) {
+    let cli = Cli::new(cluster);
+    let lab = cluster.lab();
+    let policy = cli.policies();
+    let (code, text) = cli.reads(&["list"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("GatewayElected"), "{text}");
+    assert_eq!(policy["name"], "mail");
+    assert_eq!(policy["pods"], lab.pods().count());
+    let addresses: Vec<String> = egress().iter().map(ToString::to_string).collect();
+    assert_eq!(policy["addresses"], Value::from(addresses));
+    let gateway = cli.gateway();
+
+    let pod = lab.pods().find(|pod| pod.node != gateway).unwrap();
+    for server in outside() {
+        let (code, text) = cli.explains(pod, server.ip());
+        let by = egress()
+            .into_iter()
+            .find(|it| it.is_ipv4() == server.is_ipv4());
+        let expected = format!("it leaves by {} at node {gateway}", by.unwrap());
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains(&expected), "{text}");
+    }
+    let (code, text) = cli.explains(pod, egress()[0]);
+    assert!(
+        code == 0 && text.contains("a VIP of this cluster"),
+        "{text}"
+    );
+    let nobody = ["explain", "--pod", "default/nobody", "--to", "203.0.113.1"];
+    assert_eq!(cli.reads(&nobody).0, 1);
+
+    holds_a_flow(&cli, pod, &gateway);
+}
+
+/// A flow that is open is shown at its gateway, and counted in the status.
+fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
+    let server: SocketAddr = outside()[0];
+    let _flow = Flow::open_within(&pod.netns, server, TRY).unwrap();
+    let name = format!("default/{}", pod.name);
+    let of_pod = ["bindings", "--pod", &name, "-o", "json"];
+    let (code, text) = cli.asks(gateway, &of_pod);
+    assert_eq!(code, 0, "{text}");
+    let found: Value = serde_json::from_str(&text).unwrap();
+    let bindings = found["bindings"].as_array().unwrap();
+    let own = bindings.iter().find(|it| it["state"] == "established");
+    let own = own.unwrap_or_else(|| panic!("{bindings:?}"));
+    assert_eq!(own["pod"], *name);
+    assert_eq!(own["policy"], "mail");
+    assert_eq!(own["remote"], server.to_string());
+    assert_eq!(own["protocol"], "TCP");
+    let by: SocketAddr = own["egress"].as_str().unwrap().parse().unwrap();
+    assert_eq!(by.ip(), egress()[0]);
+    let (code, text) = cli.asks(gateway, &["bindings", "--by-pod"]);
+    assert!(code == 0 && text.contains(&name), "{text}");
+    // Elsewhere there are none, and why is said.
+    let (code, text) = cli.asks(&pod.node, &["bindings"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no policy's gateway"), "{text}");
+    let ports = eventually("ports in use in the status", || {
+        cli.policies()["portsInUse"]
+            .as_u64()
+            .filter(|ports| *ports > 0)
+    });
+    println!("{ports} ports in use, says the status");
+}
+
+/// Disarms the gateway: another takes over, and only the pods of the node itself leave by its address. Then arms it.
+pub(super) fn disarms(cluster: &Cluster) {
+    let cli = Cli::new(cluster);
+    let lab: &Lab = cluster.lab();
+    let first = cli.gateway();
+    let (code, text) = cli.asks(&first, &["disarm"]);
+    assert_eq!(code, 0, "{text}");
+    for said in [
+        "EGRESS IS DISARMED",
+        "Another node is the gateway now of: mail",
+    ] {
+        assert!(text.contains(said), "{said} is not in\n{text}");
+    }
+    let (own, others): (Vec<&Pod>, Vec<&Pod>) = lab.pods().partition(|pod| pod.node == first);
+    follow(lab, &others, By::Policy, By::Policy);
+    follow(lab, &own, By::Policy, By::Node);
+    let second = eventually("another gateway", || {
+        Some(cli.gateway()).filter(|it| *it != first && !it.is_empty())
+    });
+    println!("{first} is disarmed, {second} is the gateway");
+    let table = lab
+        .node(&first)
+        .unwrap()
+        .netns
+        .exec("nft list table inet landfall");
+    assert!(!table.unwrap().contains("egress-judge"), "rules are left");
+    let (code, text) = cli.asks(&first, &["arm"]);
+    assert_eq!((code, text), (0, format!("{first}: armed\n")));
+    follow(lab, &own, By::Node, By::Policy);
+    assert_eq!(cli.gateway(), second, "it takes nothing back");
+}
