@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -111,7 +111,13 @@ struct Found {
     pods: HashMap<IpAddr, String>,
 }
 
-async fn find(asked: &Asked, which: Which, most: usize) -> Result<Found, Refusal> {
+/// Looks through all bindings, and says of each that is asked for whether it is to be shown, of so many at most.
+async fn find(
+    asked: &Asked,
+    which: Which,
+    most: usize,
+    shown: impl Fn(&Bound, Option<&String>) -> bool + Send + 'static,
+) -> Result<Found, Refusal> {
     let (reader, node, pods) = {
         let speaker = asked.shared.lock();
         let judged = speaker.egress().judged().iter();
@@ -132,11 +138,9 @@ async fn find(asked: &Asked, which: Which, most: usize) -> Result<Found, Refusal
         let wanted = |bound: &Bound| {
             let policy = which.policy.as_deref();
             let of_policy = policy.is_none_or(|name| bound.policy.as_deref() == Some(name));
-            let of_pod = which
-                .pod
-                .as_ref()
-                .is_none_or(|pod| pods.get(&bound.pod.ip()) == Some(pod));
-            of_policy && of_pod
+            let known = pods.get(&bound.pod.ip());
+            let of_pod = which.pod.as_ref().is_none_or(|pod| known == Some(pod));
+            of_policy && of_pod && shown(bound, known)
         };
         let read = reader.list(most, &wanted);
         read.map(|(bound, more)| Found {
@@ -158,7 +162,7 @@ async fn bindings(
     Query(which): Query<Which>,
 ) -> Result<Json<Bindings>, Refusal> {
     let most = which.most.unwrap_or(MOST);
-    let found = find(&asked, which, most).await?;
+    let found = find(&asked, which, most, |_, _| true).await?;
     let bindings = found.bound.iter().map(|bound| Binding {
         policy: bound.policy.as_ref().map(ToString::to_string),
         pod: found.pods.get(&bound.pod.ip()).cloned(),
@@ -190,29 +194,42 @@ async fn pods(
     Query(which): Query<Which>,
 ) -> Result<Json<Pods>, Refusal> {
     let most = which.most.unwrap_or(MOST);
-    let found = find(&asked, which, usize::MAX).await?;
-    let mut pods = sums(&found.bound, &found.pods);
+    let sums = Arc::new(Mutex::new(Sums::default()));
+    let all = Arc::clone(&sums);
+    // Summed up as they are read: all of them would not fit beside what else the speaker holds.
+    let found = find(&asked, which, 0, move |bound, pod| {
+        lock(&all).add(bound, pod);
+        false
+    });
+    let node = found.await?.node;
+    let mut pods = std::mem::take(&mut *lock(&sums)).finish();
     pods.truncate(most);
-    Ok(Json(Pods {
-        node: found.node,
-        pods,
-    }))
+    Ok(Json(Pods { node, pods }))
 }
 
-/// Bindings by pod, who has most first.
-fn sums(bound: &[Bound], names: &HashMap<IpAddr, String>) -> Vec<PodUse> {
-    let mut pods: BTreeMap<(String, Option<String>), PodUse> = BTreeMap::new();
-    let mut targets: HashMap<(IpAddr, SocketAddr, u8), u64> = HashMap::new();
-    for one in bound {
+fn lock(sums: &Mutex<Sums>) -> MutexGuard<'_, Sums> {
+    sums.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many pairs of pod and remote are told apart; more than that are counted for their pods only.
+const MAX_TARGETS: usize = 100_000;
+
+/// Bindings by pod and policy.
+#[derive(Default)]
+struct Sums {
+    pods: BTreeMap<(IpAddr, Option<PolicyName>), PodUse>,
+    targets: HashMap<(IpAddr, SocketAddr, u8), u64>,
+}
+
+impl Sums {
+    fn add(&mut self, one: &Bound, pod: Option<&String>) {
         let address = one.pod.ip();
-        let name = names.get(&address).cloned();
-        let name = name.unwrap_or_else(|| address.to_string());
-        let policy = one.policy.as_ref().map(ToString::to_string);
-        let known = pods
-            .entry((name.clone(), policy.clone()))
+        let known = self
+            .pods
+            .entry((address, one.policy.clone()))
             .or_insert_with(|| PodUse {
-                policy,
-                pod: name,
+                policy: one.policy.as_ref().map(ToString::to_string),
+                pod: pod.cloned().unwrap_or_else(|| address.to_string()),
                 bindings: 0,
                 resting: 0,
                 most_to_one: 0,
@@ -220,21 +237,27 @@ fn sums(bound: &[Bound], names: &HashMap<IpAddr, String>) -> Vec<PodUse> {
             });
         if one.state == FlowState::Resting {
             known.resting += 1;
-            continue;
+            return;
         }
         known.bindings += 1;
-        let ports = targets
-            .entry((address, one.remote, one.protocol))
-            .or_default();
+        let target = (address, one.remote, one.protocol);
+        if self.targets.len() >= MAX_TARGETS && !self.targets.contains_key(&target) {
+            return;
+        }
+        let ports = self.targets.entry(target).or_default();
         *ports += 1;
         if *ports > known.most_to_one {
             known.most_to_one = *ports;
             known.busiest = Some(one.remote);
         }
     }
-    let mut pods: Vec<PodUse> = pods.into_values().collect();
-    pods.sort_by_key(|pod| std::cmp::Reverse(pod.bindings));
-    pods
+
+    /// Who has most first.
+    fn finish(self) -> Vec<PodUse> {
+        let mut pods: Vec<PodUse> = self.pods.into_values().collect();
+        pods.sort_by_key(|pod| std::cmp::Reverse(pod.bindings));
+        pods
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -250,6 +273,17 @@ async fn disarm(
     State(asked): State<Asked>,
     Query(how): Query<How>,
 ) -> Result<Json<Armed>, Refusal> {
+    // To its end, also if whoever asked does not wait for that.
+    let done = tokio::spawn(hand_over_and_disarm(asked, how)).await;
+    done.unwrap_or_else(|error| {
+        Err((
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("disarming ended: {error}\n"),
+        ))
+    })
+}
+
+async fn hand_over_and_disarm(asked: Asked, how: How) -> Result<Json<Armed>, Refusal> {
     let before = {
         let mut speaker = asked.shared.lock();
         if !speaker.treats_egress() {
@@ -324,8 +358,15 @@ mod tests {
             mk_bound("10.1.0.2:3", "198.51.100.2:25", FlowState::Closing),
             mk_bound("10.1.0.2:4", "198.51.100.2:25", FlowState::Resting),
         ];
-        let names = HashMap::from([("10.1.0.2".parse().unwrap(), "a/mta".to_owned())]);
-        let pods = sums(&bound, &names);
+        let mut sums = Sums::default();
+        for one in &bound {
+            let name = "a/mta".to_owned();
+            sums.add(
+                one,
+                (one.pod.ip().to_string() == "10.1.0.2").then_some(&name),
+            );
+        }
+        let pods = sums.finish();
         let of = |pod: &PodUse| (pod.pod.clone(), pod.bindings, pod.resting, pod.most_to_one);
         let of: Vec<_> = pods.iter().map(of).collect();
         assert_eq!(

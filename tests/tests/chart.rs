@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
@@ -198,6 +198,20 @@ fn the_cni_plugin_is_asked_for() {
         said.contains("/etc/landfall/gossip/key") && !said.contains("unexpected argument"),
         "{said}"
     );
+}
+
+/// Who may exec into the pod may ask the speaker; nobody else on the node can.
+#[test]
+fn the_control_socket_is_the_pods_own() {
+    let speaker = done(&template("speaker.yaml", &[]));
+    let socket = Path::new(landfall_runtime::control::SOCKET);
+    let directory = socket.parent().unwrap().to_str().unwrap();
+    assert!(
+        speaker.contains(&format!("{{name: control, mountPath: {directory}}}")),
+        "{speaker}"
+    );
+    let volume = speaker.split("- name: control\n").nth(1).unwrap();
+    assert!(volume.trim_start().starts_with("emptyDir:"), "{volume}");
 }
 
 fn capabilities(speaker: &str) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! A second gateway at the segment, which would take over from the first, and the replication between the two.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread;

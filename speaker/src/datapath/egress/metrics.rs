@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use landfall_ebpf_common::egress::gateway::Reason;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -48,74 +48,89 @@ impl Collector for Counters {
     }
 }
 
-type Number = fn(&Usage) -> u64;
-type BothWays = fn(&Usage) -> [u64; 2];
-
 /// By policy and never by pod: pods come and go, and each would leave its series behind.
 fn of_policies(
     encoder: &mut DescriptorEncoder<'_>,
     usage: &BTreeMap<PolicyName, Usage>,
 ) -> fmt::Result {
-    let gauges: [(&str, &str, Number); 4] = [
-        (
-            "egress_policy_ports",
-            "Ports that the flows of a policy's pods have in use at this node, their gateway",
-            |usage| usage.ports,
-        ),
-        (
-            "egress_policy_ports_quota",
-            "Most ports of all pods of a policy together; 0 for no limit",
-            |usage| u64::from(usage.quota),
-        ),
-        (
-            "egress_policy_bindings",
-            "Bindings of a policy's pods that live, as they were counted a moment ago",
-            |usage| usage.total().live,
-        ),
-        (
-            "egress_policy_resting",
-            "Bindings of a policy's pods that have ended and whose ports rest",
-            |usage| usage.total().resting,
-        ),
-    ];
-    for (name, help, value) in gauges {
-        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (policy, usage) in usage {
-            let labels = [("policy", &**policy)];
-            let value = i64::try_from(value(usage)).unwrap_or(i64::MAX);
-            ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
-        }
-    }
-    let both: [(&str, &str, BothWays); 2] = [
-        (
-            "egress_policy_packets",
-            "Packets of a policy's pods that this node has translated as their gateway, by direction (out, in)",
-            |usage| [usage.count.out_packets, usage.count.in_packets],
-        ),
-        (
-            "egress_policy_bytes",
-            "Bytes of them, link-layer header included, by direction (out, in)",
-            |usage| [usage.count.out_bytes, usage.count.in_bytes],
-        ),
-    ];
-    for (name, help, values) in both {
-        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (policy, usage) in usage {
-            for (direction, value) in ["out", "in"].into_iter().zip(values(usage)) {
-                let labels = [("policy", &**policy), ("direction", direction)];
-                ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
-            }
-        }
-    }
-    let mut family = encoder.encode_descriptor(
+    let family = encoder.encode_descriptor(
+        "egress_policy_ports",
+        "Ports that the flows of a policy's pods have in use at this node, their gateway",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauges(family, usage, |usage| usage.ports)?;
+    let family = encoder.encode_descriptor(
+        "egress_policy_ports_quota",
+        "Most ports of all pods of a policy together; 0 for no limit",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauges(family, usage, |usage| u64::from(usage.quota))?;
+    let family = encoder.encode_descriptor(
+        "egress_policy_bindings",
+        "Bindings of a policy's pods that live, as they were counted a moment ago",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauges(family, usage, |usage| usage.total().live)?;
+    let family = encoder.encode_descriptor(
+        "egress_policy_resting",
+        "Bindings of a policy's pods that have ended and whose ports rest",
+        None,
+        MetricType::Gauge,
+    )?;
+    gauges(family, usage, |usage| usage.total().resting)?;
+    let family = encoder.encode_descriptor(
+        "egress_policy_packets",
+        "Packets of a policy's pods that this node has translated as their gateway, by direction (out, in)",
+        None,
+        MetricType::Counter,
+    )?;
+    counters(family, usage, "direction", |usage| {
+        let count = &usage.count;
+        vec![("out", count.out_packets), ("in", count.in_packets)]
+    })?;
+    let family = encoder.encode_descriptor(
+        "egress_policy_bytes",
+        "Bytes of them, link-layer header included, by direction (out, in)",
+        None,
+        MetricType::Counter,
+    )?;
+    counters(family, usage, "direction", |usage| {
+        vec![("out", usage.count.out_bytes), ("in", usage.count.in_bytes)]
+    })?;
+    let family = encoder.encode_descriptor(
         "egress_policy_dropped_packets",
         "Packets of a policy's pods that this node, their gateway, has not let through, by reason: quota (of the policy or of a pod), no-port, no-room, others (egress_packets tells those apart, for all policies together)",
         None,
         MetricType::Counter,
     )?;
+    counters(family, usage, "reason", |usage| usage.drops().to_vec())
+}
+
+fn gauges(
+    mut family: MetricEncoder<'_>,
+    usage: &BTreeMap<PolicyName, Usage>,
+    value: impl Fn(&Usage) -> u64,
+) -> fmt::Result {
     for (policy, usage) in usage {
-        for (reason, value) in usage.drops() {
-            let labels = [("policy", &**policy), ("reason", reason)];
+        let labels = [("policy", &**policy)];
+        let value = i64::try_from(value(usage)).unwrap_or(i64::MAX);
+        ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+fn counters(
+    mut family: MetricEncoder<'_>,
+    usage: &BTreeMap<PolicyName, Usage>,
+    label: &'static str,
+    values: impl Fn(&Usage) -> Vec<(&'static str, u64)>,
+) -> fmt::Result {
+    for (policy, usage) in usage {
+        for (word, value) in values(usage) {
+            let labels = [("policy", &**policy), (label, word)];
             ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
         }
     }
