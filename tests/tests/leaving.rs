@@ -61,6 +61,7 @@ fn tenants() {
         follow(lab, &pods, By::Node, By::Policy);
         cli::says_what_is(cluster);
         cli::disarms(cluster);
+        cli::names_what_is_dropped(cluster);
         let pods = the_gateway_loses_power(lab);
         follow(lab, &pods, By::Policy, By::Policy);
         delete_policy(cluster);
@@ -137,10 +138,14 @@ fn the_gateway_loses_power(lab: &Lab) -> Vec<&Pod> {
 }
 
 fn delete_policy(cluster: &Cluster) {
+    delete(cluster, "mail");
+}
+
+fn delete(cluster: &Cluster, policy: &str) {
     cluster.block_on(async {
         let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
         let gone = DeleteParams::default();
-        policies.delete("mail", &gone).await.unwrap();
+        policies.delete(policy, &gone).await.unwrap();
     });
 }
 

@@ -6,12 +6,15 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::events::v1::Event;
+use kube::Api;
+use kube::api::ListParams;
 use landfall_lab::{Lab, Pod, Program};
 use landfall_tests::flows::Flow;
-use landfall_tests::{Cluster, PATIENCE};
+use landfall_tests::{Cluster, PATIENCE, chart};
 use serde_json::Value;
 
-use super::{By, TRY, egress, follow, outside};
+use super::{By, TRY, delete, egress, follow, outside};
 
 /// The command, as it runs in a speaker's pod: with that one's rights.
 struct Cli<'a> {
@@ -68,7 +71,6 @@ impl<'a> Cli<'a> {
 fn ended(output: &Output) -> (i32, String) {
     let text = [&output.stdout[..], &output.stderr[..]].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
-    println!("{text}");
     (output.status.code().unwrap_or(-1), text)
 }
 
@@ -180,4 +182,62 @@ pub(super) fn disarms(cluster: &Cluster) {
     assert_eq!((code, text), (0, format!("{first}: armed\n")));
     follow(lab, &own, By::Node, By::Policy);
     assert_eq!(cli.gateway(), second, "it takes nothing back");
+}
+
+/// A pod of a policy that no node may be the gateway of reaches nothing; the command says why, and an Event of the policy
+/// says that there were packets.
+pub(super) fn names_what_is_dropped(cluster: &Cluster) {
+    let cli = Cli::new(cluster);
+    let lab = cluster.lab();
+    let pod = lab.pods().next().unwrap();
+    let policy = format!(
+        "
+apiVersion: landfall.dev/v1alpha1
+kind: EgressPolicy
+metadata: {{name: nowhere}}
+spec:
+  podSelector: {{matchLabels: {{app: echo, pod: {}}}}}
+  egressIPs: {{pool: out}}
+  gateways: {{nodeSelector: {{matchLabels: {{no: such}}}}}}
+",
+        pod.name
+    );
+    chart::apply(cluster.plane(), &policy).unwrap();
+    let server = outside()[0];
+    eventually("the policy without gateway", || {
+        let (code, text) = cli.explains(pod, server.ip());
+        (code == 1 && text.contains("not selected by the EgressPolicy's gateways.nodeSelector"))
+            .then_some(())
+    });
+    eventually("packets are dropped", || {
+        Flow::open_within(&pod.netns, server, TRY).err()
+    });
+    let (code, text) = cli.reads(&["list"]);
+    assert!(code == 1 && text.contains("NoGateway"), "{text}");
+    let note = eventually("the Event", || {
+        // More of them, should the first have come before the table was written.
+        let _ = Flow::open_within(&pod.netns, server, Duration::from_millis(100));
+        dropped(cluster)
+    });
+    println!("{note}");
+    assert!(note.starts_with(&format!("node {} dropped ", pod.node)));
+    delete(cluster, "nowhere");
+    follow(lab, &[pod], By::Policy, By::Policy);
+}
+
+/// What the Event of dropped packets says.
+fn dropped(cluster: &Cluster) -> Option<String> {
+    let events = cluster.block_on(async {
+        let events: Api<Event> = Api::namespaced(cluster.client().await.unwrap(), "default");
+        events.list(&ListParams::default()).await.unwrap()
+    });
+    let mut events = events.items.into_iter();
+    let found = events.find(|event| {
+        let regarding = event.regarding.as_ref();
+        let name = regarding.and_then(|it| it.name.as_deref());
+        event.reason.as_deref() == Some("PacketsDroppedNoGateway") && name == Some("nowhere")
+    })?;
+    let uid = found.regarding.and_then(|it| it.uid);
+    assert!(uid.is_some(), "kubectl describe finds Events by it");
+    found.note
 }
