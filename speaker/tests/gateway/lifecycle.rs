@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use landfall_ebpf_common::tcx;
 use landfall_lab::server::WHO_AM_I;
-use landfall_speaker::datapath::egress::State;
+use landfall_speaker::datapath::egress::{FlowState, State};
 use landfall_speaker::datapath::{self, Change, DataPath as _};
 use prometheus_client::registry::Registry;
 
@@ -62,6 +62,54 @@ fn it_is_there_while_there_is_a_policy() {
     world.await_state(|state| *state == State::Idle);
     assert_eq!(programs(&world.gw), 0);
     assert!(!map_of(&world).exists());
+}
+
+/// Disarmed, it is out of the kernel at once, living flows or not, also for the next process that is told so; armed again, it
+/// begins anew.
+#[test]
+fn disarmed_it_is_gone_at_once() {
+    let mut world = World::build();
+    let remote = SocketAddr::new(ip(SERVER[0]), LINES);
+    let stream = connect(&world.pods[0], remote).unwrap();
+    assert_eq!(ip(&say(&stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
+    let of_pod = |world: &World| {
+        let own = stream.local_addr().unwrap();
+        let found = world.gateway().bindings(10, &|bound| bound.pod == own);
+        found.unwrap()
+    };
+    let (bound, more) = of_pod(&world);
+    assert_eq!((bound.len(), more), (1, 0));
+    assert_eq!(
+        (bound[0].remote, bound[0].egress.ip()),
+        (remote, ip(EGRESS[0]))
+    );
+    assert_eq!(bound[0].state, FlowState::Established);
+    assert_eq!(bound[0].policy.as_deref(), Some("mail"));
+
+    world.gateway().disarm(true);
+    world.await_state(|state| *state == State::Idle);
+    assert_eq!(programs(&world.gw), 0);
+    assert!(!map_of(&world).exists());
+    assert_eq!(of_pod(&world), (Vec::new(), 0));
+    // Whatever it is told meanwhile.
+    world.tell();
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(programs(&world.gw), 0);
+
+    world.gateway().disarm(false);
+    world.await_state(|state| matches!(state, State::Armed(_)));
+    assert_eq!(tcp_seen_as(&world.pods[0], ip(SERVER[0])), ip(EGRESS[0]));
+
+    // What a process has left goes, too.
+    world.stop();
+    assert_eq!(programs(&world.gw), 2);
+    world.launch();
+    world.gateway().disarm(true);
+    let begun = Instant::now();
+    while programs(&world.gw) > 0 || map_of(&world).exists() {
+        assert!(begun.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// There is room for as many bindings as is said; what is pinned keeps its room, and its flows.
