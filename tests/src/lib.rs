@@ -17,8 +17,8 @@
 //! - [`client`]: asks VIPs as a client does.
 //! - [`flows`]: established flows that are asked again and again.
 //! - [`tables`]: what the speakers have told their data paths, and what those did.
-//! - [`cni`]: what a CNI does for its pods besides.
 //! - [`mta`]: a mail server outside.
+//! - [`tenants`]: pods that leave by addresses of their own.
 //! - [`usage`]: what a process costs.
 //!
 //! ```no_run
@@ -47,7 +47,6 @@ mod binaries;
 pub mod chart;
 pub mod client;
 mod cluster;
-pub mod cni;
 mod control_plane;
 pub mod flows;
 mod forward;
@@ -56,6 +55,7 @@ pub mod objects;
 mod pki;
 pub mod slices;
 pub mod tables;
+pub mod tenants;
 pub mod usage;
 
 pub use cluster::Cluster;

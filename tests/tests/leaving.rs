@@ -17,23 +17,8 @@ use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::{PodServer, TCP_PORT};
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
-use landfall_tests::{Cluster, PATIENCE, chart, cni};
-
-const OBJECTS: &str = "
-apiVersion: landfall.dev/v1alpha1
-kind: IPAddressPool
-metadata: {name: out}
-spec:
-  purpose: Egress
-  addresses: [10.88.0.230-10.88.0.239, 'fd00:88::230-fd00:88::239']
----
-apiVersion: landfall.dev/v1alpha1
-kind: EgressPolicy
-metadata: {name: mail}
-spec:
-  podSelector: {matchLabels: {app: echo}}
-  egressIPs: {pool: out, ipFamilies: [IPv4, IPv6]}
-";
+use landfall_tests::tenants::{self, egress};
+use landfall_tests::{Cluster, PATIENCE};
 
 /// How long a try to connect may take.
 const TRY: Duration = Duration::from_secs(3);
@@ -46,14 +31,7 @@ fn tenants() {
         ..Topology::default()
     };
     Cluster::run(topology, |cluster| {
-        for node in cluster.lab().nodes() {
-            cni::masquerade(&node.netns)?;
-        }
-        chart::apply(cluster.plane(), OBJECTS)?;
-        cluster.start_controller("controller", &[])?;
-        for node in cluster.lab().nodes() {
-            cluster.start_speaker(&node.name, &["--egress"])?;
-        }
+        tenants::start(cluster)?;
         let lab = cluster.lab();
         let _near = PodServer::start(lab.client(), "near")?;
         let _far = PodServer::start(lab.remote(), "far")?;
@@ -68,10 +46,6 @@ fn tenants() {
         follow(lab, &pods, By::Policy, By::Node);
         Ok(())
     });
-}
-
-fn egress() -> [IpAddr; 2] {
-    Network::Lan.both(230)
 }
 
 /// The servers outside, of both families.

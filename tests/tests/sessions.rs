@@ -7,34 +7,19 @@ mod sessions {
     mod session;
 
     use std::collections::{BTreeMap, BTreeSet};
-    use std::net::IpAddr;
     use std::thread;
     use std::time::{Duration, Instant};
 
     use landfall_lab::fault::SPEAKER;
     use landfall_lab::measure::neighbours::who_answers;
     use landfall_lab::server::PodServer;
-    use landfall_lab::{Fault, Lab, Network, Pod, Topology};
+    use landfall_lab::{Fault, Lab, Pod, Topology};
     use landfall_tests::mta::Mta;
-    use landfall_tests::{Cluster, PATIENCE, chart, cni};
+    use landfall_tests::tenants::{self, egress};
+    use landfall_tests::{Cluster, PATIENCE};
 
     use session::{Kind, Session};
 
-    const OBJECTS: &str = "
-apiVersion: landfall.dev/v1alpha1
-kind: IPAddressPool
-metadata: {name: out}
-spec:
-  purpose: Egress
-  addresses: [10.88.0.230-10.88.0.239, 'fd00:88::230-fd00:88::239']
----
-apiVersion: landfall.dev/v1alpha1
-kind: EgressPolicy
-metadata: {name: mail}
-spec:
-  podSelector: {matchLabels: {app: echo}}
-  egressIPs: {pool: out, ipFamilies: [IPv4, IPv6]}
-";
     const NODES: u8 = 5;
     /// Of each kind, from all pods together.
     const SESSIONS: usize = 200;
@@ -51,14 +36,7 @@ spec:
             ..Topology::default()
         };
         Cluster::run(topology, |cluster| {
-            for node in cluster.lab().nodes() {
-                cni::masquerade(&node.netns)?;
-            }
-            chart::apply(cluster.plane(), OBJECTS)?;
-            cluster.start_controller("controller", &[])?;
-            for node in cluster.lab().nodes() {
-                cluster.start_speaker(&node.name, &["--egress"])?;
-            }
+            tenants::start(cluster)?;
             let lab = cluster.lab();
             let _lines = PodServer::start(lab.remote(), "far")?;
             let mta = Mta::start(lab.remote(), THINKS)?;
@@ -87,10 +65,6 @@ spec:
             );
             Ok(())
         });
-    }
-
-    fn egress() -> [IpAddr; 2] {
-        Network::Lan.both(230)
     }
 
     /// Waits until all pods leave by the policy's addresses.

@@ -175,7 +175,8 @@ pub(crate) fn behind_one_nat(scene: &Scene<'_>) {
     }
 }
 
-/// On the host of another node, and on a host whose way leads through a node: the pod sees the client's own address.
+/// On a host whose way leads through a node: the pod sees the client's own address. That node's kube-proxy takes what comes
+/// by it, and picks a pod; where nobody does, the data path's own tests see it steered.
 pub(crate) fn behind_nodes(scene: &Scene<'_>) {
     let vips = create(scene, "behind");
     let leader = scene.leader(vips[0]);
