@@ -71,6 +71,8 @@ pub struct Policy {
     pub ports: Option<u32>,
     /// Flows are translated to nothing and go by the gateway also to VIPs of this cluster.
     pub hairpin: bool,
+    /// Flows of its pods to its destinations that were there before it are cut; else they keep their source to their end.
+    pub cuts: bool,
 }
 
 /// Where a policy's packets leave.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use landfall_core::egress::{EgressIndex, Judged, inside};
 use landfall_core::groups::Group;
-use landfall_core::model::NodeName;
+use landfall_core::model::{NodeName, OldFlows};
 use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
@@ -74,6 +74,7 @@ impl Plan {
                 ports_per_pod: spec.ports_per_pod,
                 ports: spec.ports,
                 hairpin: spec.hairpin,
+                cuts: spec.on_appear == OldFlows::Cut,
             };
             self.wanted.policies.insert(policy.clone(), wanted);
         }

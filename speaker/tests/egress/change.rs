@@ -107,6 +107,36 @@ fn beside_iptables_legacy() {
     comes_and_goes(Cni::IptablesLegacy);
 }
 
+/// What was there before a policy that cuts it ends; what goes where the policy is not for goes on.
+#[test]
+fn a_policy_that_cuts_ends_what_was_there_before() {
+    let mut cluster = Cluster::build(&Plan::default());
+    let (pod, outside) = (cluster.pod(0).netns.share(), cluster.lab.remote().share());
+    let flows = || remote().map(|remote| Pair::open(&pod, &outside, remote).unwrap());
+    let [mut cut, mut kept] = flows();
+    let policy = cluster.egress.policies.get_mut(POLICY).unwrap();
+    policy.cuts = true;
+    // Of the two families' destinations it is for the first.
+    policy.destinations.retain(|net| net.addr().is_ipv4());
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    cut.wait_no_longer_than(Duration::from_millis(300));
+    until("what was there before ends", || {
+        cut.pod_speaks()
+            .and_then(|()| cut.outside_speaks())
+            .is_err()
+    });
+    for _ in 0..3 {
+        kept.pod_speaks().unwrap();
+        kept.outside_speaks().unwrap();
+    }
+    let [again, _] = flows();
+    assert_eq!(again.seen_as, cluster.egress_ips()[0]);
+    let node = cluster.node_ips();
+    cluster.assert_clean(&node);
+}
+
 /// An address that was a pod's before and is another pod's now: connections of the old one do not decide for the new.
 #[test]
 fn an_address_that_is_used_again_begins_anew() {

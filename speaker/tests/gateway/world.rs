@@ -436,6 +436,7 @@ fn mk_egress(uplink: u32) -> Egress {
         ports_per_pod: None,
         ports: None,
         hairpin: false,
+        cuts: false,
     };
     let mut pods = BTreeMap::new();
     for place in 0..5 {

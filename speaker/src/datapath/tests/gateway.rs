@@ -158,6 +158,7 @@ fn mk_policy(gateway: &str) -> Policy {
         ports_per_pod: None,
         ports: None,
         hairpin: false,
+        cuts: false,
     }
 }
 

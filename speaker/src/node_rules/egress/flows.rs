@@ -1,13 +1,14 @@
 //! Connections that are tracked already when it changes whose tenant a pod is. Connection tracking goes on with the source
 //! that a connection got with its first packet, whatever the rules say now.
 //!
-//! - A pod becomes a tenant: what was translated before stays so until it ends, and is marked to be known for that.
+//! - A pod becomes a tenant: what was translated before stays so until it ends, and is marked to be known for that; or is
+//!   ended, if it goes where the policy is for, and the policy says so.
 //! - A pod is a tenant no more: what kept the pod's address by our word would leave with it, and is ended.
 //! - The table was gone for a while, or an address is a new pod's: what somebody else translated is ended.
 //!
 //! What is ended begins anew with its next packet. Meanwhile the rules drop it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use super::super::{Config, Leaving, Rules};
 use super::{merged, own, tenants};
 use crate::conntrack::{CONNTRACK, DELETE, GET, NEW, Side, address_of, attribute};
+use crate::egress::PolicyName;
 use crate::netlink::{DUMP, NESTED, Requests, find, put};
 
 /// `IPS_SRC_NAT` (`linux/netfilter/nf_conntrack_common.h`): it has another source than its pod.
@@ -39,6 +41,9 @@ pub(in super::super) enum Before {
 pub(in super::super) struct Settling {
     /// What was translated before stays.
     keep: BTreeSet<IpAddr>,
+    /// Of those, what goes where these policies are for does not.
+    cut: BTreeMap<IpAddr, PolicyName>,
+    reach: BTreeMap<PolicyName, Reach>,
     /// What was translated by others ends.
     end: BTreeSet<IpAddr>,
     /// What kept its address ends.
@@ -49,6 +54,20 @@ pub(in super::super) struct Settling {
     vips: BTreeSet<IpAddr>,
     judged: u32,
     egress: u32,
+}
+
+/// Where a policy is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Reach {
+    destinations: Vec<IpNet>,
+    excluded: Vec<IpNet>,
+}
+
+impl Reach {
+    fn contains(&self, address: IpAddr) -> bool {
+        let is_in = |nets: &[IpNet]| nets.iter().any(|net| net.contains(&address));
+        is_in(&self.destinations) && !is_in(&self.excluded)
+    }
 }
 
 /// What follows from a change.
@@ -88,6 +107,7 @@ pub(in super::super) fn settling(
             }
         }
     }
+    settling.cut_for(leaving);
     settling
 }
 
@@ -111,6 +131,30 @@ struct Known {
 }
 
 impl Settling {
+    /// Whose policy says that what was there before ends.
+    fn cut_for(&mut self, leaving: &Leaving) {
+        for (address, tenant) in own(leaving).filter(|(address, _)| self.keep.contains(address)) {
+            let Some((name, policy)) =
+                tenant.and_then(|tenant| leaving.egress.policies.get_key_value(&tenant.policy))
+            else {
+                continue;
+            };
+            if policy.cuts {
+                self.cut.insert(address, name.clone());
+                self.reach.entry(name.clone()).or_insert_with(|| Reach {
+                    destinations: policy.destinations.iter().copied().collect(),
+                    excluded: policy.excluded.iter().copied().collect(),
+                });
+            }
+        }
+    }
+
+    fn is_cut(&self, known: &Known) -> bool {
+        let policy = self.cut.get(&known.from);
+        let reach = policy.and_then(|policy| self.reach.get(policy));
+        reach.is_some_and(|reach| reach.contains(known.peer))
+    }
+
     fn is_empty(&self) -> bool {
         self.keep.is_empty() && self.end.is_empty() && self.free.is_empty() && !self.free_all
     }
@@ -125,7 +169,7 @@ impl Settling {
         if !translated || self.is_inside(known.peer) {
             return None;
         }
-        if self.end.contains(&known.from) {
+        if self.end.contains(&known.from) || self.is_cut(known) {
             return Some(Fate::Ended);
         }
         self.keep.contains(&known.from).then_some(Fate::Marked)
@@ -209,7 +253,7 @@ impl Settling {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::egress::{Egress, Pod, Tenant};
+    use crate::egress::{Egress, Pod, Policy, Tenant};
 
     const JUDGED: u32 = 0x1000_0000;
     const EGRESS: u32 = 0x2000_0000;
@@ -282,6 +326,35 @@ mod tests {
         let last = settling(Some(&before), &Rules::default(), &config);
         assert!(last.free_all);
         assert!(settling(Some(&before), &old, &config).is_empty());
+    }
+
+    #[test]
+    fn what_was_there_before_is_cut_where_the_policy_is_for_if_it_says_so() {
+        let config = Config::default();
+        let mut rules = mk_rules(&[(1, true), (2, false)]);
+        let leaving = Arc::get_mut(rules.egress.as_mut().unwrap()).unwrap();
+        let policy = Policy {
+            destinations: ["198.51.100.0/24".parse().unwrap()].into(),
+            excluded: ["198.51.100.9/32".parse().unwrap()].into(),
+            gateway: None,
+            ports_per_pod: None,
+            ports: None,
+            hairpin: false,
+            cuts: true,
+        };
+        let egress = Arc::get_mut(&mut leaving.egress).unwrap();
+        egress.policies.insert("mail".into(), policy);
+        let appears = settling(Some(&Before::Unarmed), &rules, &config);
+        for (to, fate) in [
+            ([198, 51, 100, 7], Fate::Ended),
+            ([198, 51, 100, 9], Fate::Marked),
+            ([203, 0, 113, 7], Fate::Marked),
+        ] {
+            let known = mk_known(1, to, OTHER_SOURCE, 0);
+            assert_eq!(appears.fate(&known), Some(fate), "{to:?}");
+        }
+        let others = mk_known(2, [198, 51, 100, 7], OTHER_SOURCE, 0);
+        assert_eq!(appears.fate(&others), None);
     }
 
     #[test]

@@ -64,6 +64,7 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
         ports_per_pod: None,
         ports: None,
         hairpin: false,
+        cuts: false,
     };
     let mut egress = Egress {
         policies: [("mail".into(), policy)].into(),
