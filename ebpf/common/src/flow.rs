@@ -64,10 +64,11 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// How far from the end of a flow that is closing its packets are at most: what is sent again may begin earlier, and
-    /// the FIN may have data with it. Who opens a connection from the same port begins elsewhere (RFC 6528): some systems
-    /// 250 000 a second further on.
-    const NEAR: u32 = 131_072;
+    /// How far behind the FIN or RST of a flow that is closing its packets are at most: what was lost is sent again.
+    const BEHIND: u32 = 1 << 22;
+    /// How far ahead: the FIN may have data with it. Linux opens the next connection from the same port 65 537 after the end
+    /// of the last.
+    const AHEAD: u32 = 65_536;
 
     /// Whether a packet of the client's with this sequence number may be of this flow, which is closing, and not of a later
     /// one with the same addresses and ports.
@@ -75,7 +76,7 @@ impl Flow {
     #[allow(clippy::inline_always)] // The verifier sees straight code.
     #[must_use]
     pub const fn may_end_with(&self, sequence: u32) -> bool {
-        sequence.wrapping_sub(self.end).wrapping_add(Self::NEAR) <= 2 * Self::NEAR
+        sequence.wrapping_sub(self.end).wrapping_add(Self::BEHIND) <= Self::BEHIND + Self::AHEAD
     }
 }
 
