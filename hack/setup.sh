@@ -2,7 +2,7 @@
 # Installs what Landfall's build, lab and tests need on Debian 12, and nothing that is there already.
 #
 #   hack/setup.sh lab     what the lab needs: Debian packages and the eBPF toolchain
-#   hack/setup.sh test    all that, and the control plane of the end-to-end tests, Helm and CNI's own plugins
+#   hack/setup.sh test    all that, and the control plane of the end-to-end tests, Helm, CNI's own plugins, a mail server
 #   hack/setup.sh paths   print where the control plane's binaries are, as shell assignments
 #
 # What it builds goes to ${XDG_CACHE_HOME:-~/.cache}/landfall, keyed by what it was built from.
@@ -35,12 +35,14 @@ helm_dir() { echo "$CACHE/helm-$HELM_VERSION"; }
 
 cni_dir() { echo "$CACHE/cni-$CNI_VERSION-$CNI_PLUGINS_VERSION"; }
 
+installed() { [[ $(dpkg-query -W -f='${Status}' "$1" 2>/dev/null) == "install ok installed" ]]; }
+
 # What the lab needs, and whatever else is named.
 packages() {
     local wanted=(bpftool conntrack ethtool iproute2 iputils-ping jq libzstd-dev "llvm-$LLVM_VERSION-dev" nftables
         rust-web-src rustc-web tcpdump zlib1g-dev "$@") missing=()
     for package in "${wanted[@]}"; do
-        [[ $(dpkg-query -W -f='${Status}' "$package" 2>/dev/null) == "install ok installed" ]] || missing+=("$package")
+        installed "$package" || missing+=("$package")
     done
     ((${#missing[@]} == 0)) && return
     [[ $(id -u) == 0 ]] || die "missing packages: ${missing[*]}; run as root, or install them"
@@ -51,7 +53,7 @@ packages() {
 
 # Debian's mail server asks at its installation what it is for: for nothing but tests. It is not to be started.
 mail_server() {
-    [[ $(dpkg-query -W -f='${Status}' postfix 2>/dev/null) == "install ok installed" || $(id -u) != 0 ]] && return
+    if installed postfix || [[ $(id -u) != 0 ]]; then return; fi
     echo "postfix postfix/main_mailer_type select No configuration" | debconf-set-selections
 }
 

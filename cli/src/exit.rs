@@ -36,6 +36,7 @@ fn lacks(error: &anyhow::Error) -> bool {
             LabError::NotRoot
             | LabError::MissingTool { .. }
             | LabError::MissingBinary { .. }
+            | LabError::NotBuilt { .. }
             | LabError::Kernel { .. },
         ) => true,
         Some(

@@ -6,10 +6,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::thread::{JoinHandle, spawn};
 
 use landfall_cni::call::{Attachment, Reply, Request};
+use landfall_lab::tool::cni_plugins;
 use landfall_lab::{LabId, Netns};
 use serde_json::{Value, json};
 
@@ -29,7 +30,7 @@ impl Chain {
             node: Netns::create_in(&id, "node").unwrap(),
             pod: Netns::create_in(&id, "pod").unwrap(),
             directory: tempfile::tempdir().unwrap(),
-            plugins: plugins(),
+            plugins: cni_plugins().unwrap(),
             added: false,
         };
         let mut first = first;
@@ -89,25 +90,6 @@ impl Drop for Chain {
             self.call("del");
         }
     }
-}
-
-/// Where CNI's own plugins are.
-fn plugins() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let told = std::env::var("LANDFALL_CNI_PLUGINS").ok().or_else(|| {
-        let output = Command::new(root.join("hack/setup.sh"))
-            .arg("paths")
-            .output()
-            .ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("LANDFALL_CNI_PLUGINS="));
-        line.map(str::to_owned)
-    });
-    told.map(PathBuf::from)
-        .filter(|path| path.join("cnitool").is_file())
-        .expect("CNI's own plugins are there: run `hack/setup.sh test`, which builds them once")
 }
 
 /// A speaker that judges all it is told of: so many requests.

@@ -19,6 +19,12 @@ pub enum LabError {
         /// How to get it.
         advice: &'static str,
     },
+    /// Something that the tests need was not built.
+    #[error("{variable} is not there: run `hack/setup.sh test`, which builds it once")]
+    NotBuilt {
+        /// The variable that says where it is.
+        variable: &'static str,
+    },
     /// One of Landfall's own binaries was not found.
     #[error(
         "{name} was found neither beside this executable nor on the PATH (looked in {}): run `cargo build --workspace --bins`",

@@ -1,7 +1,9 @@
 //! Calls `ip`, `nft` and the like, and says what failed.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use crate::error::{IoContext, LabError, Result};
 
@@ -22,6 +24,40 @@ pub fn preflight() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A program that `hack/setup.sh test` has built, by the variable that `hack/setup.sh paths` prints it as; the environment's
+/// variable of that name goes before.
+pub fn built(variable: &'static str) -> Result<PathBuf> {
+    find(variable, Path::is_file)
+}
+
+/// Where CNI's own plugins are, and `cnitool` beside them, likewise.
+pub fn cni_plugins() -> Result<PathBuf> {
+    find("LANDFALL_CNI_PLUGINS", |path| {
+        path.join("cnitool").is_file()
+    })
+}
+
+/// The script is run once in a process.
+fn find(variable: &'static str, is_there: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+    static PATHS: OnceLock<String> = OnceLock::new();
+    let printed = || {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .expect("the crate lies in the workspace");
+        // If it cannot be run, nothing is there.
+        run(Command::new(root.join("hack/setup.sh")).arg("paths")).unwrap_or_default()
+    };
+    let cached = || {
+        let mut lines = PATHS.get_or_init(printed).lines();
+        lines.find_map(|line| line.strip_prefix(variable)?.strip_prefix('='))
+    };
+    std::env::var_os(variable)
+        .map(PathBuf::from)
+        .or_else(|| cached().map(PathBuf::from))
+        .filter(|path| is_there(path))
+        .ok_or(LabError::NotBuilt { variable })
 }
 
 /// Whether a program is on the PATH.

@@ -59,7 +59,7 @@ pub struct Tenant {
 /// A policy, as far as packets go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Destinations that it is for.
+    /// Destinations that it is for; none named: all.
     pub destinations: BTreeSet<IpNet>,
     /// Destinations of those that it is not for.
     pub excluded: BTreeSet<IpNet>,
@@ -73,6 +73,14 @@ pub struct Policy {
     pub hairpin: bool,
     /// Flows of its pods to its destinations that were there before it are cut; else they keep their source to their end.
     pub cuts: bool,
+}
+
+impl Policy {
+    /// Whether it is for a destination outside.
+    pub fn is_for(&self, address: IpAddr) -> bool {
+        let is_in = |nets: &BTreeSet<IpNet>| nets.iter().any(|net| net.contains(&address));
+        (self.destinations.is_empty() || is_in(&self.destinations)) && !is_in(&self.excluded)
+    }
 }
 
 /// Where a policy's packets leave.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
-use landfall_lab::Program;
+use landfall_lab::{Program, tool};
 
 /// Kubernetes' components, and Helm.
 #[derive(Clone, Debug)]
@@ -20,29 +20,9 @@ pub(crate) struct Binaries {
 impl Binaries {
     /// Finds them, or says what to run.
     pub(crate) fn find() -> anyhow::Result<Self> {
-        let output = Command::new(workspace().join("hack/setup.sh"))
-            .arg("paths")
-            .output()
-            .context("running hack/setup.sh paths")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let path = |variable: &str| {
-            std::env::var_os(variable)
-                .map(PathBuf::from)
-                .or_else(|| {
-                    text.lines()
-                        .find_map(|line| line.strip_prefix(variable)?.strip_prefix('='))
-                        .map(PathBuf::from)
-                })
-                .filter(|path| path.is_file())
-                .with_context(|| {
-                    format!(
-                        "{variable} is not there: run `hack/setup.sh test`, which builds it once"
-                    )
-                })
-        };
         Ok(Self {
-            all_in_one: path("LANDFALL_KUBERNETES")?,
-            helm: path("LANDFALL_HELM")?,
+            all_in_one: tool::built("LANDFALL_KUBERNETES")?,
+            helm: tool::built("LANDFALL_HELM")?,
         })
     }
 

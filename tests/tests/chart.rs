@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
-use landfall_lab::{Lab, Topology};
+use landfall_lab::{Lab, Topology, tool};
 use landfall_tests::ControlPlane;
 use landfall_tests::chart::NAMESPACE;
 
@@ -22,14 +22,7 @@ fn chart() -> PathBuf {
 
 /// Helm where `hack/setup.sh` put it, with no settings of the user's.
 fn helm(args: &[&str]) -> Output {
-    let script = root().join("hack/setup.sh");
-    let paths = Command::new(script).arg("paths").output().unwrap();
-    let paths = String::from_utf8(paths.stdout).unwrap();
-    let cached = paths
-        .lines()
-        .find_map(|line| line.strip_prefix("LANDFALL_HELM="))
-        .unwrap();
-    let helm = std::env::var("LANDFALL_HELM").unwrap_or_else(|_| cached.to_owned());
+    let helm = tool::built("LANDFALL_HELM").unwrap();
     let home = tempfile::tempdir().unwrap();
     let mut command = Command::new(helm);
     for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {

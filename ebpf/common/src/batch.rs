@@ -50,6 +50,30 @@ pub struct Batch<K, V> {
     pub next: Option<Place>,
 }
 
+/// Reads a whole hash map, at most `count` entries at a time; `take` is given each lot.
+///
+/// # Errors
+/// Those of [`read`], and those of `take`.
+pub fn each<K, V>(
+    map: BorrowedFd<'_>,
+    count: u32,
+    mut take: impl FnMut(&[(K, V)]) -> io::Result<()>,
+) -> io::Result<()>
+where
+    K: aya::Pod,
+    V: aya::Pod,
+{
+    let mut place = None;
+    loop {
+        let batch = read(map, place, count)?;
+        take(&batch.entries)?;
+        place = batch.next;
+        if place.is_none() {
+            return Ok(());
+        }
+    }
+}
+
 /// Reads at most `count` entries of a hash map from a place on; nothing for its beginning. What is put in or taken out
 /// meanwhile may be seen or not.
 ///

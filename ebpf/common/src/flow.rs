@@ -130,7 +130,7 @@ pub const MAX_ASKED: u8 = 6;
 /// How many buckets with holders the map has room for.
 pub const MAX_HELD: u32 = 131_072;
 
-/// The nodes that hold flows of a bucket which is another's now, in the order of their seeds; 0 for none.
+/// The nodes that hold flows of a bucket which is another's now, those that could be asked before the others; 0 for none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holders {

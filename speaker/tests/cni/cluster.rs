@@ -6,14 +6,14 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::manifests::Manifests;
 use landfall_lab::server::PodServer;
+use landfall_lab::tool::cni_plugins;
 use landfall_lab::{Lab, Mac, Netns, Network, Nic, Topology};
 use serde_json::{Value, json};
 
@@ -121,7 +121,7 @@ impl Cluster {
     fn mk_network(&self, first: &Value, [from, to]: [u8; 2]) {
         fs::create_dir(self.programs()).unwrap();
         fs::create_dir(self.lists()).unwrap();
-        let plugins = plugins();
+        let plugins = cni_plugins().unwrap();
         for program in ["bridge", "ptp", "host-local"] {
             symlink(plugins.join(program), self.programs().join(program)).unwrap();
         }
@@ -309,22 +309,4 @@ impl Cluster {
         words.find(|word| *word == "packets")?;
         words.next()?.parse().ok()
     }
-}
-
-/// Where CNI's own plugins are.
-pub(super) fn plugins() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let told = std::env::var("LANDFALL_CNI_PLUGINS").ok().or_else(|| {
-        let output = Command::new(root.join("hack/setup.sh"))
-            .arg("paths")
-            .output()
-            .ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        let mut lines = text.lines();
-        let line = lines.find_map(|line| line.strip_prefix("LANDFALL_CNI_PLUGINS="));
-        line.map(str::to_owned)
-    });
-    told.map(PathBuf::from)
-        .filter(|path| path.join("cnitool").is_file())
-        .expect("CNI's own plugins are there: run `hack/setup.sh test`, which builds them once")
 }

@@ -8,10 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::server::{TCP_PORT, WHO_AM_I};
+use landfall_lab::tool::cni_plugins;
 use landfall_lab::{LabId, Netns};
 use serde_json::Value;
 
-use super::cluster::{Cluster, PATIENCE, plugins};
+use super::cluster::{Cluster, PATIENCE};
 use super::flow::remote;
 
 /// How many pods are made at once.
@@ -50,7 +51,7 @@ impl<'a> Pod<'a> {
         let namespace = format!("/run/netns/{}", self.netns.name());
         self.cluster
             .node()
-            .command(plugins().join("cnitool"))
+            .command(cni_plugins().unwrap().join("cnitool"))
             .args([verb, "pods", &namespace])
             .env("NETCONFPATH", self.cluster.lists())
             .env("CNI_PATH", self.cluster.programs())

@@ -166,17 +166,12 @@ impl Kernel {
         Key<A>: aya::Pod,
         kernel::Binding<A>: aya::Pod,
     {
-        let mut place: Option<Place> = None;
-        loop {
-            let batch = batch::read::<Key<A>, kernel::Binding<A>>(map.fd().as_fd(), place, BATCH)?;
-            let there = batch.entries.iter().filter_map(binding);
+        batch::each(map.fd().as_fd(), BATCH, |entries: &[(Key<A>, _)]| {
+            let there = entries.iter().filter_map(binding);
             let gone = there.filter(|it| addresses.contains(&it.egress_ip()) && !kept.contains(it));
             self.remove(gone.collect());
-            place = batch.next;
-            if place.is_none() {
-                return Ok(());
-            }
-        }
+            Ok(())
+        })
     }
 
     /// Some from a place on, of some addresses, and where to go on.
@@ -339,6 +334,7 @@ impl Copies {
     }
 
     /// How many bindings wait to be placed.
+    #[cfg(test)]
     pub(in super::super) fn aside(&self) -> usize {
         self.inner().aside.len()
     }

@@ -183,11 +183,6 @@ impl Gateway {
         (Arc::new(Seam(Arc::clone(&self.shared.copies))), told)
     }
 
-    /// How many bindings of other gateways wait for their pod, their policy or a way to their remote to be known here.
-    pub fn copies_aside(&self) -> usize {
-        self.shared.copies.aside()
-    }
-
     /// Takes all of it out of the kernel, the bindings of living flows too, and leaves it so, or ends that. Returns at
     /// once.
     pub fn disarm(&self, disarmed: bool) {
@@ -519,18 +514,6 @@ impl Task {
         Ok(Some(kept))
     }
 
-    /// The same, also of what an earlier process has left and this one has not looked at.
-    fn disarm(&mut self) {
-        if self.loaded.is_none()
-            && let Ok(pins) = Pins::open(&self.config.pin_dir)
-            && pins.map(SHAPES[0].name).exists()
-            && let Err(error) = self.load(pins, &Plan::default(), None)
-        {
-            tracing::warn!(%error, "what an earlier process has left of the gateway stays");
-        }
-        self.unload();
-    }
-
     /// Takes everything out of the kernel.
     fn unload(&mut self) {
         let Some(mut loaded) = self.loaded.take() else {
@@ -544,5 +527,17 @@ impl Task {
                 tracing::debug!(map = shape.name, %error, "a map was not pinned");
             }
         }
+    }
+
+    /// The same, also of what an earlier process has left and this one has not looked at.
+    fn disarm(&mut self) {
+        if self.loaded.is_none()
+            && let Ok(pins) = Pins::open(&self.config.pin_dir)
+            && pins.map(SHAPES[0].name).exists()
+            && let Err(error) = self.load(pins, &Plan::default(), None)
+        {
+            tracing::warn!(%error, "what an earlier process has left of the gateway stays");
+        }
+        self.unload();
     }
 }

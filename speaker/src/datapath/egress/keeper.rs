@@ -10,7 +10,7 @@ use aya::maps::{Map, MapData};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_ebpf_common::VipKey;
-use landfall_ebpf_common::batch::{self, Place};
+use landfall_ebpf_common::batch;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, Times, V4, V6, phase,
 };
@@ -105,36 +105,34 @@ impl Keeper {
         Key<A>: aya::Pod,
         Binding<A>: aya::Pod,
     {
-        let mut place: Option<Place> = None;
-        loop {
-            let batch = batch::read::<Key<A>, Binding<A>>(map.fd().as_fd(), place, BATCH)?;
-            let now = now();
-            kept.read += batch.entries.len();
-            for (key, binding) in &batch.entries {
-                let (word, bit) = Filter::place(binding.to.words());
-                kept.filter.pods[word] |= bit;
-                let (word, bit) = Filter::place(key.local.words());
-                kept.filter.destinations[word] |= bit;
-                kept.policies.insert(binding.policy);
-                kept.nodes.insert(binding.hop);
-                kept.tally.count(key, binding);
-            }
-            let due: Vec<Key<A>> = batch
-                .entries
-                .iter()
-                .filter(|(key, binding)| is_due(&self.times, key, binding, now))
-                .filter(|(key, binding)| may_end(states, &self.times, key, binding, now))
-                .map(|(key, _)| *key)
-                .collect();
-            for some in due.chunks(keep::MOST) {
-                end(program, family, some)?;
-            }
-            kept.named += due.len();
-            place = batch.next;
-            if place.is_none() {
-                return Ok(());
-            }
-        }
+        batch::each(
+            map.fd().as_fd(),
+            BATCH,
+            |entries: &[(Key<A>, Binding<A>)]| {
+                let now = now();
+                kept.read += entries.len();
+                for (key, binding) in entries {
+                    let (word, bit) = Filter::place(binding.to.words());
+                    kept.filter.pods[word] |= bit;
+                    let (word, bit) = Filter::place(key.local.words());
+                    kept.filter.destinations[word] |= bit;
+                    kept.policies.insert(binding.policy);
+                    kept.nodes.insert(binding.hop);
+                    kept.tally.count(key, binding);
+                }
+                let due: Vec<Key<A>> = entries
+                    .iter()
+                    .filter(|(key, binding)| is_due(&self.times, key, binding, now))
+                    .filter(|(key, binding)| may_end(states, &self.times, key, binding, now))
+                    .map(|(key, _)| *key)
+                    .collect();
+                for some in due.chunks(keep::MOST) {
+                    end(program, family, some)?;
+                }
+                kept.named += due.len();
+                Ok(())
+            },
+        )
     }
 }
 
@@ -148,26 +146,27 @@ where
     Key<A>: aya::Pod,
     Binding<A>: aya::Pod,
 {
-    let mut place: Option<Place> = None;
     let mut ended = 0;
-    loop {
-        let batch = batch::read::<Key<A>, Binding<A>>(map.fd().as_fd(), place, BATCH)?;
-        let of_pods = batch.entries.iter();
-        let of_pods = of_pods.filter(|(_, binding)| pods.contains(&VipKey(binding.to.mapped())));
-        let keys: Vec<Key<A>> = of_pods.map(|(key, _)| *key).collect();
-        for some in keys.chunks(keep::MOST) {
-            // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
-            // heard in between.
-            for _ in 0..3 {
-                end(program, family | keep::AT_ONCE, some)?;
+    batch::each(
+        map.fd().as_fd(),
+        BATCH,
+        |entries: &[(Key<A>, Binding<A>)]| {
+            let of_pods = entries.iter();
+            let of_pods =
+                of_pods.filter(|(_, binding)| pods.contains(&VipKey(binding.to.mapped())));
+            let keys: Vec<Key<A>> = of_pods.map(|(key, _)| *key).collect();
+            for some in keys.chunks(keep::MOST) {
+                // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
+                // heard in between.
+                for _ in 0..3 {
+                    end(program, family | keep::AT_ONCE, some)?;
+                }
             }
-        }
-        ended += keys.len();
-        place = batch.next;
-        if place.is_none() {
-            return Ok(ended);
-        }
-    }
+            ended += keys.len();
+            Ok(())
+        },
+    )?;
+    Ok(ended)
 }
 
 /// Whether a binding may be, by what its remote has sent: what the pod has, the program looks at.

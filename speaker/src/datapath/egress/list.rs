@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use landfall_ebpf_common::VipKey;
-use landfall_ebpf_common::batch::{self, Place};
+use landfall_ebpf_common::batch;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, TICK, V4, V6, heard, phase,
 };
@@ -132,18 +132,13 @@ impl Found<'_> {
         let out = Map::HashMap(open(pins.map(out))?);
         let out: HashMap<MapData, Key<A>, Binding<A>> =
             HashMap::try_from(out).map_err(io::Error::other)?;
-        let mut place: Option<Place> = None;
-        loop {
-            let batch = batch::read::<Key<A>, Binding<A>>(inward.fd().as_fd(), place, BATCH)?;
+        batch::each(inward.fd().as_fd(), BATCH, |entries| {
             let now = now();
-            for (key, binding) in &batch.entries {
+            for (key, binding) in entries {
                 self.entry(key, binding, &out, now);
             }
-            place = batch.next;
-            if place.is_none() {
-                return Ok(());
-            }
-        }
+            Ok(())
+        })
     }
 
     fn entry<A: Address>(

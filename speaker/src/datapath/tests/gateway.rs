@@ -379,7 +379,7 @@ impl Gate {
 
     /// The port that a pod's SYN leaves by.
     fn port_of(&mut self, world: World, pod: IpAddr, own: u16) -> Option<u16> {
-        let syn = mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(own, 443, SYN));
+        let syn = segment(world, pod, own, SYN);
         let (action, out) = self.comes(&syn);
         if action != SENT || source(&out) == world.remote {
             return None;
@@ -404,6 +404,11 @@ fn mk(mac: [u8; 6], from: IpAddr, to: IpAddr, protocol: u8, ttl: u8, payload: &[
         ethertype(to),
         &mk_ip(from, to, protocol, ttl, &payload),
     )
+}
+
+/// A TCP segment of another node's pod to its remote.
+fn segment(world: World, pod: IpAddr, port: u16, flags: u8) -> Vec<u8> {
+    mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, flags))
 }
 
 /// An echo request or its answer.

@@ -1,41 +1,14 @@
 //! Calls of the CNI plugin: when they are answered.
 
 use landfall_cni::call::{Attachment, Reply, Request};
-use landfall_core::model::{EgressPolicy, EgressSource, Pod, Purpose};
-use landfall_core::selector::LabelSelector;
+use landfall_core::model::Pod;
 use tokio::sync::oneshot::{self, Receiver};
 
+use super::egress::{mk_world, tell_mail};
 use super::*;
 use crate::cni::Call;
 
 const ADDRESS: &str = "10.244.1.5";
-const VIP: &str = "10.88.0.240";
-
-fn mk_world() -> World {
-    let mut world = World::new(0);
-    let pool = world.objects.iter().find_map(|object| match object {
-        Object::Pool(pool) => Some(pool.clone()),
-        _ => None,
-    });
-    world.tell(&Object::Pool(Pool {
-        name: "out".into(),
-        purpose: Purpose::Egress,
-        ..pool.unwrap()
-    }));
-    world.run(Duration::from_secs(2));
-    world
-}
-
-fn tell_policy(world: &mut World) {
-    let address: IpAddr = VIP.parse().unwrap();
-    world.tell(&Object::VirtualIp(VirtualIp {
-        egress_policies: vec!["mail".into()],
-        ..VirtualIp::unheld(address, "out".into(), VIP.into())
-    }));
-    let mut policy = EgressPolicy::plain("mail", EgressSource::of_pool("out"));
-    policy.spec.pods = Some(LabelSelector::of_labels([("app", "mta")]));
-    world.tell(&Object::EgressPolicy(Box::new(policy)));
-}
 
 /// A pod as the API server knows it before it has an address.
 fn mk_pod(name: &str, app: &str) -> Object {
@@ -92,7 +65,7 @@ fn tenant(world: &World) -> Option<String> {
 #[test]
 fn a_call_is_answered_when_the_kernel_goes_by_it() {
     let mut world = mk_world();
-    tell_policy(&mut world);
+    tell_mail(&mut world);
     world.tell(&mk_pod("mta", "mta"));
     world.run(Duration::from_secs(1));
     for part in [0, 1] {
@@ -128,7 +101,7 @@ fn a_call_is_answered_when_the_kernel_goes_by_it() {
 #[test]
 fn a_pod_that_the_api_server_has_not_told_of_is_waited_for() {
     let mut world = mk_world();
-    tell_policy(&mut world);
+    tell_mail(&mut world);
     let mut answered = add(&mut world, "c1", "mta");
     for _ in 0..10 {
         world.run(Duration::from_millis(100));
@@ -162,7 +135,7 @@ fn without_a_policy_nobody_waits_but_for_an_earlier_ones_rules_to_go() {
     put_in_force(&mut world, 1);
     assert!(answered.try_recv().unwrap().judged);
     // One who has gone is forgotten.
-    tell_policy(&mut world);
+    tell_mail(&mut world);
     drop(add(&mut world, "c2", "mta"));
     world.run(Duration::from_millis(100));
     assert_eq!(world.host("n1").speaker.calls.hurry(), None);

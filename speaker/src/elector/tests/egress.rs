@@ -47,13 +47,19 @@ pub(super) fn mk_world_of(manifests: bool) -> World {
     world
 }
 
-pub(super) fn tell_policy(world: &mut World) {
+/// A policy and its address.
+pub(super) fn tell_mail(world: &mut World) {
     let address: IpAddr = VIP.parse().unwrap();
     world.tell(&Object::VirtualIp(VirtualIp {
         egress_policies: vec!["mail".into()],
         ..VirtualIp::unheld(address, "out".into(), VIP.into())
     }));
     world.tell(&mk_policy());
+}
+
+/// And pods, its tenants and others.
+pub(super) fn tell_policy(world: &mut World) {
+    tell_mail(world);
     world.tell(&mk_pod("mta", "n1", "mta", "10.244.1.5"));
     world.tell(&mk_pod("web", "n1", "web", "10.244.1.6"));
     world.tell(&mk_pod("far", "n3", "mta", "10.244.3.5"));

@@ -8,7 +8,7 @@
 //!
 //! What is ended begins anew with its next packet. Meanwhile the rules drop it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use super::super::{Config, Leaving, Rules};
 use super::{merged, own, tenants};
 use crate::conntrack::{CONNTRACK, DELETE, GET, NEW, Side, address_of, attribute};
-use crate::egress::PolicyName;
+use crate::egress::Egress;
 use crate::netlink::{DUMP, NESTED, Requests, find, put};
 
 /// `IPS_SRC_NAT` (`linux/netfilter/nf_conntrack_common.h`): it has another source than its pod.
@@ -41,9 +41,8 @@ pub(in super::super) enum Before {
 pub(in super::super) struct Settling {
     /// What was translated before stays.
     keep: BTreeSet<IpAddr>,
-    /// Of those, what goes where these policies are for does not.
-    cut: BTreeMap<IpAddr, PolicyName>,
-    reach: BTreeMap<PolicyName, Reach>,
+    /// Whose policies say which of that does not.
+    egress_now: Arc<Egress>,
     /// What was translated by others ends.
     end: BTreeSet<IpAddr>,
     /// What kept its address ends.
@@ -54,20 +53,6 @@ pub(in super::super) struct Settling {
     vips: BTreeSet<IpAddr>,
     judged: u32,
     egress: u32,
-}
-
-/// Where a policy is for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Reach {
-    destinations: Vec<IpNet>,
-    excluded: Vec<IpNet>,
-}
-
-impl Reach {
-    fn contains(&self, address: IpAddr) -> bool {
-        let is_in = |nets: &[IpNet]| nets.iter().any(|net| net.contains(&address));
-        is_in(&self.destinations) && !is_in(&self.excluded)
-    }
 }
 
 /// What follows from a change.
@@ -88,6 +73,7 @@ pub(in super::super) fn settling(
         return settling;
     };
     settling.inside = merged(&leaving.egress.inside);
+    settling.egress_now = leaving.egress.clone();
     let tenants = tenants(leaving);
     match before {
         None | Some(Before::Unknown) => settling.end = tenants,
@@ -107,7 +93,6 @@ pub(in super::super) fn settling(
             }
         }
     }
-    settling.cut_for(leaving);
     settling
 }
 
@@ -131,28 +116,12 @@ struct Known {
 }
 
 impl Settling {
-    /// Whose policy says that what was there before ends.
-    fn cut_for(&mut self, leaving: &Leaving) {
-        for (address, tenant) in own(leaving).filter(|(address, _)| self.keep.contains(address)) {
-            let Some((name, policy)) =
-                tenant.and_then(|tenant| leaving.egress.policies.get_key_value(&tenant.policy))
-            else {
-                continue;
-            };
-            if policy.cuts {
-                self.cut.insert(address, name.clone());
-                self.reach.entry(name.clone()).or_insert_with(|| Reach {
-                    destinations: policy.destinations.iter().copied().collect(),
-                    excluded: policy.excluded.iter().copied().collect(),
-                });
-            }
-        }
-    }
-
+    /// Whether a connection goes where its pod's policy is for, and that cuts what was there before.
     fn is_cut(&self, known: &Known) -> bool {
-        let policy = self.cut.get(&known.from);
-        let reach = policy.and_then(|policy| self.reach.get(policy));
-        reach.is_some_and(|reach| reach.contains(known.peer))
+        let pod = self.egress_now.pods.get(&known.from);
+        let tenant = pod.and_then(|pod| pod.tenant.as_ref());
+        let policy = tenant.and_then(|tenant| self.egress_now.policies.get(&tenant.policy));
+        policy.is_some_and(|policy| policy.cuts && policy.is_for(known.peer))
     }
 
     fn is_empty(&self) -> bool {
@@ -169,10 +138,15 @@ impl Settling {
         if !translated || self.is_inside(known.peer) {
             return None;
         }
-        if self.end.contains(&known.from) || self.is_cut(known) {
+        if self.end.contains(&known.from) {
             return Some(Fate::Ended);
         }
-        self.keep.contains(&known.from).then_some(Fate::Marked)
+        let fate = if self.is_cut(known) {
+            Fate::Ended
+        } else {
+            Fate::Marked
+        };
+        self.keep.contains(&known.from).then_some(fate)
     }
 
     fn is_inside(&self, address: IpAddr) -> bool {
@@ -253,7 +227,7 @@ impl Settling {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::egress::{Egress, Pod, Policy, Tenant};
+    use crate::egress::{Pod, Policy, Tenant};
 
     const JUDGED: u32 = 0x1000_0000;
     const EGRESS: u32 = 0x2000_0000;

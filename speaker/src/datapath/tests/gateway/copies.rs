@@ -143,14 +143,7 @@ fn flows_go_on_by_their_copies() {
         ]);
         gate.leads(&mk_egress(), Licence::Full);
         for (port, by) in [(30_000, 30_000), (30_001, 50_000)] {
-            let frame = mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(port, 443, ACK),
-            );
+            let frame = segment(world, world.pod, port, ACK);
             let (action, out) = gate.comes(&frame);
             assert_eq!(
                 (action, source(&out), ports(&out).0),
@@ -230,7 +223,7 @@ fn the_budget_is_kept_over_a_take_over() {
             world.friend
         };
         let port = u16::try_from(1_024 + (number / 2 * 7_919) % 64_512).expect("a port");
-        mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, SYN))
+        segment(world, pod, port, SYN)
     };
     let mut before = Gate::load();
     for number in 0..BEFORE {

@@ -14,14 +14,7 @@ fn packets_are_counted_for_their_policy() {
     let mut gate = Gate::load();
     for world in WORLDS {
         let before = (gate.usage("mail").count, gate.usage("shop").count);
-        let syn = mk(
-            OTHER,
-            world.pod,
-            world.remote,
-            6,
-            64,
-            &mk_tcp(4000, 443, SYN),
-        );
+        let syn = segment(world, world.pod, 4000, SYN);
         let (action, out) = gate.comes(&syn);
         assert_eq!(action, SENT);
         let port = ports(&out).0;

@@ -28,7 +28,7 @@ pub(super) fn wait() {
 
 impl Gate {
     pub(super) fn out(&mut self, world: World, pod: IpAddr, port: u16, flags: u8) -> u32 {
-        let frame = mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, flags));
+        let frame = segment(world, pod, port, flags);
         self.comes(&frame).0
     }
 
@@ -90,17 +90,7 @@ fn a_closed_port_is_its_pods_at_once_and_anothers_after_its_rest() {
         let (action, out) = gate.leaves(&fresh);
         assert_eq!((action, ports(&out).0), (NEXT, 40_000));
         // The flow before is no more.
-        gate.drops(
-            &mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(40_000, 443, ACK),
-            ),
-            Reason::Unknown,
-        );
+        gate.drops(&segment(world, world.pod, 40_000, ACK), Reason::Unknown);
         let back = mk(
             STRANGER,
             world.remote,
@@ -286,14 +276,7 @@ fn flows_outlive_what_made_them() {
         gate.keep();
         assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
         assert_eq!(gate.back(world, 40_000, ACK), SENT);
-        gate.passes(&mk(
-            OTHER,
-            world.pod,
-            world.remote,
-            6,
-            64,
-            &mk_tcp(40_001, 443, SYN),
-        ));
+        gate.passes(&segment(world, world.pod, 40_001, SYN));
     }
 }
 

@@ -137,14 +137,7 @@ fn an_address_of_policies_alone_answers_a_syn_only() {
 fn a_binding_is_for_one_remote_only() {
     let mut gate = Gate::load();
     for world in WORLDS {
-        let syn = mk(
-            OTHER,
-            world.pod,
-            world.remote,
-            6,
-            64,
-            &mk_tcp(40_000, 443, SYN),
-        );
+        let syn = segment(world, world.pod, 40_000, SYN);
         assert_eq!(gate.comes(&syn).0, SENT);
         let elsewhere = if world.pod.is_ipv4() {
             v4(198, 51, 100, 8)
@@ -204,14 +197,7 @@ fn connections_that_nobody_knows_are_not_taken_up() {
     let mut gate = Gate::load();
     for world in WORLDS {
         for flags in [ACK, RST, FIN | ACK, SYN | ACK, SYN | RST, SYN | FIN] {
-            let frame = mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(40_000, 443, flags),
-            );
+            let frame = segment(world, world.pod, 40_000, flags);
             gate.drops(&frame, Reason::Unknown);
         }
         let reply = mk_echo(world.remote, false, 7, b"x");
@@ -242,14 +228,7 @@ fn hostile_packets_do_not_get_through() {
     let mut gate = Gate::load();
     for world in WORLDS {
         let wholes = [
-            mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(40_000, 443, SYN),
-            ),
+            segment(world, world.pod, 40_000, SYN),
             mk(
                 OTHER,
                 world.pod,

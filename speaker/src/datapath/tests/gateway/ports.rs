@@ -9,7 +9,7 @@ fn syn(world: World, number: u32) -> Vec<u8> {
     let pod = pods[number as usize % 4];
     // Each port twice: both pods ask for it.
     let port = u16::try_from(1024 + (number / 2 * 7919) % 64_512).expect("a port");
-    mk(OTHER, pod, world.remote, 6, 64, &mk_tcp(port, 443, SYN))
+    segment(world, pod, port, SYN)
 }
 
 /// To the last port, and not one more: with the real maps what the choice does in memory.

@@ -96,16 +96,7 @@ impl Gate {
 fn connections_go_on_for_a_while_after_a_take_over() {
     for world in WORLDS {
         let mut gate = Gate::load();
-        let unknown = |port: u16, flags: u8| {
-            mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(port, 443, flags),
-            )
-        };
+        let unknown = |port: u16, flags: u8| segment(world, world.pod, port, flags);
         // Not without a take-over.
         gate.drops(&unknown(40_000, ACK), Reason::Unknown);
         gate.led_since(Instant::now());
@@ -174,16 +165,7 @@ fn a_frozen_gateway_binds_nothing() {
         gate.leads(&mk_egress(), Licence::Frozen);
         assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
         assert_eq!(gate.back(world, 40_000, ACK), SENT);
-        let tcp = |port, flags| {
-            mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(port, 443, flags),
-            )
-        };
+        let tcp = |port, flags| segment(world, world.pod, port, flags);
         gate.drops(&tcp(40_001, SYN), Reason::Frozen);
         gate.drops(&tcp(40_001, ACK), Reason::Frozen);
         let udp = mk_udp(40_002, 53, b"x");
@@ -222,16 +204,7 @@ fn a_silent_gateway_translates_nothing() {
         };
         assert_eq!(gate.leaves(&own(SYN)).0, NEXT);
         gate.leads(&mk_egress(), Licence::Silent);
-        let tcp = |port, flags| {
-            mk(
-                OTHER,
-                world.pod,
-                world.remote,
-                6,
-                64,
-                &mk_tcp(port, 443, flags),
-            )
-        };
+        let tcp = |port, flags| segment(world, world.pod, port, flags);
         gate.drops(&tcp(40_000, ACK), Reason::Silent);
         gate.drops(&tcp(40_002, SYN), Reason::Silent);
         let back = mk_tcp(443, 40_000, ACK);

@@ -108,14 +108,7 @@ fn two_pods_on_one_port_are_told_apart() {
 fn checksums_are_changed_and_never_mended() {
     let mut gate = Gate::load();
     let [world, _] = WORLDS;
-    let mut wrong = mk(
-        OTHER,
-        world.pod,
-        world.remote,
-        6,
-        64,
-        &mk_tcp(40_000, 443, SYN),
-    );
+    let mut wrong = segment(world, world.pod, 40_000, SYN);
     wrong[50] ^= 0x55;
     let (action, out) = gate.comes(&wrong);
     assert_eq!(action, SENT);
