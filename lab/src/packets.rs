@@ -1,8 +1,8 @@
 //! IP packets made by hand, and sent past the sender's own network stack.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 
-use crate::Netns;
+use crate::{Netns, sys};
 use pnet_packet::ip::{IpNextHeaderProtocol, IpNextHeaderProtocols};
 use pnet_packet::ipv4::MutableIpv4Packet;
 use pnet_packet::ipv6::MutableIpv6Packet;
@@ -34,6 +34,14 @@ impl Raw {
     pub fn send(&self, to: IpAddr, packet: &[u8]) -> std::io::Result<usize> {
         self.0.send_to(packet, &SocketAddr::new(to, 0).into())
     }
+}
+
+/// The sequence number of what a connection sends next.
+///
+/// # Errors
+/// Those of the socket: it takes `CAP_NET_ADMIN`.
+pub fn next_sequence(connection: &TcpStream) -> std::io::Result<u32> {
+    sys::next_sequence(connection)
 }
 
 /// An IP packet. `fragment`: the datagram's identification, this one's offset, and whether more follow.

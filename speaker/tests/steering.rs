@@ -19,6 +19,7 @@ mod steering {
     mod policy;
     mod rollout;
     mod source_ranges;
+    mod strays;
     mod survival;
     mod tunnel;
     mod weights;

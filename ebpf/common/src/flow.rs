@@ -57,26 +57,53 @@ pub struct Flow {
     pub state: u32,
     /// To whom it is translated; nobody, if that is kube-proxy's to do.
     pub endpoint: Endpoint,
-    /// The sequence number of its client's FIN or RST, if it is closing.
-    pub end: u32,
-    /// Zero.
-    pub zero: u32,
+    /// The sequence number that its client was heard with, not long ago; that of its FIN or RST, if it is closing.
+    pub sequence: u32,
+    /// Whether there is one: 0, if its client was not heard since somebody else entered it.
+    pub heard: u32,
 }
 
 impl Flow {
-    /// How far behind the FIN or RST of a flow that is closing its packets are at most: what was lost is sent again.
-    const BEHIND: u32 = 1 << 22;
-    /// How far ahead: the FIN may have data with it. Linux opens the next connection from the same port 65 537 after the end
-    /// of the last.
-    const AHEAD: u32 = 65_536;
+    /// How far on a client is when its sequence number is written again, at the latest.
+    const STRIDE: u32 = 1 << 20;
+    /// How far from it what may be of the flow is at most: what was lost is sent again, and a window is in flight.
+    const NEAR: u32 = 1 << 22;
+    /// How far ahead of the FIN or RST: the FIN may have data with it. Linux opens the next connection from the same port
+    /// 65 537 after the end of the last.
+    const BEHIND_END: u32 = 65_536;
+
+    /// Whether a client that is heard with this sequence number is so much further on that it is to be written.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // The verifier sees straight code.
+    #[must_use]
+    pub const fn has_advanced(&self, sequence: u32) -> bool {
+        let on = sequence.wrapping_sub(self.sequence);
+        self.heard == 0 || (Self::STRIDE <= on && on < 1 << 31)
+    }
+
+    /// Whether what comes with this sequence number is near to what was heard: a FIN or RST that is not was sent for
+    /// another flow with the same addresses and ports, or by somebody who guesses.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    #[must_use]
+    pub const fn is_near(&self, sequence: u32) -> bool {
+        self.is_within(sequence, Self::NEAR)
+    }
 
     /// Whether a packet of the client's with this sequence number may be of this flow, which is closing, and not of a later
     /// one with the same addresses and ports.
     #[inline(always)]
-    #[allow(clippy::inline_always)] // The verifier sees straight code.
+    #[allow(clippy::inline_always)] // As above.
     #[must_use]
     pub const fn may_end_with(&self, sequence: u32) -> bool {
-        sequence.wrapping_sub(self.end).wrapping_add(Self::BEHIND) <= Self::BEHIND + Self::AHEAD
+        self.is_within(sequence, Self::BEHIND_END)
+    }
+
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    const fn is_within(&self, sequence: u32, ahead: u32) -> bool {
+        let on = sequence.wrapping_sub(self.sequence);
+        self.heard == 0 || on.wrapping_add(Self::NEAR) <= Self::NEAR + ahead
     }
 }
 

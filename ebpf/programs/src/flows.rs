@@ -3,6 +3,7 @@
 //! TCP flows whose SYN was delivered, and no more, live apart from those that were heard since: a flood of the one evicts
 //! none of the other. So do the flows of protocols without connections.
 
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use landfall_ebpf_common::{
     Answer, DATAGRAM_LIFE, Endpoint, FRAGMENT_LIFE, Flow, FlowKey, Fragment, FragmentKey, Verdict,
@@ -25,22 +26,55 @@ fn now() -> u64 {
 
 /// Whether this node delivers the TCP flow of a packet.
 #[inline(always)]
-pub(crate) fn is_there(packet: &Packet) -> bool {
+pub(crate) fn is_there(packet: &mut Packet) -> bool {
     if let Some(flow) = FLOWS.get_ptr(&packet.flow) {
         // SAFETY: the map gave the pointer.
         return !is_anothers(packet, unsafe { &*flow });
     }
-    HALF_OPEN.get_ptr(&packet.flow).is_some()
+    HALF_OPEN
+        .get_ptr(&packet.flow)
+        // SAFETY: as above.
+        .is_some_and(|flow| !is_far(packet, unsafe { &*flow }))
 }
 
-/// Whether a packet has the addresses and ports of a flow that is closing, and is of a later one that does not begin with
-/// it: another node delivers that.
+/// Whether a packet tells by its sequence number whose it is: what opens a connection begins anew.
 #[inline(always)]
-fn is_anothers(packet: &Packet, flow: &Flow) -> bool {
-    flow.state == flow_state::CLOSING
-        && packet.kind == Kind::Whole
-        && !packet.is_syn()
-        && !flow.may_end_with(packet.sequence)
+fn has_sequence(packet: &Packet) -> bool {
+    packet.kind == Kind::Whole && !packet.is_syn()
+}
+
+/// Whether a packet is of another flow than this one, which has its addresses and ports: of a later one that does not
+/// begin with it, so that another node delivers it, or of another than was guessed.
+#[inline(always)]
+fn is_anothers(packet: &mut Packet, flow: &Flow) -> bool {
+    match flow.state {
+        flow_state::CLOSING => has_sequence(packet) && !flow.may_end_with(packet.sequence),
+        flow_state::GUESSED => {
+            packet.answer = packet.flow.answer(&flow.endpoint);
+            ANSWERS.get_ptr(&packet.answer).is_some()
+        }
+        _ => false,
+    }
+}
+
+/// Whether a packet is of another flow than this one, which has begun and was not heard since: nobody saw how it ended.
+#[inline(always)]
+fn is_far(packet: &Packet, flow: &Flow) -> bool {
+    has_sequence(packet) && !flow.is_near(packet.sequence)
+}
+
+/// Notes a flow as heard.
+#[inline(always)]
+fn hear(packet: &Packet, flow: &mut Flow) {
+    let now = now();
+    let tells = has_sequence(packet);
+    if now.wrapping_sub(flow.seen) > TOUCH || (tells && flow.has_advanced(packet.sequence)) {
+        flow.seen = now;
+        if tells {
+            flow.sequence = packet.sequence;
+            flow.heard = 1;
+        }
+    }
 }
 
 /// Whether this node delivers the TCP flow of a packet, and has for a while; it is noted as heard. Its endpoint is what
@@ -55,10 +89,7 @@ pub(crate) fn is_established(packet: &mut Packet) -> bool {
     if flow.state != flow_state::ESTABLISHED || packet.tcp & (SYN | FIN | RST) != 0 {
         return false;
     }
-    let now = now();
-    if now.wrapping_sub(flow.seen) > TOUCH {
-        flow.seen = now;
-    }
+    hear(packet, flow);
     packet.to = flow.endpoint;
     true
 }
@@ -84,23 +115,37 @@ fn remember(packet: &mut Packet) -> Option<()> {
             let _ = FLOWS.remove(&packet.flow);
             return None;
         }
+        let guessed = flow.state == flow_state::GUESSED;
         if is_anothers(packet, flow) {
+            if guessed {
+                let _ = FLOWS.remove(&packet.flow);
+            }
             return None;
         }
-        if flow.state == flow_state::GUESSED {
+        if guessed {
             enter(packet);
-        } else {
-            if packet.tcp & (FIN | RST) != 0 {
+        } else if packet.tcp & (FIN | RST) != 0 {
+            if flow.is_near(packet.sequence) {
                 flow.state = flow_state::CLOSING;
-                flow.end = packet.sequence;
+                flow.sequence = packet.sequence;
+                flow.heard = 1;
+                flow.seen = now();
             }
+        } else if flow.state == flow_state::CLOSING {
             flow.seen = now();
+        } else {
+            hear(packet, flow);
         }
         return Some(());
     }
-    let half = HALF_OPEN.get_ptr(&packet.flow)?;
-    // SAFETY: as above; the value is copied before anything else is done to the map.
-    packet.to = unsafe { (*half).endpoint };
+    let half = HALF_OPEN.get_ptr_mut(&packet.flow)?;
+    // SAFETY: as above.
+    let half = unsafe { &mut *half };
+    if is_far(packet, half) {
+        return None;
+    }
+    hear(packet, half);
+    packet.to = half.endpoint;
     if packet.tcp & (ACK | RST) == ACK {
         if enter(packet) {
             let _ = HALF_OPEN.remove(&packet.flow);
@@ -160,8 +205,8 @@ fn prepare(packet: &mut Packet) {
         seen,
         state,
         endpoint: packet.to,
-        end: 0,
-        zero: 0,
+        sequence: packet.sequence,
+        heard: u32::from(packet.kind == Kind::Whole),
     };
     packet.answers = Answer {
         seen,
@@ -182,13 +227,18 @@ pub extern "C" fn landfall_open() -> u32 {
     0
 }
 
-/// A SYN is delivered here, to an endpoint if it is translated.
+/// A SYN is delivered here, to an endpoint if it is translated; or what nobody knows, which takes no flow's place.
 #[inline(always)]
 pub(crate) fn open(packet: &mut Packet) {
     prepare(packet);
-    let _ = HALF_OPEN.insert(&packet.flow, &packet.entry, 0);
+    let flags = if packet.is_syn() {
+        0
+    } else {
+        u64::from(BPF_NOEXIST)
+    };
+    let _ = HALF_OPEN.insert(&packet.flow, &packet.entry, flags);
     if packet.to.port != 0 {
-        let _ = HALF_ANSWERS.insert(&packet.answer, &packet.answers, 0);
+        let _ = HALF_ANSWERS.insert(&packet.answer, &packet.answers, flags);
     }
 }
 
@@ -305,6 +355,8 @@ fn has_reset(packet: &mut Packet, vip: &Endpoint) {
     if let Some(flow) = FLOWS.get_ptr_mut(&packet.answer) {
         // SAFETY: as in `is_established`.
         unsafe { (*flow).state = flow_state::CLOSING };
+    } else {
+        let _ = HALF_OPEN.remove(&packet.answer);
     }
 }
 

@@ -7,6 +7,7 @@ mod headers;
 mod kinds;
 mod marks;
 mod native;
+mod sequences;
 mod tunnel;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -439,55 +439,6 @@ fn who_says_that_it_holds_a_bucket_is_asked() {
     assert_eq!(program.fate(&data), Fate::Next);
 }
 
-/// A connection that its client has closed is not taken for the next one from the same port, which another node delivers;
-/// but one that is closed from one side alone goes on.
-#[test]
-fn a_port_that_is_used_again_may_be_another_nodes() {
-    const AT: u32 = 3_000_000_000;
-    let mut program = Program::load();
-    for vip in VIPS {
-        let port = port_of(vip, &[("here", &NODES)]);
-        let of = |flags, sequence| mk(vip, 6, &mk_tcp_at(port, 80, flags, sequence));
-        let asks = |flags, sequence| {
-            let packet = mk_tcp_at(port, 80, flags, sequence);
-            mk_from("third", FIRST_TTL, vip, 6, &packet)
-        };
-        // As far on as Linux takes the next connection's from the last one's, and as random as may be.
-        for (end, further) in [
-            (FIN | ACK, 65_538),
-            (FIN | ACK, 2_000_000_000),
-            (RST, 2_000_000_000),
-        ] {
-            program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
-            program.tables.forget_history().expect("the maps take it");
-            for frame in [of(SYN, AT), of(ACK, AT + 1), of(end, AT + 500)] {
-                assert_eq!(program.fate(&frame), Fate::Next);
-            }
-            // What is left of it: acknowledgements, the FIN again, with data that came before it.
-            for sequence in [AT + 501, AT + 500, AT - 1_000_000] {
-                assert_eq!(program.fate(&of(ACK, sequence)), Fate::Next);
-                assert_eq!(program.fate(&asks(ACK, sequence)), Fate::Next, "asked");
-            }
-            // Another began elsewhere: this node says that it does not know it, and asks when it is sent it.
-            let next = (AT + 500).wrapping_add(further);
-            let back = Fate::HandedOn("third", FIRST_TTL - 1);
-            assert_eq!(program.fate(&asks(ACK, next)), back);
-            program.port(vip, Protocol::Tcp, 80, mk_port(&["other"]));
-            program.port(vip, Protocol::Tcp, 80, mk_port(&["here"]));
-            assert_eq!(
-                program.fate(&of(ACK, next)),
-                Fate::HandedOn("other", FIRST_TTL)
-            );
-            // One that begins here is this node's.
-            for frame in [of(SYN, next), of(ACK, next + 1)] {
-                assert_eq!(program.fate(&frame), Fate::Next);
-            }
-            assert_eq!(program.fate(&asks(ACK, next + 2)), Fate::Next);
-            assert_eq!(program.fate(&of(RST, next + 2)), Fate::Next);
-        }
-    }
-}
-
 /// Of more changes than there is room for those are forgotten that did not last.
 #[test]
 fn in_a_flurry_of_changes_the_table_that_lasted_is_remembered() {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use aya::maps::HashMap;
+use landfall_ebpf_common::handing_on::FIRST_TTL;
 use landfall_ebpf_common::{Endpoint, Flow, FlowKey, VipKey, flow_state, map};
 
 use super::native::{destination, endpoint, mk_answer, mk_native, mk_sound, mk_transport};
@@ -86,6 +87,12 @@ fn the_clients_next_packet_settles_a_guess() {
                 };
                 assert_eq!(state, expected, "{vip} {port}");
             }
+            // What it was not may be another node's.
+            let other = PORTS.into_iter().find(|port| *port != settled);
+            let packet = mk_tcp(CLIENTS_PORT, other.expect("two"), ACK);
+            let question = mk_from("third", FIRST_TTL, vip, 6, &packet);
+            let back = Fate::HandedOn("third", FIRST_TTL - 1);
+            assert_eq!(program.fate(&question), back, "{vip} {settled}");
         }
     }
 }

@@ -54,6 +54,16 @@ impl Program {
         assert_eq!(action, u32::MAX, "others have their turn");
         out
     }
+
+    /// The endpoint resets what comes from this port, and the client hears it from the VIP.
+    pub(super) fn resets(&mut self, vip: IpAddr, port: u16) {
+        let mut reset = mk_transport(6, 8080, port);
+        reset[13] = RST;
+        let frame = mk_between(endpoint(vip, 1).ip(), client(vip), 6, &reset);
+        reset[..2].copy_from_slice(&80_u16.to_be_bytes());
+        let expected = mk_between(vip, client(vip), 6, &reset);
+        assert_eq!(self.leaves(&frame), expected, "{vip}: the client hears it");
+    }
 }
 
 fn mk_between(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
@@ -401,12 +411,7 @@ fn what_is_unknown_is_given_to_an_endpoint_that_resets_it() {
         payload[13] = ACK;
         let out = program.handed_up(&mk_sound(vip, 6, &payload));
         assert_eq!(destination(&out), endpoint(vip, 1).ip());
-        let mut reset = mk_transport(6, 8080, 5000);
-        reset[13] = RST;
-        let frame = mk_between(endpoint(vip, 1).ip(), client(vip), 6, &reset);
-        reset[..2].copy_from_slice(&80_u16.to_be_bytes());
-        let expected = mk_between(vip, client(vip), 6, &reset);
-        assert_eq!(program.leaves(&frame), expected, "the client hears it");
+        program.resets(vip, 5000);
     }
 }
 
