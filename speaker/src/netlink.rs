@@ -67,6 +67,12 @@ impl Requests {
         Ok(Self(socket))
     }
 
+    /// The same; the kernel takes a routing request's attributes at their word (`NETLINK_GET_STRICT_CHK`).
+    pub(crate) fn strict(self) -> io::Result<Self> {
+        self.0.set_netlink_get_strict_chk(true)?;
+        Ok(self)
+    }
+
     /// Sends a request, whose body begins with the header of its family, and shows the payload of each answer.
     pub(crate) fn ask(
         &self,

@@ -281,6 +281,7 @@ pub fn start(config: Config, registry: &mut Registry) -> Handle {
         routed: BTreeSet::new(),
         complaints: routes::Complaints::new(),
         leaving: egress::keeper::Routes::default(),
+        ports: egress::ports::Ports::default(),
         before: None,
         own: VecDeque::new(),
     };
@@ -334,6 +335,8 @@ pub async fn remove(config: &Config) -> Result<(), ToolError> {
         ruleset::TABLE
     );
     tool::run("nft", &["-f", "-"], &text).await?;
+    // A kernel that knows none of its family has none.
+    let _ = tool::run("nft", &["-f", "-"], &egress::ports::gone()).await;
     egress::routes::prune(&[], config).await?;
     routes::remove(config).await?;
     tunnel::remove().await

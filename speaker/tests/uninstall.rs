@@ -167,7 +167,9 @@ fn nothing_is_left_on_the_node() {
 #[test]
 fn what_cannot_be_removed_is_told() {
     let netns = Netns::create("uninstall").unwrap();
-    netns.nft("add table inet landfall\n").unwrap();
+    netns
+        .nft("add table inet landfall\nadd table bridge landfall\n")
+        .unwrap();
     let pins = std::env::temp_dir().join(format!("landfall-uninstall-{}", std::process::id()));
     // No map, but a directory with something in it.
     let stranger = pins.join("layout-1/stranger");

@@ -16,6 +16,7 @@
 mod entry;
 pub(super) mod flows;
 pub(super) mod keeper;
+pub(super) mod ports;
 pub(super) mod routes;
 mod ways;
 

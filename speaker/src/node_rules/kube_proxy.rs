@@ -77,7 +77,7 @@ impl KubeProxy {
 
     fn family(&mut self, family: TableFamily) -> Option<&mut Option<Served>> {
         match family {
-            TableFamily::Inet => None,
+            TableFamily::Inet | TableFamily::Bridge => None,
             TableFamily::Ip => Some(&mut self.ip),
             TableFamily::Ip6 => Some(&mut self.ip6),
         }

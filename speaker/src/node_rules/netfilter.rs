@@ -33,6 +33,7 @@ const DELETE_OBJECT: u8 = 20;
 pub(super) enum TableFamily {
     Inet = 1,
     Ip = 2,
+    Bridge = 7,
     Ip6 = 10,
 }
 
@@ -42,7 +43,7 @@ pub(super) type Served = HashSet<(IpAddr, Protocol, u16)>;
 /// What happened to the ruleset.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// Something of a table of family `inet` was taken away.
+    /// Something of a table of family `inet` or `bridge` was taken away.
     Taken {
         /// The table.
         table: String,
@@ -170,6 +171,7 @@ fn event(message: &Message<'_>) -> Option<Event> {
     let family = match *message.payload.first()? {
         1 => TableFamily::Inet,
         2 => TableFamily::Ip,
+        7 => TableFamily::Bridge,
         10 => TableFamily::Ip6,
         _ => return None,
     };
@@ -180,7 +182,7 @@ fn event(message: &Message<'_>) -> Option<Event> {
         (
             DELETE_TABLE | DELETE_CHAIN | DELETE_RULE | DELETE_SET | DELETE_ELEMENTS
             | DELETE_OBJECT,
-            TableFamily::Inet,
+            TableFamily::Inet | TableFamily::Bridge,
         ) => Some(Event::Taken {
             table: table()?,
             by: message.port,

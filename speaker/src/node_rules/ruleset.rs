@@ -11,7 +11,7 @@ use landfall_core::model::Protocol;
 use super::egress::{self, Ways};
 use super::{Config, HostTargets, Rules, VipPort, pods};
 
-/// The table's name, in family `inet`.
+/// The table's name, in family `inet`; and in family `bridge`, where pods share one.
 pub(super) const TABLE: &str = "landfall";
 
 /// An uplink whose answers are marked, and with what.
@@ -110,12 +110,33 @@ pub(super) fn replace<E: Element + Ord + Clone>(
     old: &BTreeSet<E>,
     new: &BTreeSet<E>,
 ) {
-    elements(text, "delete", set, &(old - new));
-    elements(text, "add", set, &(new - old));
+    replace_in(text, "inet", set, old, new);
+}
+
+/// The same in the table of another family.
+pub(super) fn replace_in<E: Element + Ord + Clone>(
+    text: &mut String,
+    table: &str,
+    set: &str,
+    old: &BTreeSet<E>,
+    new: &BTreeSet<E>,
+) {
+    elements_in(text, table, "delete", set, &(old - new));
+    elements_in(text, table, "add", set, &(new - old));
 }
 
 /// `set` is named without its family.
 pub(super) fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all: &BTreeSet<E>) {
+    elements_in(text, "inet", verb, set, all);
+}
+
+fn elements_in<E: Element>(
+    text: &mut String,
+    table: &str,
+    verb: &str,
+    set: &str,
+    all: &BTreeSet<E>,
+) {
     for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {
         let mut list = String::new();
         for element in all.iter().filter(|it| Family::of(it.vip()) == family) {
@@ -125,7 +146,7 @@ pub(super) fn elements<E: Element>(text: &mut String, verb: &str, set: &str, all
         if !list.is_empty() {
             let _ = writeln!(
                 text,
-                "{verb} element inet {TABLE} {set}{suffix} {{ {list} }}"
+                "{verb} element {table} {TABLE} {set}{suffix} {{ {list} }}"
             );
         }
     }

@@ -59,6 +59,8 @@ pub(super) struct Worker {
     pub(super) routed: BTreeSet<(Arc<str>, Family)>,
     /// The routes of what leaves by policies.
     pub(super) leaving: egress::keeper::Routes,
+    /// Where pods are that share a bridge.
+    pub(super) ports: egress::ports::Ports,
     /// What stands against policy routes, as it was said last.
     pub(super) complaints: Complaints,
     /// The processes that made our last changes.
@@ -133,6 +135,10 @@ impl Worker {
                 () = sleep_until(counters) => {
                     counters = Instant::now() + COUNTERS;
                     self.read_counters(&sockets.query);
+                    if self.ports.are_disputed() {
+                        // Nobody tells what changes in a pod.
+                        look.get_or_insert(Instant::now());
+                    }
                 }
             }
         }
@@ -151,7 +157,7 @@ impl Worker {
                     if self.written.take().is_some() {
                         tracing::warn!(
                             process = by,
-                            "somebody else took from the nftables table inet {TABLE}; putting it back"
+                            "somebody else took from the nftables tables {TABLE}; putting them back"
                         );
                         self.metrics.restored.inc();
                         disturbed = true;
@@ -193,6 +199,7 @@ impl Worker {
     /// What the table says of pods, if it says anything, may not be what was written.
     fn doubt(&mut self) {
         self.in_force.send_replace(InForce::Unknown);
+        self.ports.doubt();
         if !matches!(self.before, Some(Before::Unarmed)) {
             self.before = Some(Before::Unknown);
         }
@@ -226,10 +233,12 @@ impl Worker {
             .and_then(|written| ruleset::change(written, &rules, &marks, ways, &self.config));
         let text = change.unwrap_or_else(|| ruleset::whole(&rules, &marks, ways, &self.config));
         self.boot.before(&rules).await;
+        // What leaves is known by its port before it may leave.
+        let loaded = self.ports.make(&rules).await;
+        self.is_own(loaded);
         if !text.is_empty() {
             let process = tool::load(&text).await?;
-            self.own.push_front(process);
-            self.own.truncate(OWN);
+            self.is_own(Some(process));
         }
         let shrunk = stale::shrunk(self.written.as_ref(), &rules);
         let settling = settling(self.before.as_ref(), &rules, &self.config);
@@ -252,6 +261,14 @@ impl Worker {
         left?;
         self.leaving.prune(&self.config).await?;
         routed.map(drop)
+    }
+
+    /// What this process does to the tables is our doing.
+    fn is_own(&mut self, process: Option<u32>) {
+        if let Some(process) = process {
+            self.own.push_front(process);
+            self.own.truncate(OWN);
+        }
     }
 
     /// Makes the policy routes so; whether they changed.
@@ -294,12 +311,13 @@ impl Worker {
         // Else it is about to be written.
         let is_written = self.written.is_some();
         let left = !is_written || self.leaving.are_right(&self.config).await;
+        let at_ports = !is_written || self.ports.are_right().await;
         let right = self.are_routes_right().await;
         if !right {
             self.written = None;
             self.routes = None;
         }
-        left && right
+        left && at_ports && right
     }
 
     /// Whether the routes still are what they should be, now that some route, rule or link changed.
@@ -335,7 +353,10 @@ impl Worker {
         {
             for reason in egress::REASONS {
                 let name = egress::counter(reason);
-                if let Ok(packets) = query.counter(TableFamily::Inet, TABLE, &name) {
+                let count = |family| query.counter(family, TABLE, &name);
+                if let Ok(packets) = count(TableFamily::Inet) {
+                    // The same reason, told by a bridge.
+                    let packets = packets + count(TableFamily::Bridge).unwrap_or(0);
                     self.metrics
                         .egress_drops
                         .get_or_create(&ByReason { reason })

@@ -427,15 +427,16 @@ impl Cluster {
         }
     }
 
-    /// How many packets the table has dropped for a reason.
+    /// How many packets the tables have dropped for a reason.
     pub(super) fn dropped(&self, reason: &str) -> u64 {
-        let printed = self
-            .node()
-            .exec(&format!("nft list counter inet landfall egress-{reason}"))
-            .unwrap();
-        let mut words = printed.split_whitespace();
-        assert!(words.any(|word| word == "packets"), "{printed}");
-        words.next().unwrap().parse().unwrap()
+        let count = |family: &str| -> Option<u64> {
+            let counter = format!("nft list counter {family} landfall egress-{reason}");
+            let printed = self.node().exec(&counter).ok()?;
+            let mut words = printed.split_whitespace();
+            assert!(words.any(|word| word == "packets"), "{printed}");
+            words.next().unwrap().parse().ok()
+        };
+        count("inet").expect("the table has it") + count("bridge").unwrap_or(0)
     }
 
     /// What the guard has counted, by verdict.
