@@ -57,32 +57,30 @@ pub struct Flow {
     pub state: u32,
     /// To whom it is translated; nobody, if that is kube-proxy's to do.
     pub endpoint: Endpoint,
-    /// The sequence number that its client was heard with, not long ago; that of its FIN or RST, if it is closing.
+    /// The highest sequence number that its client was heard with; if it is closing, what would come after the end.
     pub sequence: u32,
     /// Whether there is one: 0, if its client was not heard since somebody else entered it.
     pub heard: u32,
 }
 
 impl Flow {
-    /// How far on a client is when its sequence number is written again, at the latest.
-    const STRIDE: u32 = 1 << 20;
-    /// How far from it what may be of the flow is at most: what was lost is sent again, and a window is in flight.
+    /// How far apart what is of the flow is at most: what was lost is sent again, and a window is in flight.
     const NEAR: u32 = 1 << 22;
-    /// How far ahead of the FIN or RST: the FIN may have data with it. Linux opens the next connection from the same port
-    /// 65 537 after the end of the last.
-    const BEHIND_END: u32 = 65_536;
+    /// How far ahead of an end: what goes on is heard packet by packet, none longer than this. Linux opens the next connection
+    /// from the same port 65 537 after the end of the last.
+    const BEYOND: u32 = 65_536;
 
-    /// Whether a client that is heard with this sequence number is so much further on that it is to be written.
+    /// Whether a client that is heard with this sequence number has gone on.
     #[inline(always)]
     #[allow(clippy::inline_always)] // The verifier sees straight code.
     #[must_use]
-    pub const fn has_advanced(&self, sequence: u32) -> bool {
+    pub const fn is_ahead(&self, sequence: u32) -> bool {
         let on = sequence.wrapping_sub(self.sequence);
-        self.heard == 0 || (Self::STRIDE <= on && on < 1 << 31)
+        self.heard == 0 || (0 < on && on <= Self::NEAR)
     }
 
-    /// Whether what comes with this sequence number is near to what was heard: a FIN or RST that is not was sent for
-    /// another flow with the same addresses and ports, or by somebody who guesses.
+    /// Whether what comes with this sequence number is near to what was heard: what is not was sent for another flow with
+    /// the same addresses and ports, or by somebody who guesses.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     #[must_use]
@@ -96,7 +94,7 @@ impl Flow {
     #[allow(clippy::inline_always)] // As above.
     #[must_use]
     pub const fn may_end_with(&self, sequence: u32) -> bool {
-        self.is_within(sequence, Self::BEHIND_END)
+        self.is_within(sequence, Self::BEYOND)
     }
 
     #[inline(always)]

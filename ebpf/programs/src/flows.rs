@@ -63,17 +63,31 @@ fn is_far(packet: &Packet, flow: &Flow) -> bool {
     has_sequence(packet) && !flow.is_near(packet.sequence)
 }
 
-/// Notes a flow as heard.
+/// Notes a flow as heard, and where its client is.
 #[inline(always)]
 fn hear(packet: &Packet, flow: &mut Flow) {
     let now = now();
-    let tells = has_sequence(packet);
-    if now.wrapping_sub(flow.seen) > TOUCH || (tells && flow.has_advanced(packet.sequence)) {
+    if now.wrapping_sub(flow.seen) > TOUCH {
         flow.seen = now;
-        if tells {
-            flow.sequence = packet.sequence;
-            flow.heard = 1;
-        }
+    }
+    if has_sequence(packet) && flow.is_ahead(packet.sequence) {
+        flow.sequence = packet.sequence;
+        flow.heard = 1;
+    }
+}
+
+/// Takes in a FIN or RST. An endpoint may know better than this node that it is none of the flow's: then the client goes on.
+#[inline(always)]
+fn close(packet: &Packet, flow: &mut Flow) {
+    if !flow.is_near(packet.sequence) {
+        return;
+    }
+    flow.state = flow_state::CLOSING;
+    flow.seen = now();
+    let end = packet.next_sequence();
+    if flow.is_ahead(end) {
+        flow.sequence = end;
+        flow.heard = 1;
     }
 }
 
@@ -125,15 +139,12 @@ fn remember(packet: &mut Packet) -> Option<()> {
         if guessed {
             enter(packet);
         } else if packet.tcp & (FIN | RST) != 0 {
-            if flow.is_near(packet.sequence) {
-                flow.state = flow_state::CLOSING;
-                flow.sequence = packet.sequence;
-                flow.heard = 1;
-                flow.seen = now();
-            }
-        } else if flow.state == flow_state::CLOSING {
-            flow.seen = now();
+            close(packet, flow);
         } else {
+            if has_sequence(packet) && flow.is_ahead(packet.sequence) {
+                // Nobody sends anything behind the end.
+                flow.state = flow_state::ESTABLISHED;
+            }
             hear(packet, flow);
         }
         return Some(());
@@ -146,7 +157,10 @@ fn remember(packet: &mut Packet) -> Option<()> {
     }
     hear(packet, half);
     packet.to = half.endpoint;
-    if packet.tcp & (ACK | RST) == ACK {
+    if packet.tcp & RST != 0 {
+        // Its client knows nothing of it.
+        let _ = HALF_OPEN.remove(&packet.flow);
+    } else if packet.tcp & ACK != 0 {
         if enter(packet) {
             let _ = HALF_OPEN.remove(&packet.flow);
             if packet.to.port != 0 {
@@ -187,6 +201,10 @@ fn has_ended(packet: &mut Packet, state: u32) -> bool {
 #[inline(always)]
 fn enter(packet: &mut Packet) -> bool {
     prepare(packet);
+    if packet.tcp & (FIN | RST) != 0 {
+        packet.entry.state = flow_state::CLOSING;
+        packet.entry.sequence = packet.next_sequence();
+    }
     let mut entered = FLOWS.insert(&packet.flow, &packet.entry, 0).is_ok();
     if entered && packet.to.port != 0 {
         entered = ANSWERS.insert(&packet.answer, &packet.answers, 0).is_ok();

@@ -165,10 +165,14 @@ pub(crate) struct Packet {
     pub(crate) kind: Kind,
     /// The transport's protocol; in an error that of the packet inside.
     pub(crate) protocol: u8,
+    /// Where the packet ends, by its IP header.
+    end: u32,
     /// The TCP sequence number; none in an error, nor behind a first fragment.
     pub(crate) sequence: u32,
     /// The TCP flags; none in an error.
     pub(crate) tcp: u8,
+    /// In the upper half of it how many words the TCP header has, likewise.
+    offset: u8,
     pub(crate) ttl: u8,
     /// Whether more fragments follow.
     pub(crate) more: bool,
@@ -270,7 +274,7 @@ impl Packet {
                 let header: [u8; 14] = context.load(self.transport)?;
                 self.ports([header[0], header[1], header[2], header[3]]);
                 self.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-                self.tcp = header[13];
+                [self.offset, self.tcp] = [header[12], header[13]];
             }
             UDP | SCTP => self.ports(context.load(self.transport)?),
             ICMP if !self.v6 => self.icmp::<ANY>(context)?,
@@ -292,7 +296,7 @@ impl Packet {
         }
         if header.protocol == TCP {
             self.sequence = u32::from_be(context.at(PORTS + 4)?);
-            self.tcp = context.at(PORTS + 13)?;
+            [self.offset, self.tcp] = context.at(PORTS + 12)?;
         } else if header.protocol != UDP {
             return None;
         }
@@ -301,9 +305,19 @@ impl Packet {
         self.ttl = header.ttl;
         self.protocol = header.protocol;
         self.transport = PORTS;
+        self.end = ETH_HEADER as u32 + u32::from(u16::from_be(header.length));
         self.source = mapped(header.source).0;
         self.flow.client = self.source;
         Some(())
+    }
+
+    /// The sequence number of what its sender sends next, if nothing was sent before.
+    #[inline(always)]
+    pub(crate) fn next_sequence(&self) -> u32 {
+        let header = self.transport as u32 + u32::from(self.offset >> 4) * 4;
+        let payload = self.end.saturating_sub(header);
+        let fin = u32::from(self.tcp & FIN != 0);
+        self.sequence.wrapping_add(payload).wrapping_add(fin)
     }
 
     #[inline(always)]
@@ -320,6 +334,7 @@ impl Packet {
             return None;
         }
         self.transport = ETH_HEADER + ((words & 15) as usize) * 4;
+        self.end = ETH_HEADER as u32 + u32::from(u16::from_be_bytes([header[2], header[3]]));
         self.ttl = header[8];
         self.protocol = header[9];
         self.source = VipKey::v4([header[12], header[13], header[14], header[15]]).0;
@@ -340,6 +355,8 @@ impl Packet {
         if header[0] >> 4 != 6 {
             return None;
         }
+        let payload = u32::from(u16::from_be_bytes([header[4], header[5]]));
+        self.end = (ETH_HEADER + IPV6_HEADER) as u32 + payload;
         self.ttl = header[7];
         self.source.copy_from_slice(&header[8..24]);
         let mut next = header[6];

@@ -15,8 +15,15 @@ use super::cluster::{Cluster, PATIENCE, vips};
 use super::flow::{Flow, all_alive, await_served};
 
 const PORTS: std::ops::Range<u16> = 41_000..41_060;
-/// How far from a connection its strays are.
-const AWAY: [u32; 4] = [10_000_000, 1_000_000_000, 2_000_000_000, 4_000_000_000];
+/// How far from a connection its strays are: the last are behind it.
+const AWAY: [u32; 6] = [
+    200_000,
+    10_000_000,
+    1_000_000_000,
+    2_000_000_000,
+    4_000_000_000,
+    0_u32.wrapping_sub(100_000),
+];
 /// The host number of the lab's client.
 const CLIENT: u8 = 100;
 
@@ -71,10 +78,12 @@ fn what_others_send_ends_no_flow() {
             let flags = [TcpFlags::RST, TcpFlags::FIN | TcpFlags::ACK][number % 2];
             let stream = flow.stream.get_ref();
             let sequence = next_sequence(stream).unwrap();
+            let from = stream.local_addr().unwrap();
             for away in AWAY {
-                let from = stream.local_addr().unwrap();
-                let packet = segment(from, to, sequence.wrapping_add(away), flags);
-                raw.send(vip, &packet).unwrap();
+                for flags in [TcpFlags::ACK, flags] {
+                    let packet = segment(from, to, sequence.wrapping_add(away), flags);
+                    raw.send(vip, &packet).unwrap();
+                }
             }
         }
         all_alive(&cluster, &mut flows, "before the change");

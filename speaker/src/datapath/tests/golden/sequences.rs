@@ -44,7 +44,8 @@ fn a_port_that_is_used_again_may_be_another_nodes() {
                 assert_eq!(program.fate(&frame), Fate::Next);
             }
             // What is left of it: acknowledgements, the FIN again, with data that came before it.
-            for sequence in [AT + 501, AT + 500, AT - 1_000_000] {
+            let after = AT + 500 + u32::from(end & FIN);
+            for sequence in [after, AT + 500, AT - 1_000_000] {
                 assert_eq!(program.fate(&of(ACK, sequence)), Fate::Next);
                 assert_eq!(program.fate(&asks(sequence)), Fate::Next, "asked");
             }
@@ -67,34 +68,64 @@ fn a_port_that_is_used_again_may_be_another_nodes() {
     }
 }
 
-/// What is sent for another flow, or by somebody who guesses, ends none.
+/// A flow of which this is the client's last sequence number, and which that node asks for.
+fn mk_flow(program: &mut Program, vip: IpAddr, at: u32) -> u16 {
+    let port = port_of(vip, &[("here", &NODES)]);
+    program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
+    for (flags, sequence) in [(SYN, at.wrapping_sub(1)), (ACK, at)] {
+        let frame = mk_segment(vip, port, flags, sequence);
+        assert_eq!(program.fate(&frame), Fate::Next);
+    }
+    port
+}
+
+/// What is sent for another flow, or by somebody who guesses, ends none: not where it is far, and where it is near the
+/// client goes on. An endpoint takes only the one right number.
 #[test]
-fn what_is_far_from_a_flow_does_not_end_it() {
+fn what_is_none_of_a_flows_does_not_end_it() {
+    const MANY: u32 = 1 << 20;
     let mut program = Program::load();
     for vip in VIPS {
-        let port = port_of(vip, &[("here", &NODES)]);
-        program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
-        for (flags, sequence) in [(SYN, AT), (ACK, AT.wrapping_add(1))] {
-            let frame = mk_segment(vip, port, flags, sequence);
-            assert_eq!(program.fate(&frame), Fate::Next);
-        }
         for end in [RST, RST | ACK, FIN | ACK] {
-            for sequence in [
-                AT.wrapping_add(FAR),
-                AT.wrapping_add(8 << 20),
-                AT - (8 << 20),
+            for away in [
+                FAR,
+                1 << 30,
+                8 * MANY,
+                3 * MANY,
+                200_000,
+                1,
+                0_u32.wrapping_sub(100_000),
+                0_u32.wrapping_sub(3 * MANY),
+                0_u32.wrapping_sub(8 * MANY),
             ] {
-                let frame = mk_segment(vip, port, end, sequence);
-                assert_eq!(program.fate(&frame), Fate::Next, "the endpoint judges");
-                // Further on than what follows an end.
-                let question = mk_question(vip, port, AT.wrapping_add(100_000));
-                assert_eq!(program.fate(&question), Fate::Next, "{end:x} {sequence}");
+                // As one connection's: what comes before its end is as far from this one.
+                for before in [&[][..], &[ACK], &[ACK, ACK]] {
+                    let port = mk_flow(&mut program, vip, AT);
+                    for flags in before.iter().chain([&end]) {
+                        let frame = mk_segment(vip, port, *flags, AT.wrapping_add(away));
+                        assert_eq!(program.fate(&frame), Fate::Next, "the endpoint judges");
+                    }
+                    let mut at = AT;
+                    for step in 0..80 {
+                        let what = format!("{vip} {end:x} {away} {before:?} {step}");
+                        let question = mk_question(vip, port, at);
+                        assert_eq!(program.fate(&question), Fate::Next, "{what}");
+                        at = at.wrapping_add(60_000);
+                    }
+                    // It has an end all the same, with data in front of it.
+                    let mut last = mk_tcp_at(port, 80, FIN | ACK, at);
+                    last.extend([0; 1000]);
+                    assert_eq!(program.fate(&mk(vip, 6, &last)), Fate::Next);
+                    let end = at.wrapping_add(1001);
+                    for sequence in [end, at, end.wrapping_sub(MANY)] {
+                        let question = mk_question(vip, port, sequence);
+                        assert_eq!(program.fate(&question), Fate::Next);
+                    }
+                    let next = mk_question(vip, port, end.wrapping_add(65_537));
+                    assert_eq!(program.fate(&next), BACK, "{end:x} {away}: it has ended");
+                }
             }
         }
-        let end = mk_segment(vip, port, RST, AT.wrapping_add(100_000));
-        assert_eq!(program.fate(&end), Fate::Next);
-        let question = mk_question(vip, port, AT.wrapping_add(FAR));
-        assert_eq!(program.fate(&question), BACK, "it has ended");
     }
 }
 
@@ -103,20 +134,13 @@ fn what_is_far_from_a_flow_does_not_end_it() {
 fn a_flow_ends_where_its_client_is() {
     let mut program = Program::load();
     for vip in VIPS {
-        let port = port_of(vip, &[("here", &NODES)]);
-        program.port(vip, Protocol::Tcp, 80, mk_port(&NODES));
-        let frame = mk_segment(vip, port, SYN, AT);
-        assert_eq!(program.fate(&frame), Fate::Next);
-        let place = |step: u32| AT.wrapping_add(1 + step * (3 << 18));
+        let port = mk_flow(&mut program, vip, AT);
+        let place = |step: u32| AT.wrapping_add(step * (3 << 20));
         for sequence in (0..40).map(place) {
             let frame = mk_segment(vip, port, ACK, sequence);
             assert_eq!(program.fate(&frame), Fate::Next);
         }
         let end = place(39).wrapping_add(1 << 20);
-        let old = mk_segment(vip, port, RST, AT.wrapping_add(1));
-        assert_eq!(program.fate(&old), Fate::Next);
-        let question = mk_question(vip, port, end.wrapping_add(100_000));
-        assert_eq!(program.fate(&question), Fate::Next, "not by an old one");
         let frame = mk_segment(vip, port, FIN | ACK, end);
         assert_eq!(program.fate(&frame), Fate::Next);
         let question = mk_question(vip, port, end.wrapping_add(100_000));
@@ -137,6 +161,14 @@ fn a_syn_does_not_hold_its_port_for_others() {
         let far = mk_question(vip, port, AT.wrapping_add(FAR));
         assert_eq!(program.fate(&far), BACK);
         assert_eq!(program.fate(&near), Fate::Next);
+        // Its client does not know it, or ends it with its first word.
+        for end in [RST, FIN | ACK] {
+            for (flags, sequence) in [(SYN, AT), (end, AT.wrapping_add(1))] {
+                let frame = mk_segment(vip, port, flags, sequence);
+                assert_eq!(program.fate(&frame), Fate::Next);
+            }
+            assert_eq!(program.fate(&far), BACK, "{end:x}");
+        }
     }
 }
 
