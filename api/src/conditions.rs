@@ -10,6 +10,9 @@ pub const VIRTUAL_IP_ANNOUNCED: &str = "Announced";
 pub const VIRTUAL_IP_STEERED: &str = "Steered";
 /// `VirtualIP`: whether every port of its Services has an endpoint. Written by speakers.
 pub const VIRTUAL_IP_SERVED: &str = "Served";
+/// `VirtualIP`: whether the leader of an address that pods leave by can be their gateway: before, nothing is led to it.
+/// Absent on other addresses. Written by speakers.
+pub const VIRTUAL_IP_GATEWAY_READY: &str = "GatewayReady";
 /// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
 pub const POOL_READY: &str = "Ready";
 
@@ -29,6 +32,8 @@ pub mod egress {
     pub const GATEWAY_ELECTED: &str = "GatewayElected";
     /// No node leads its addresses.
     pub const NO_GATEWAY: &str = "NoGateway";
+    /// The node that leads its addresses has not put into its kernel yet what it takes to be the gateway.
+    pub const GATEWAY_NOT_READY: &str = "GatewayNotReady";
     /// A more specific policy selects them too.
     pub const MORE_SPECIFIC_POLICY: &str = "MoreSpecificPolicy";
     /// Pods on the host's network have no address of their own.
@@ -57,6 +62,14 @@ pub mod served {
     pub const ENDPOINTS: &str = "Endpoints";
     /// Some ports have none; the message names them.
     pub const NO_ENDPOINTS: &str = "NoEndpoints";
+}
+
+/// Reasons of [`VIRTUAL_IP_GATEWAY_READY`].
+pub mod gateway_ready {
+    /// Its kernel goes by all policies of the address.
+    pub const IN_FORCE: &str = "InForce";
+    /// Not yet; the message names the policies.
+    pub const NOT_IN_FORCE: &str = "NotInForce";
 }
 
 /// Reasons of [`VIRTUAL_IP_STEERED`].

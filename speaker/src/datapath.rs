@@ -314,8 +314,12 @@ pub trait DataPath: Send + Sync {
     fn replicate(&self) -> (Arc<dyn Bindings>, mpsc::Receiver<Happened>);
     /// How many packets met each fate at it, by its word.
     fn gateway_counts(&self) -> BTreeMap<&'static str, u64>;
-    /// What of [`Change::Egress`] the kernel goes by.
+    /// What of [`Change::Egress`] the kernel goes by, but for the gateway.
     fn in_force(&self) -> watch::Receiver<InForce>;
+    /// What of it the gateway's programs go by. As long as that is not known, they go by what an earlier process has left.
+    fn gateway_in_force(&self) -> watch::Receiver<InForce>;
+    /// Whether an earlier process has left this node as the gateway of a policy.
+    fn was_gateway_of(&self, policy: &PolicyName) -> bool;
     /// What the pods of each policy use of this node as their gateway.
     fn usage(&self) -> BTreeMap<PolicyName, egress::Usage>;
     /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.

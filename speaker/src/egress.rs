@@ -63,7 +63,7 @@ pub struct Policy {
     pub destinations: BTreeSet<IpNet>,
     /// Destinations of those that it is not for.
     pub excluded: BTreeSet<IpNet>,
-    /// The gateway; nothing while there is none.
+    /// The gateway, settled or not; nothing while there is none.
     pub gateway: Option<Gateway>,
     /// Most ports of one pod at once, to one remote address, port and protocol.
     pub ports_per_pod: Option<u32>,
@@ -76,6 +76,11 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Where its packets are led: to a gateway that is one already.
+    pub fn led_to(&self) -> Option<&Gateway> {
+        self.gateway.as_ref().filter(|gateway| gateway.settled)
+    }
+
     /// Whether it is for a destination outside.
     pub fn is_for(&self, address: IpAddr) -> bool {
         let is_in = |nets: &BTreeSet<IpNet>| nets.iter().any(|net| net.contains(&address));
@@ -96,6 +101,8 @@ pub struct Gateway {
     pub mac: Option<[u8; 6]>,
     /// The epoch of its claim.
     pub epoch: u64,
+    /// It has said that what it takes to be the gateway is in its kernel. Nothing is led to it before.
+    pub settled: bool,
 }
 
 /// What of it a part has put into the kernel.

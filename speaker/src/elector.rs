@@ -182,6 +182,7 @@ pub struct Speaker {
     attached: attached::Attached,
     calls: calls::Calls,
     uses: egress::usage::Uses,
+    gates: egress::gates::Gates,
 }
 
 impl Speaker {
@@ -201,6 +202,7 @@ impl Speaker {
                 namespaces_listed: !identity.manifests,
             }),
             attached: attached::Attached::to(identity.node.clone()),
+            gates: egress::gates::Gates::of(&parts),
             identity,
             parts,
             metrics,
@@ -439,10 +441,12 @@ impl Speaker {
     pub fn settle(&mut self, now: Duration, wall: u64) -> BTreeSet<GroupId> {
         let changed = self.index.reconcile();
         if !changed.is_empty() {
+            self.gates.look_again();
             self.apply_soon(now);
             self.update_expected();
         }
         if self.reconcile_egress() | std::mem::take(&mut self.places_stale) {
+            self.gates.look_again();
             self.apply_soon(now);
         }
         let over = |conflict: &Conflict| {
@@ -460,6 +464,7 @@ impl Speaker {
         self.check_steers(now);
         self.ask_echoes(now);
         self.say_held();
+        self.say_gates();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
         if tick.all {

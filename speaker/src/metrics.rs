@@ -56,6 +56,10 @@ pub struct Metrics {
     pub leaderless_groups: Gauge,
     /// 1 while somebody has disarmed egress on this node.
     pub egress_disarmed: Gauge,
+    /// Egress policies of which this node says that it can be the gateway.
+    pub egress_policies_settled: Gauge,
+    /// Those whose gateway, of whichever node, has not said so yet.
+    pub egress_policies_waiting: Gauge,
     /// Leaderships taken and given up.
     pub transitions: Family<ReasonLabels, Counter>,
     /// From a peer's last hello to the verdict.
@@ -103,6 +107,8 @@ impl Metrics {
             groups: Gauge::default(),
             leaderless_groups: Gauge::default(),
             egress_disarmed: Gauge::default(),
+            egress_policies_settled: Gauge::default(),
+            egress_policies_waiting: Gauge::default(),
             transitions: Family::default(),
             detection: seconds(),
             takeover: seconds(),
@@ -130,6 +136,8 @@ impl Metrics {
             "groups", groups, "Groups of VIPs that exist";
             "leaderless_groups", leaderless_groups, "Groups of VIPs that nobody leads, as this node sees it";
             "egress_disarmed", egress_disarmed, "Whether somebody has disarmed egress policies on this node (1): its pods leave as if there were none";
+            "egress_policies_settled", egress_policies_settled, "Egress policies of which this node says that it can be the gateway: its rules and programs go by them";
+            "egress_policies_waiting", egress_policies_waiting, "Egress policies whose gateway has not said so yet, as this node sees it: it drops their pods' packets";
             "transitions", transitions, "Leaderships that this node took, gave up, or announced anew after a contest";
             "detection_seconds", detection, "Seconds from a peer's last hello to the verdict that it is heard no more, of peers that did not leave";
             "takeover_seconds", takeover, "Seconds that a group had no leader before this node took it";

@@ -132,7 +132,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         replication_port: args.replication_port,
         peers: peers(&args).await?,
     };
-    let in_force = [parts.rules.in_force(), parts.datapath.in_force()];
+    let in_force = [
+        parts.rules.in_force(),
+        parts.datapath.in_force(),
+        parts.datapath.gateway_in_force(),
+    ];
     let speaker = Speaker::new(identity, parts, keys, metrics.clone());
     let shared = Shared(Arc::new(Mutex::new(speaker)));
     let _admin = serve(&args, registry, &shared, objects.problems.clone()).await?;
@@ -362,7 +366,7 @@ fn control_socket(args: &Args, shared: &Shared, start: Instant) -> Option<Contro
 
 struct Inputs {
     calls: Option<mpsc::Receiver<cni::Call>>,
-    in_force: [watch::Receiver<InForce>; 2],
+    in_force: [watch::Receiver<InForce>; 3],
     objects: Objects,
     membership: mpsc::Receiver<MembershipEvent>,
     announcer: mpsc::Receiver<AnnouncerEvent>,
@@ -392,7 +396,12 @@ impl Loop {
     async fn run(&mut self, inputs: Inputs, early: Vec<Event>, stop: impl Future<Output = ()>) {
         let Inputs {
             mut calls,
-            in_force: [mut rules_in_force, mut programs_in_force],
+            in_force:
+                [
+                    mut rules_in_force,
+                    mut programs_in_force,
+                    mut gateway_in_force,
+                ],
             mut objects,
             mut membership,
             mut announcer,
@@ -438,9 +447,10 @@ impl Loop {
                         speaker.cni(call, now);
                     }
                 }
-                // Callers may be answered.
+                // Callers may be answered, and packets be led here.
                 () = changed(&mut rules_in_force) => {}
                 () = changed(&mut programs_in_force) => {}
+                () = changed(&mut gateway_in_force) => {}
                 answer = self.probes.next() => {
                     let now = self.now();
                     let mut speaker = self.shared.lock();

@@ -4,6 +4,7 @@
 //! name does. A change of leader, place or condition is written at once, of anything else now and then.
 
 mod drops;
+mod gateway;
 mod served;
 mod steered;
 pub mod writer;
@@ -13,7 +14,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use landfall_api::conditions::{
-    VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED, announced,
+    VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_GATEWAY_READY, VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED,
+    announced,
 };
 use landfall_core::election::Verdict;
 use landfall_core::groups::{Group, GroupId, GroupVip};
@@ -92,6 +94,8 @@ struct Status {
     announced: Condition,
     /// Nothing while nobody leads.
     steered: Option<Condition>,
+    /// Nothing while nobody leads, or no pods leave by it.
+    gateway: Option<Condition>,
     // Less urgent.
     /// Nothing while nobody leads.
     served: Option<Condition>,
@@ -131,6 +135,7 @@ impl Status {
         let mut conditions = vec![self.announced.json(VIRTUAL_IP_ANNOUNCED, since.announced)];
         for (condition, kind, since) in [
             (&self.steered, VIRTUAL_IP_STEERED, since.steered),
+            (&self.gateway, VIRTUAL_IP_GATEWAY_READY, since.gateway),
             (&self.served, VIRTUAL_IP_SERVED, since.served),
         ] {
             conditions.extend(condition.as_ref().map(|it| it.json(kind, since)));
@@ -166,6 +171,7 @@ fn time(millis: u64) -> String {
 struct Transitions {
     announced: u64,
     steered: u64,
+    gateway: u64,
     served: u64,
 }
 
@@ -174,6 +180,7 @@ impl Transitions {
         let mut since = Self {
             announced: wall,
             steered: wall,
+            gateway: wall,
             served: wall,
         };
         if let Some(before) = before {
@@ -183,6 +190,9 @@ impl Transitions {
             let holds = |it: &Option<Condition>| it.as_ref().map(|it| it.holds);
             if holds(&before.status.steered) == holds(&status.steered) {
                 since.steered = before.since.steered;
+            }
+            if holds(&before.status.gateway) == holds(&status.gateway) {
+                since.gateway = before.since.gateway;
             }
             if holds(&before.status.served) == holds(&status.served) {
                 since.served = before.since.served;
@@ -458,6 +468,7 @@ fn status(
     let led = view.leader.is_some();
     Status {
         steered: led.then(|| steered::steered(speaker, group)),
+        gateway: led.then(|| gateway::ready(speaker, group)).flatten(),
         served: led.then(|| served::served(vip.address, group)),
         leader: view.leader,
         since: view.since,

@@ -8,6 +8,7 @@ mod cni {
     #[path = "../egress/flow.rs"]
     #[allow(dead_code, reason = "the scenarios of the node use the rest")]
     mod flow;
+    mod gates;
     #[path = "../egress/cni.rs"]
     #[allow(dead_code, reason = "the scenarios of the node use the rest")]
     mod masquerade;

@@ -199,7 +199,7 @@ impl EgressIndex {
         step(Topic::Address, format!("{address}"));
         let vip = cluster.vips.get(&address);
         let Some(gateway) = vip.and_then(|vip| vip.leader.clone()) else {
-            let said = vip.and_then(|vip| condition(&vip.conditions, "Announced"));
+            let said = vip.and_then(|vip| vip.condition("Announced"));
             let said = said.map_or("no node has said that it leads it".to_owned(), |said| {
                 said.message.clone()
             });
@@ -220,6 +220,10 @@ impl EgressIndex {
         } else if cluster.not_ready.contains(&gateway) {
             let text = format!("node {gateway} is not ready, as the API server has it");
             step(Topic::Gateway, text);
+        }
+        let said = vip.and_then(|vip| vip.condition("GatewayReady"));
+        if let Some(said) = said.filter(|said| said.status == "False") {
+            return dropped(said.message.clone());
         }
         let used = policy.status.ports_in_use;
         match policy.spec.ports.map(u64::from) {

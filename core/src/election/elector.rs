@@ -4,6 +4,7 @@
 //! whose inputs changed, and at those that wait for a time to pass; all others cost nothing.
 
 mod claims;
+mod gates;
 mod gossiping;
 mod liveness;
 mod load;
@@ -157,6 +158,7 @@ pub struct View {
 struct Local {
     ready: bool,
     serves: BTreeSet<u64>,
+    gates: BTreeSet<u64>,
     seen: u64,
     view: View,
     leadership: Option<Leadership>,
@@ -180,6 +182,7 @@ pub struct Elector {
     leaving: bool,
     disarmed: bool,
     steers: bool,
+    has_gates: bool,
     hindrance: Option<Arc<str>>,
     started: Option<Duration>,
     listening: bool,
@@ -214,6 +217,7 @@ impl Elector {
             leaving: false,
             disarmed: false,
             steers: false,
+            has_gates: false,
             hindrance: None,
             started: None,
             listening: true,
@@ -656,6 +660,7 @@ impl Elector {
             claim,
             ready: local.ready,
             serves: local.serves.clone(),
+            gates: local.gates.clone(),
             odd,
             digest: group.digest,
             // A higher epoch seen elsewhere is no news by itself: it travels with what is.
@@ -701,6 +706,7 @@ impl Elector {
             interfaces: self.interfaces.clone(),
             capabilities: super::peer::Capabilities {
                 steers: self.steers,
+                gates: self.has_gates,
                 ..super::peer::Capabilities::default()
             },
             hindrance: self.hindrance.clone(),

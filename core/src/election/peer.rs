@@ -48,6 +48,8 @@ pub struct InterfaceFact {
 pub struct Capabilities {
     /// Its data path hands packets to the nodes that should serve them.
     pub steers: bool,
+    /// It treats packets by egress policies. What it, or the run before, has said of policies counts only then.
+    pub gates: bool,
     /// The highest steering-table algorithm it understands.
     pub table_algorithm: u16,
 }
@@ -56,6 +58,7 @@ impl Default for Capabilities {
     fn default() -> Self {
         Self {
             steers: false,
+            gates: false,
             table_algorithm: 1,
         }
     }
@@ -180,7 +183,7 @@ impl Word {
     /// About how many bytes it takes on the wire.
     pub(super) fn size(&self) -> usize {
         match self {
-            Self::Group(group) => 40 + 10 * group.serves.len(),
+            Self::Group(group) => 40 + 10 * (group.serves.len() + group.gates.len()),
             Self::Held(page) => 2 + 11 * page.0.len(),
         }
     }
@@ -189,6 +192,11 @@ impl Word {
 /// By what a Service is known between speakers: xxh64 of `namespace/name`, with seed 0.
 pub fn service_id(key: &ObjectKey) -> u64 {
     xxh64(key.to_string().as_bytes(), 0)
+}
+
+/// By what an egress policy is known between speakers: xxh64 of its name, with seed 0.
+pub fn policy_id(policy: &str) -> u64 {
+    xxh64(policy.as_bytes(), 0)
 }
 
 /// What a node says of itself about a group.
@@ -200,6 +208,8 @@ pub struct GroupRegister {
     pub ready: bool,
     /// The Services, by [`service_id`], that it serves: what is steered to it reaches an endpoint.
     pub serves: BTreeSet<u64>,
+    /// The egress policies, by [`policy_id`], that it can be the gateway of: what it takes for that is in its kernel.
+    pub gates: BTreeSet<u64>,
     /// Its inputs differ from the majority's.
     pub odd: bool,
     /// The digest of its inputs.

@@ -253,3 +253,88 @@ fn a_silent_peer_is_reported_once_with_the_age_of_its_last_hello() {
     assert_eq!(lost(&mut elector, ms(2_300)), [expected]);
     assert!(lost(&mut elector, ms(2_400)).is_empty());
 }
+
+/// What a node says now, taken in by another.
+fn hear(from: &mut Elector, to: &mut Elector, groups: u16, at: u64) -> Vec<usize> {
+    let mut index = crate::groups::GroupIndex::default();
+    for n in 0..groups {
+        index.apply(simulation::mk_vip(n));
+    }
+    let changed = index.reconcile();
+    let at = std::time::Duration::from_millis(at);
+    let frames = from.tick(at, 0, &index, &changed).frames;
+    to.peer_alive(from.me(), from.boot());
+    for out in &frames {
+        to.receive(&out.frame, at);
+    }
+    to.tick(at, 0, &index, &changed);
+    frames.iter().map(|out| out.frame.len()).collect()
+}
+
+fn mk_elector(name: &str, boot: u64, gates: bool) -> Elector {
+    let mut elector = Elector::new(name.into(), BootId(boot), Config::default());
+    elector.set_has_gates(gates);
+    elector
+}
+
+#[test]
+fn the_word_of_a_gateway_outlives_its_speaker_but_not_its_egress() {
+    let mail = policy_id("mail");
+    let gates = |elector: &Elector| elector.gates(&"b".into(), &"g0".into(), mail);
+    let said = || {
+        let (mut a, mut b) = (mk_elector("a", 1, true), mk_elector("b", 2, true));
+        b.set_steers(true);
+        hear(&mut b, &mut a, 1, 1_000);
+        assert!(!gates(&a) && !gates(&b));
+        b.set_gates(&"g0".into(), [mail].into());
+        assert!(gates(&b));
+        hear(&mut b, &mut a, 1, 1_100);
+        assert!(gates(&a));
+        assert!(!a.gates(&"b".into(), &"g1".into(), mail));
+        assert!(!a.gates(&"b".into(), &"g0".into(), policy_id("other")));
+        (a, b)
+    };
+    let (mut a, mut b) = said();
+    b.set_gates(&"g0".into(), BTreeSet::new());
+    hear(&mut b, &mut a, 1, 1_200);
+    assert!(!gates(&a), "it takes its word back");
+
+    let (mut a, _) = said();
+    let mut next = mk_elector("b", 3, true);
+    next.set_steers(true);
+    hear(&mut next, &mut a, 1, 1_200);
+    assert!(gates(&a), "what is in the kernel outlives a speaker");
+    hear(&mut next, &mut a, 1, 9_000);
+    assert!(!gates(&a), "the next has had the time to say it");
+
+    let (mut a, _) = said();
+    hear(&mut mk_elector("b", 3, false), &mut a, 1, 1_200);
+    assert!(!gates(&a), "the next treats no packets by policies");
+
+    let (mut a, _) = said();
+    a.gone(&"b".into());
+    hear(&mut mk_elector("b", 3, true), &mut a, 1, 1_200);
+    assert!(!gates(&a), "the node was off");
+}
+
+#[test]
+fn a_thousand_policies_are_told_in_frames_that_fit_datagrams() {
+    const POLICIES: u16 = 1_000;
+    let (mut a, mut b) = (mk_elector("a", 1, true), mk_elector("b", 2, true));
+    hear(&mut b, &mut a, POLICIES, 1_000);
+    for n in 0..POLICIES {
+        let id = policy_id(&format!("policy-{n}"));
+        b.set_gates(&format!("g{n}").as_str().into(), [id].into());
+    }
+    let sizes = hear(&mut b, &mut a, POLICIES, 1_100);
+    for n in 0..POLICIES {
+        let id = policy_id(&format!("policy-{n}"));
+        assert!(a.gates(&"b".into(), &format!("g{n}").as_str().into(), id));
+    }
+    let total: usize = sizes.iter().sum();
+    println!("{POLICIES} policies: {} frames, {total} bytes", sizes.len());
+    assert!(sizes.iter().all(|size| *size <= 1_200), "{sizes:?}");
+    assert!(total <= 60 * usize::from(POLICIES), "{total}");
+    // What has been said is not said again.
+    assert_eq!(hear(&mut b, &mut a, POLICIES, 1_110), [0; 0]);
+}

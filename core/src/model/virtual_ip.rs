@@ -36,6 +36,12 @@ pub struct VirtualIp {
 }
 
 impl VirtualIp {
+    /// What a speaker reported of it.
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        let mut all = self.conditions.iter();
+        all.find(|condition| condition.kind == kind)
+    }
+
     /// An address that nobody holds and nobody reported on.
     pub fn unheld(address: IpAddr, pool: Arc<str>, group: Arc<str>) -> Self {
         Self {

@@ -223,6 +223,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                 interface,
                 mac: None,
                 epoch: 1,
+                settled: true,
             }),
             ports_per_pod: None,
             ports: None,

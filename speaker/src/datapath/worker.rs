@@ -176,6 +176,14 @@ impl DataPath for Worker {
     fn in_force(&self) -> watch::Receiver<InForce> {
         self.shared.in_force.subscribe()
     }
+
+    fn gateway_in_force(&self) -> watch::Receiver<InForce> {
+        self.gateway.in_force()
+    }
+
+    fn was_gateway_of(&self, policy: &PolicyName) -> bool {
+        self.gateway.was_gateway_of(policy)
+    }
 }
 
 impl Drop for Worker {

@@ -11,13 +11,15 @@
 //!                           "mac": "…"}],
 //!               "ports": {"10.88.0.200:80/TCP": {"n1": 1, "n2": 3}},
 //!               "tables": {"10.88.0.200:80/TCP": {"generation": 7, "digest": "7b4db4129cec6df2"}}},
-//!  "egress": {"synced": true, "judged": 2, "policies": {"mail": {"10.244.1.7": "10.88.0.230"}}}}
+//!  "egress": {"synced": true, "judged": 2, "policies": {"mail": {"10.244.1.7": "10.88.0.230"}},
+//!             "gateways": {"mail": {"node": "n2", "settled": true}}, "settled": ["mail"]}}
 //! ```
 //! `since` is in milliseconds since the Unix epoch; `reason` says why nobody leads; `nodes` holds those that
 //! could not lead, with why. `steering` is what the data path was told: a port's nodes with their weights.
 //! The `digest` of these is the same on all nodes whose tables are; the `generation` is this node's own count, which grows
 //! with every change of the table, and begins anew with the speaker. `egress` has the tenants of each policy with the
-//! address that each leaves by, of `judged` pods' addresses.
+//! address that each leaves by, of `judged` pods' addresses; each policy's gateway, which packets are led to once it is
+//! `settled`; and the policies of which this node says that of itself.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -82,10 +84,23 @@ impl Speaker {
                 tenants.insert(address.to_string(), tenant.egress_ip);
             }
         }
+        let gateways: BTreeMap<&str, Value> = self
+            .plan
+            .wanted()
+            .policies
+            .iter()
+            .map(|(name, policy)| {
+                let gateway = policy.gateway.as_ref();
+                let gateway = gateway.map(|it| json!({"node": it.node, "settled": it.settled}));
+                (&**name, gateway.unwrap_or_default())
+            })
+            .collect();
         json!({
             "synced": self.egress.is_synced(),
             "judged": self.egress.judged().len(),
             "policies": policies,
+            "gateways": gateways,
+            "settled": self.settled(),
         })
     }
 

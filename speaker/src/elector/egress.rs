@@ -5,6 +5,7 @@
 //! pods' nodes do not change in a fail-over, only where their packets go.
 
 mod around;
+pub(super) mod gates;
 pub mod usage;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use landfall_core::egress::{EgressIndex, Judged, inside};
+use landfall_core::election::policy_id;
 use landfall_core::groups::Group;
 use landfall_core::model::{NodeName, OldFlows};
 use landfall_core::steering::seed;
@@ -188,6 +190,7 @@ impl Speaker {
         let names: Vec<PolicyName> = self.plan.wanted.policies.keys().cloned().collect();
         if names.is_empty() {
             self.plan.given = None;
+            self.metrics.egress_policies_waiting.set(0);
             return None;
         }
         for name in names {
@@ -205,6 +208,11 @@ impl Speaker {
             self.plan.wanted.inside = inside(self.index.nodes().values(), pods);
         }
         let wanted = &self.plan.wanted;
+        let waits = |policy: &&Policy| policy.gateway.is_some() && policy.led_to().is_none();
+        let waiting = wanted.policies.values().filter(waits).count();
+        self.metrics
+            .egress_policies_waiting
+            .set(i64::try_from(waiting).unwrap_or(i64::MAX));
         if self.plan.given.as_deref() != Some(wanted) {
             self.plan.given = Some(Arc::new(wanted.clone()));
         }
@@ -234,6 +242,7 @@ impl Speaker {
             };
         };
         let epoch = view.epoch;
+        let settled = self.election.gates(&leader, &group.id, policy_id(policy));
         let me = self.identity.node.clone();
         self.needs_tunnel_to(policy, &group, &leader);
         let places = self.election.places(&group);
@@ -248,6 +257,7 @@ impl Speaker {
                     interface: place.index,
                     mac: None,
                     epoch,
+                    settled,
                 })
             });
         }
@@ -265,6 +275,7 @@ impl Speaker {
                 interface: place.index,
                 mac: Some(mac),
                 epoch,
+                settled,
             });
         }
         let Some(interface) = self.tunnel() else {
@@ -277,6 +288,7 @@ impl Speaker {
             interface,
             mac: Some(mac),
             epoch,
+            settled,
         })
     }
 

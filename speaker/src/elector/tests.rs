@@ -3,6 +3,7 @@
 mod calls;
 mod copies;
 mod egress;
+mod gates;
 mod steered;
 mod suspected;
 
@@ -41,8 +42,10 @@ struct Lower {
     hindrance: Mutex<Option<String>>,
     roles: Mutex<Roles>,
     standings: Mutex<BTreeMap<IpAddr, Standing>>,
-    /// What each part has put into the kernel, once it is told to: first the rules, then the programs.
-    in_force: [watch::Sender<InForce>; 2],
+    /// What each part has put into the kernel, once it is told to: the rules, the programs, the gateway's.
+    in_force: [watch::Sender<InForce>; 3],
+    /// The policies that a process before was the gateway of.
+    left: Mutex<BTreeSet<PolicyName>>,
     /// What policies' pods use here.
     usage: Mutex<BTreeMap<PolicyName, Usage>>,
     /// The gateway is to be out of the kernel.
@@ -143,6 +146,14 @@ impl DataPath for Lower {
     fn in_force(&self) -> watch::Receiver<InForce> {
         self.in_force[1].subscribe()
     }
+
+    fn gateway_in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force[2].subscribe()
+    }
+
+    fn was_gateway_of(&self, policy: &PolicyName) -> bool {
+        self.left.lock().unwrap().contains(policy)
+    }
 }
 
 impl Copying for Lower {
@@ -164,6 +175,8 @@ struct Host {
 }
 
 struct World {
+    /// Speakers that begin treat packets by egress policies.
+    egress: bool,
     /// Objects come from files: nobody waits for kube-proxy.
     manifests: bool,
     now: Duration,
@@ -244,6 +257,7 @@ impl World {
 
     fn of(vips: u16, manifests: bool) -> Self {
         let mut world = Self {
+            egress: true,
             manifests,
             now: Duration::from_secs(10),
             hub: Hub::default(),
@@ -268,9 +282,14 @@ impl World {
     /// One that knows no interfaces yet; its name.
     fn boot_blind(&mut self, n: u8, boot: u64) -> String {
         let name = NodeName::from(format!("n{n}").as_str());
+        let lower = Arc::new(Lower::default());
+        self.boot_over(name, boot, lower)
+    }
+
+    /// One over what is in the kernel.
+    fn boot_over(&mut self, name: NodeName, boot: u64, lower: Arc<Lower>) -> String {
         let (member, news): (Member, _) = self.hub.join(name.clone(), BootId(boot));
         let (announcing, _events) = twin();
-        let lower = Arc::new(Lower::default());
         let parts = Parts {
             announcer: Arc::new(announcing.clone()),
             rules: lower.clone(),
@@ -283,7 +302,7 @@ impl World {
             boot: BootId(boot),
             manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
-            egress_mark: Some(crate::egress::MARK),
+            egress_mark: self.egress.then_some(crate::egress::MARK),
             routers: Vec::new(),
             gossip: "10.88.0.1:7950".parse().unwrap(),
             replication_port: 7953,
@@ -367,6 +386,13 @@ impl World {
 
     fn host(&mut self, name: &str) -> &mut Host {
         self.hosts.get_mut(&NodeName::from(name)).unwrap()
+    }
+
+    /// The kernel goes by what this node was told last: its rules, its programs, or the gateway's.
+    fn put_in_force(&mut self, name: &str, part: usize) {
+        let lower = &self.host(name).lower;
+        let egress = lower.rules().egress.map(|leaving| leaving.egress.clone());
+        lower.in_force[part].send_replace(egress.as_ref().into());
     }
 
     fn tell(&mut self, object: &Object) {

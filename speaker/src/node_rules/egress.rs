@@ -340,8 +340,7 @@ fn verdict(
         ));
     }
     let way = policy
-        .gateway
-        .as_ref()
+        .led_to()
         .and_then(|gateway| Way::to(gateway, &leaving.node))
         .and_then(|way| ways.get(&way));
     match way {

@@ -62,8 +62,8 @@ impl Drops {
                 && let Some(count) = self.note(policy, Why::NoGateway, *total, now)
             {
                 let note = format!(
-                    "node {} dropped {} of its pods: the policy has no gateway, or no address for them; its conditions \
-                     say why",
+                    "node {} dropped {} of its pods: the policy has no gateway, or one that is not ready yet, or no \
+                     address for them; its conditions say why",
                     speaker.election().me(),
                     packets(count),
                 );

@@ -1,5 +1,7 @@
-//! A node whose pods' networks are made by CNI's plugins, and two others, each the gateway of a policy: plain routers that
-//! translate to its address. All three have real speakers, from manifests.
+//! A node whose pods' networks are made by CNI's plugins, and two others, each the gateway of a policy. All three have real
+//! speakers, from manifests.
+//!
+//! When gateways hear of a pod's addresses is another matter: theirs were told before that whoever has one is their tenant.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -32,6 +34,8 @@ pub(super) const POLICIES: [(&str, &str, u8); 2] = [("red", "node2", 240), ("blu
 pub(super) struct Cluster {
     pub(super) lab: Lab,
     pub(super) manifests: Manifests,
+    /// What each policy's gateway knows.
+    told: [Manifests; 2],
     pub(super) wire: Wire,
     _server: PodServer,
 }
@@ -46,16 +50,24 @@ impl Cluster {
         .expect("the lab needs root and Debian's iproute2 and nftables");
         let server = PodServer::start(lab.remote(), "remote").unwrap();
         let manifests = Manifests::new(lab.manifests_dir());
-        manifests.write_nodes(&lab).unwrap();
-        manifests.write_pool().unwrap();
+        let told = POLICIES.map(|(_, gateway, _)| {
+            let directory = lab.directory().join(format!("told-{gateway}"));
+            fs::create_dir(&directory).unwrap();
+            Manifests::new(directory)
+        });
+        for view in [&manifests].into_iter().chain(&told) {
+            view.write_nodes(&lab).unwrap();
+            view.write_pool().unwrap();
+        }
         let cluster = Self {
             wire: Wire::tap(&lab, NODE),
             lab,
             manifests,
+            told,
             _server: server,
         };
         Cni::Nftables.masquerade(cluster.node());
-        cluster.mk_gateways();
+        cluster.tell_gateways(addresses);
         cluster.mk_network(first, addresses);
         cluster
     }
@@ -92,28 +104,18 @@ impl Cluster {
         self.path("persistent/boot.nft")
     }
 
-    /// A policy's gateway translates what the node's pods send it to the policy's addresses.
-    fn mk_gateways(&self) {
-        let [own4, own6] = landfall_lab::address::pod_cidrs(1);
-        let [to4, to6] = self.lab.node(NODE).unwrap().addresses(Network::Lan);
-        for (_, gateway, number) in POLICIES {
-            let host = self.lab.host(gateway).unwrap();
-            let [v4, v6] = Network::Lan.both(number);
-            host.ip_batch(&format!(
-                "route replace {own4} via {to4} dev eth0\nroute replace {own6} via {to6} dev eth0\n"
-            ))
-            .unwrap();
-            for interface in ["all", "eth0"] {
-                host.sysctl(&format!("net.ipv4.conf.{interface}.send_redirects"), "0")
-                    .unwrap();
+    /// Whoever has one of these addresses is a policy's tenant, as its gateway sees it.
+    fn tell_gateways(&self, [from, to]: [u8; 2]) {
+        for ((policy, _, _), told) in POLICIES.into_iter().zip(&self.told) {
+            for number in from..=to {
+                let addresses = [
+                    format!("10.244.1.{number}").parse().unwrap(),
+                    format!("fd00:244:1::{number:x}").parse().unwrap(),
+                ];
+                let name = format!("any{number}");
+                let pod = mk_pod(&name, policy, &addresses);
+                told.write(&format!("pod-{name}"), &pod).unwrap();
             }
-            host.nft(&format!(
-                "add table inet plain\n\
-                 add chain inet plain out {{ type nat hook postrouting priority srcnat; }}\n\
-                 add rule inet plain out iifname eth0 oifname eth0 ip saddr {own4} snat ip to {v4}\n\
-                 add rule inet plain out iifname eth0 oifname eth0 ip6 saddr {own6} snat ip6 to {v6}\n"
-            ))
-            .unwrap();
         }
     }
 
@@ -154,7 +156,7 @@ impl Cluster {
         };
         let pool = json!({"addresses": ranges, "purpose": "Egress", "autoAssign": false});
         let pool = object("IPAddressPool", "out", pool);
-        self.manifests.write("pool-out", &pool).unwrap();
+        self.tell_all("pool-out", &pool);
         for (name, gateway, number) in POLICIES {
             let spec = json!({
                 "podSelector": {"matchLabels": {"tenant": name}},
@@ -162,33 +164,33 @@ impl Cluster {
                 "gateways": {"nodeSelector": {"matchLabels": {"kubernetes.io/hostname": gateway}}},
             });
             let policy = object("EgressPolicy", name, spec);
-            self.manifests
-                .write(&format!("policy-{name}"), &policy)
-                .unwrap();
+            self.tell_all(&format!("policy-{name}"), &policy);
+        }
+    }
+
+    fn tell_all(&self, name: &str, object: &Value) {
+        for view in [&self.manifests].into_iter().chain(&self.told) {
+            view.write(name, object).unwrap();
         }
     }
 
     pub(super) fn remove_policies(&self) {
         for (name, _, _) in POLICIES {
-            self.manifests.remove(&format!("policy-{name}")).unwrap();
+            for view in [&self.manifests].into_iter().chain(&self.told) {
+                view.remove(&format!("policy-{name}")).unwrap();
+            }
         }
     }
 
     /// What the API server says of a pod: before it has an address, or with it.
     pub(super) fn tell(&self, pod: &str, tenant: &str, addresses: &[IpAddr]) {
-        let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
-        let object = json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": pod, "namespace": "default", "labels": {"tenant": tenant}},
-            "spec": {"nodeName": NODE, "containers": []},
-            "status": {"podIPs": ips},
-        });
+        let object = mk_pod(pod, tenant, addresses);
         self.manifests
             .write(&format!("pod-{pod}"), &object)
             .unwrap();
     }
 
-    /// Starts a speaker on every node. Only the first one's judges pods: the others are plain routers.
+    /// Starts a speaker on every node.
     pub(super) fn speak(&self) {
         for node in self.lab.nodes() {
             self.speak_on(&node.name);
@@ -196,14 +198,24 @@ impl Cluster {
     }
 
     pub(super) fn speak_on(&self, node: &str) {
+        self.speak_as(node, true);
+    }
+
+    /// The same, with or without treating packets by egress policies.
+    pub(super) fn speak_as(&self, node: &str, egress: bool) {
+        let gateways = POLICIES.iter().zip(&self.told);
+        let mut told = gateways.filter(|((_, gateway, _), _)| *gateway == node);
+        let view = told.next().map_or(&self.manifests, |(_, view)| view);
         let mut program = self
             .lab
             .speaker(node)
             .unwrap()
-            .option("--manifests", self.lab.manifests_dir().display());
+            .option("--manifests", view.directory().display());
+        if egress {
+            program = program.arg("--egress");
+        }
         if node == NODE {
             program = program
-                .arg("--egress")
                 .option("--egress-boot-file", self.boot_file().display())
                 .option("--cni-bin-dir", self.programs().display())
                 .option("--cni-conf-dir", self.lists().display());
@@ -301,12 +313,27 @@ impl Cluster {
         frames.len()
     }
 
-    /// How many packets the table has dropped of sources that are not judged; nothing if there is no table.
+    /// How many packets the node's table has dropped of sources that are not judged; nothing if there is no table.
     pub(super) fn dropped(&self) -> Option<u64> {
+        self.dropped_at(NODE)
+    }
+
+    /// The same of a node's.
+    pub(super) fn dropped_at(&self, node: &str) -> Option<u64> {
         let line = "nft list counter inet landfall egress-unknown";
-        let printed = self.node().exec(line).ok()?;
+        let printed = self.lab.host(node).unwrap().exec(line).ok()?;
         let mut words = printed.split_whitespace();
         words.find(|word| *word == "packets")?;
         words.next()?.parse().ok()
     }
+}
+
+fn mk_pod(name: &str, tenant: &str, addresses: &[IpAddr]) -> Value {
+    let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": "default", "labels": {"tenant": tenant}},
+        "spec": {"nodeName": NODE, "containers": []},
+        "status": {"podIPs": ips},
+    })
 }

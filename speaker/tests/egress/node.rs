@@ -237,6 +237,7 @@ impl Cluster {
                 interface: self.node().interface_index(self.nic.name()).unwrap(),
                 mac: Some(self.gateway_mac()),
                 epoch: 1,
+                settled: true,
             }),
             ports_per_pod: None,
             ports: None,

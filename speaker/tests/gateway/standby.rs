@@ -230,6 +230,7 @@ impl Pair {
             interface: uplink,
             mac: None,
             epoch,
+            settled: true,
         });
         self.stand(Some(leads()));
         self.tell_second();
@@ -257,6 +258,7 @@ impl Pair {
             interface: uplink,
             mac: Some(mac),
             epoch,
+            settled: true,
         });
         self.world.gateway().stand(&both(Standing::StandsBy));
         self.world.tell();

@@ -432,6 +432,7 @@ fn mk_egress(uplink: u32) -> Egress {
             interface: uplink,
             mac: None,
             epoch: 1,
+            settled: true,
         }),
         ports_per_pod: None,
         ports: None,

@@ -2,7 +2,7 @@
 
 use landfall_api::conditions::{
     EGRESS_HOST_NETWORK_PODS, EGRESS_NAMESPACES_NOT_ADMITTED, EGRESS_OVERLAPPING, EGRESS_READY,
-    VIRTUAL_IP_ANNOUNCED, announced, egress,
+    VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_GATEWAY_READY, announced, egress,
 };
 use landfall_core::egress::Report;
 use landfall_core::ipam::Allocation;
@@ -62,8 +62,7 @@ impl Facts<'_> {
             return (not(ADDRESS_PENDING, message), false);
         }
         let refused = self.vips.iter().find_map(|vip| {
-            let mut said = vip.conditions.iter();
-            let said = said.find(|said| said.kind == VIRTUAL_IP_ANNOUNCED)?;
+            let said = vip.condition(VIRTUAL_IP_ANNOUNCED)?;
             (said.status == "False").then_some((vip.address, said))
         });
         if let Some((address, said)) = refused {
@@ -79,6 +78,13 @@ impl Facts<'_> {
             let message = "no node has said that it leads its addresses".to_owned();
             return (not(egress::NO_GATEWAY, message), false);
         };
+        if let Some(said) = self.vips.iter().find_map(|vip| {
+            let said = vip.condition(VIRTUAL_IP_GATEWAY_READY)?;
+            (said.status == "False").then_some(said)
+        }) {
+            // As a rule it is ready a moment later: that is no Event.
+            return (not(egress::GATEWAY_NOT_READY, said.message.clone()), false);
+        }
         let addresses = self.allocation.addresses.iter();
         let addresses: Vec<String> = addresses.map(ToString::to_string).collect();
         let mut parts = vec![format!("{} at node {gateway}", addresses.join(", "))];

@@ -285,6 +285,21 @@ fn the_state_of_the_gateway_is_told() {
 }
 
 #[test]
+fn a_gateway_that_is_not_ready_yet_is_named() {
+    let mut world = World::new();
+    let said = |status: &str| Condition {
+        kind: "GatewayReady".into(),
+        status: status.into(),
+        reason: "NotInForce".into(),
+        message: "gateway n2 is not ready yet".into(),
+    };
+    world.vip(|vip| vip.conditions = vec![said("True")]);
+    assert_eq!(world.outcome(OUT), leaves());
+    world.vip(|vip| vip.conditions = vec![said("False")]);
+    assert!(world.why().contains("gateway n2 is not ready yet"));
+}
+
+#[test]
 fn quotas_are_told() {
     let mut world = World::new();
     world.policy(|policy| {

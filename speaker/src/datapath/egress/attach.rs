@@ -163,6 +163,12 @@ impl Attached {
     }
 }
 
+/// Whether both programs are pinned at some interface.
+pub(super) fn is_attached(pins: &Pins) -> bool {
+    let sides = Side::ALL.map(|side| pins.linked(side.word()));
+    sides.iter().all(|interfaces| !interfaces.is_empty())
+}
+
 /// Puts the program in the place of the one that a pinned link holds.
 fn replace(ebpf: &mut Ebpf, pins: &Pins, interface: u32, side: Side) -> Result<(), UplinkError> {
     let link: FdLink = PinnedLink::from_pin(pins.link(interface, side.word()))?.into();

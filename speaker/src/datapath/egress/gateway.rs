@@ -17,7 +17,7 @@ use landfall_ebpf_common::GATEWAY_KEEP;
 use landfall_ebpf_common::egress::binding::Times;
 use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, Reason};
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::super::layout::SHAPES as SHARED;
 use super::super::pins::Pins;
@@ -33,9 +33,9 @@ use super::list::{self, Bound};
 use super::metrics::{Counters, SharedTables};
 use super::plan::{Plan, Surroundings, plan};
 use super::standing::{Standing, States, states};
-use super::tables::Tables;
+use super::tables::{Tables, left, name_of_policy};
 use super::usage::Usage;
-use crate::egress::{Egress, PolicyName};
+use crate::egress::{Egress, InForce, PolicyName};
 use crate::replication::{Bindings, Happened};
 
 /// How long to wait before programs that could not be loaded are tried again.
@@ -99,6 +99,8 @@ struct Shared {
     told: Told,
     /// Whether it is in force, or why not.
     state: Mutex<State>,
+    /// What the programs go by.
+    in_force: watch::Sender<InForce>,
 }
 
 /// Whether a gateway is in force.
@@ -118,6 +120,8 @@ pub enum State {
 pub struct Gateway {
     shared: Arc<Shared>,
     pin_dir: PathBuf,
+    /// The policies, by the names that the maps have of them, that an earlier process was the gateway of.
+    left: BTreeSet<u64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -132,8 +136,10 @@ impl Gateway {
             copies: Arc::new(Copies::new(config.bindings)),
             told: Told::default(),
             state: Mutex::default(),
+            in_force: watch::Sender::default(),
         });
         let pin_dir = config.pin_dir.clone();
+        let left = left(&pin_dir);
         registry.register_collector(Box::new(Counters(Arc::clone(&shared.tables))));
         let mut task = Task {
             config,
@@ -150,6 +156,7 @@ impl Gateway {
         Self {
             shared,
             pin_dir,
+            left,
             thread: Some(thread),
         }
     }
@@ -210,6 +217,16 @@ impl Gateway {
     pub fn is_settled(&self) -> bool {
         let orders = lock(&self.shared.orders);
         orders.said == orders.done
+    }
+
+    /// What the programs go by; not known before this process has put something into the kernel.
+    pub fn in_force(&self) -> watch::Receiver<InForce> {
+        self.shared.in_force.subscribe()
+    }
+
+    /// Whether an earlier process has left this node as the gateway of a policy.
+    pub fn was_gateway_of(&self, policy: &PolicyName) -> bool {
+        self.left.contains(&name_of_policy(policy))
     }
 
     /// Whether it does it.
@@ -293,6 +310,7 @@ impl Task {
         while let Some(orders) = self.wait() {
             if orders.disarmed {
                 self.disarm();
+                self.tell_in_force(InForce::Nothing);
                 self.report(State::Idle);
                 continue;
             }
@@ -304,6 +322,13 @@ impl Task {
                 Ok(state) => state,
                 Err(error) => State::Failed(error.to_string()),
             };
+            match &state {
+                State::Armed(_) if !egress.policies.is_empty() => {
+                    self.tell_in_force(InForce::Whole(Arc::clone(egress)));
+                }
+                State::Armed(_) | State::Idle => self.tell_in_force(InForce::Nothing),
+                State::Failed(_) => {}
+            }
             if !matches!(state, State::Failed(_)) {
                 lock(&self.shared.orders).done = orders.said;
             }
@@ -323,6 +348,14 @@ impl Task {
             .unwrap_or_else(PoisonError::into_inner);
         self.taken = orders.said;
         (!orders.stop).then(|| orders.clone())
+    }
+
+    fn tell_in_force(&self, now: InForce) {
+        self.shared.in_force.send_if_modified(|told| {
+            let is_new = *told != now;
+            *told = now;
+            is_new
+        });
     }
 
     fn report(&self, state: State) {

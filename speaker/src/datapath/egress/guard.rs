@@ -264,7 +264,7 @@ fn gateway(
         seed,
         ..Gateway::default()
     };
-    let Some(known) = &policy.gateway else {
+    let Some(known) = policy.led_to() else {
         return Ok(unknown);
     };
     if known.node == leaving.node {

@@ -4,12 +4,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key as Prefix, LpmTrie};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues};
 use aya::util::nr_cpus;
 use ipnet::IpNet;
+use landfall_core::election::policy_id;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address as _, V6};
 use landfall_ebpf_common::egress::gateway::{
@@ -19,7 +21,9 @@ use landfall_ebpf_common::egress::gateway::{
 };
 use xxhash_rust::xxh64::xxh64;
 
+use super::super::pins::Pins;
 use super::super::tables::{Numbers, TablesError, network, taken};
+use super::attach::is_attached;
 use super::keeper::Kept;
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
 use super::standing::States;
@@ -126,8 +130,24 @@ fn number(number: u32) -> u16 {
     u16::try_from(number).expect("there are few")
 }
 
-fn name_of_policy(name: &PolicyName) -> u64 {
-    xxh64(name.as_bytes(), 0) | 1
+pub(super) fn name_of_policy(name: &PolicyName) -> u64 {
+    policy_id(name) | 1
+}
+
+/// The policies, by these names, of which an earlier process has left this node as the gateway: maps and programs.
+pub(super) fn left(root: &Path) -> BTreeSet<u64> {
+    let read = || {
+        let pins = Pins::open(root).ok()?;
+        if !is_attached(&pins) {
+            return None;
+        }
+        let policies = Map::Array(MapData::from_pin(pins.map(map::POLICIES)).ok()?);
+        let policies: Array<MapData, Policy> = Array::try_from(policies).ok()?;
+        let here = policies.iter().flatten();
+        let here = here.filter(|policy| policy.name != 0 && policy.uplink != 0);
+        Some(here.map(|policy| policy.name).collect())
+    };
+    read().unwrap_or_default()
 }
 
 fn name_of_node(id: &PeerId) -> u64 {

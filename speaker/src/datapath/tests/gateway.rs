@@ -154,6 +154,7 @@ fn mk_policy(gateway: &str) -> Policy {
             interface: INTERFACE,
             mac: (gateway != "here").then_some(OTHER),
             epoch: 1,
+            settled: true,
         }),
         ports_per_pod: None,
         ports: None,

@@ -95,6 +95,7 @@ impl Speaker {
     /// whatever source the node gives them.
     pub fn disarm(&mut self, disarmed: bool, now: Duration) {
         self.uses.disarmed = disarmed;
+        self.gates.look_again();
         self.hand_over_egress(disarmed);
         self.parts.datapath.disarm(disarmed);
         self.metrics.egress_disarmed.set(i64::from(disarmed));

@@ -47,11 +47,8 @@ fn add(world: &mut World, container: &str, name: &str) -> Receiver<Reply> {
     call(world, Request::Add(mk_attachment(container, Some(name))))
 }
 
-/// The kernel goes by what this node was told last: its rules, or its programs.
 fn put_in_force(world: &mut World, part: usize) {
-    let lower = world.host("n1").lower.clone();
-    let egress = lower.rules().egress.map(|leaving| leaving.egress.clone());
-    lower.in_force[part].send_replace(egress.as_ref().into());
+    world.put_in_force("n1", part);
     world.step();
 }
 

@@ -47,6 +47,7 @@ fn mk_policy(gateway: Option<&str>) -> Policy {
             interface: UPLINK,
             mac: None,
             epoch: 1,
+            settled: true,
         }),
         ports_per_pod: Some(10),
         ports: None,

@@ -53,6 +53,7 @@ fn mk_gateway() -> Gateway {
         interface: INTERFACE,
         mac: Some(GATEWAY),
         epoch: 1,
+        settled: true,
     }
 }
 
