@@ -31,6 +31,14 @@ fn gateway(cluster: &Cluster) -> (Option<String>, bool) {
     (node, gateway["settled"] == json!(true))
 }
 
+/// Waits until a speaker's metrics say so.
+fn shows(cluster: &Cluster, node: &str, metric: &str) {
+    cluster.until(metric, || {
+        let metrics = cluster.lab.speaker_metrics(node).unwrap_or_default();
+        metrics.lines().any(|line| line == metric)
+    });
+}
+
 /// Whatever has arrived outside came from these.
 fn assert_arrived(cluster: &Cluster, from: &[IpAddr]) {
     let arrived = cluster.wire.arrived();
@@ -62,8 +70,7 @@ fn nobody_is_led_to_a_gateway_before_it_is_one() {
         assert_eq!(seen.iter().flatten().count(), 0, "{seen:?}");
     }
     assert_eq!(gateway(&cluster), (elected.clone(), false));
-    let metrics = cluster.lab.speaker_metrics(NODE).unwrap();
-    assert!(metrics.contains("landfall_egress_policies_waiting 1"));
+    shows(&cluster, NODE, "landfall_egress_policies_waiting 1");
     assert!(cluster.wire.outbound().is_empty(), "{}", cluster.state());
     assert_arrived(&cluster, &[]);
 
@@ -76,8 +83,8 @@ fn nobody_is_led_to_a_gateway_before_it_is_one() {
     };
     serves(&pod);
     assert_arrived(&cluster, &by);
-    let metrics = cluster.lab.speaker_metrics(GATEWAY).unwrap();
-    assert!(metrics.contains("landfall_egress_policies_settled 2"));
+    shows(&cluster, GATEWAY, "landfall_egress_policies_settled 2");
+    shows(&cluster, NODE, "landfall_egress_policies_waiting 0");
 
     // Killed, it is one still: its kernel goes on, and the next speaker goes by that.
     cluster.lab.stop(GATEWAY, SPEAKER);
