@@ -104,7 +104,7 @@ pub struct VirtualIPStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["policy".into()]))]
     pub egress: Vec<EgressUse>,
-    /// `Announced` and `Steered`, and why not.
+    /// `Announced`, `Steered`, `Served` and `GatewayReady`, and why not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

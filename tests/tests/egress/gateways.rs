@@ -91,6 +91,17 @@ async fn follow_the_labels(cluster: &Cluster) -> (std::net::IpAddr, String) {
     // Two are.
     label("node2", true).await;
     label("node3", true).await;
+    // They treat no packets by policies, and whoever leads says so. Then they do.
+    let said = eventually(
+        "a gateway that is not ready",
+        || async { condition(&status("mail").await, "Ready") },
+        |said| said.starts_with("False GatewayNotReady"),
+    )
+    .await;
+    assert!(said.contains("its speaker runs without --egress"), "{said}");
+    for node in cluster.lab().nodes() {
+        cluster.start_speaker(&node.name, &["--egress"]).unwrap();
+    }
     let pair = |status: &EgressPolicyStatus| {
         let (gateway, standby) = (status.gateway.clone(), status.standby.clone());
         let ready = condition(status, "Ready");
