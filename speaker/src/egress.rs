@@ -36,6 +36,14 @@ pub struct Egress {
     pub inside: BTreeSet<IpNet>,
 }
 
+impl Egress {
+    /// The policy whose tenant a pod is.
+    pub fn policy_of(&self, pod: IpAddr) -> Option<&Policy> {
+        let tenant = self.pods.get(&pod)?.tenant.as_ref()?;
+        self.policies.get(&tenant.policy)
+    }
+}
+
 /// A pod's address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {

@@ -303,8 +303,9 @@ fn verdict(
     };
     // It has no direction and is not translated: it would leave with the pod's address.
     rule("ct state invalid counter name egress-invalid drop");
-    // What left by the policy goes on so, whatever it is for by now: it would leave with the pod's address.
-    let other = format!("ct mark and {egress:#x} == 0");
+    // What left by the policy goes on so, whatever it is for by now: it would leave with the pod's address. And what did
+    // not is marked to be known for that, should it be for it later.
+    let other = format!("ct mark and {egress:#x} == 0 ct mark set ct mark or {judged:#x}");
     for (nets, matches) in [(&policy.excluded, true), (&policy.destinations, false)] {
         if nets.is_empty() {
             continue; // None is excluded; the policy is for all.
@@ -328,7 +329,7 @@ fn verdict(
             }
         }
     }
-    // Flows that began before the policy stay what they are; others that got another source while this table was not
+    // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source while this table was not
     // there have no right to it.
     rule(&format!(
         "ct status snat ct mark and {judged:#x} == {judged:#x} goto egress-judged"

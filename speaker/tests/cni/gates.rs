@@ -1,6 +1,7 @@
 //! Nothing is led to a gateway before it is one: pods are seen outside by their policy's addresses, or not at all.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::{IpAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use landfall_lab::Netns;
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::server::{UDP_PORT, WHO_AM_I};
+use landfall_runtime::control::{Armed, path, post};
 use serde_json::json;
 
 use super::cluster::{Cluster, NODE, PATIENCE, PLAIN, POLICIES};
@@ -105,6 +107,24 @@ fn nobody_is_led_to_a_gateway_before_it_is_one() {
     assert_arrived(&cluster, &by);
 }
 
+/// Takes out of a node's kernel what flows that have ended have left of its gateway.
+fn begin_anew(cluster: &Cluster, node: &str) {
+    let socket = cluster.lab.control_socket(node);
+    let ask = |path| {
+        let asked = cluster.node().block_on(post::<Armed>(&socket, path));
+        asked.unwrap();
+    };
+    ask(path::DISARM);
+    let pins = cluster.lab.mount_pins().unwrap().join(node);
+    cluster.until("the gateway is out of the kernel", || {
+        let layouts = fs::read_dir(&pins).unwrap().flatten();
+        let maps = layouts.flat_map(|layout| fs::read_dir(layout.path()).unwrap().flatten());
+        let mut names = maps.map(|map| map.file_name().into_string().unwrap());
+        !names.any(|name| name.starts_with("GATE_"))
+    });
+    ask(path::ARM);
+}
+
 /// Sends what begins flows, without an end.
 fn send(pod: &Netns, addresses: &[IpAddr], stop: &AtomicBool, sent: &AtomicU64) {
     pod.run(|| {
@@ -136,6 +156,7 @@ fn new_policies_in_a_row_lead_nobody_astray() {
                 cluster.dropped_at(&node.name).is_none()
             });
         }
+        begin_anew(&cluster, GATEWAY);
         let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
             scope.spawn(|| send(&pod.netns, &pod.addresses, &stop, &sent));

@@ -1,7 +1,11 @@
 //! Policies come and go under living flows: a flow keeps the source it began with, or ends; none leaves with the pod's own
 //! address.
 
+use std::net::IpAddr;
 use std::time::Duration;
+
+use ipnet::IpNet;
+use landfall_speaker::egress::Policy;
 
 use super::cni::Cni;
 use super::flow::{Datagrams, Pair, remote, seen_as};
@@ -135,6 +139,108 @@ fn a_policy_that_cuts_ends_what_was_there_before() {
     assert_eq!(again.seen_as, cluster.egress_ips()[0]);
     let node = cluster.node_ips();
     cluster.assert_clean(&node);
+}
+
+/// Connections and datagrams of a pod's, of both families, and by what they began.
+struct Began {
+    flows: Vec<Pair>,
+    datagrams: [Datagrams; 2],
+    by: [IpAddr; 2],
+}
+
+impl Began {
+    /// Begins them, once what is new leaves by these addresses.
+    fn by(cluster: &Cluster, by: [IpAddr; 2]) -> Self {
+        let (pod, outside) = (&cluster.pod(0).netns, cluster.lab.remote());
+        for (remote, by) in remote().into_iter().zip(by) {
+            until("what is new follows", || {
+                seen_as(pod, remote) == (Some(by), Some(by))
+            });
+        }
+        let open = |remote| Pair::open(pod, outside, remote).unwrap();
+        let mut began = Self {
+            flows: remote().into_iter().map(open).collect(),
+            datagrams: remote().map(|remote| Datagrams::open(pod, remote)),
+            by,
+        };
+        began.goes_on("as it began", cluster);
+        began
+    }
+
+    fn goes_on(&mut self, what: &str, cluster: &Cluster) {
+        let flows = self.flows.iter_mut().zip(&self.datagrams);
+        for ((flow, datagrams), by) in flows.zip(self.by) {
+            assert_eq!(flow.seen_as, by, "{what}");
+            for _ in 0..3 {
+                flow.pod_speaks()
+                    .and_then(|()| flow.outside_speaks())
+                    .unwrap_or_else(|error| panic!("{what}: {error}\n{}", cluster.state()));
+            }
+            let seen = datagrams.seen_as(Duration::from_secs(5));
+            assert_eq!(seen, Some(by), "{what}\n{}", cluster.state());
+        }
+    }
+
+    fn ends(&mut self) {
+        for flow in &mut self.flows {
+            flow.wait_no_longer_than(Duration::from_millis(300));
+            until("it ends", || flow.pod_speaks().is_err());
+        }
+    }
+}
+
+/// A policy that is for what it was not for, or the other way round, changes no flow, unless it cuts what was there before.
+fn is_for_others(change: impl Fn(&mut Policy, bool)) {
+    let mut cluster = Cluster::armed(&Plan::default());
+    let (node, egress) = (cluster.node_ips(), cluster.egress_ips());
+    let set = |cluster: &mut Cluster, is_for: bool, cuts: bool| {
+        let policy = cluster.egress.policies.get_mut(POLICY).unwrap();
+        change(policy, is_for);
+        policy.cuts = cuts;
+        cluster.apply();
+    };
+    let mut left = Began::by(&cluster, egress);
+    set(&mut cluster, false, false);
+    let mut excluded = Began::by(&cluster, node);
+    left.goes_on("left by the policy, which is not for it any more", &cluster);
+    set(&mut cluster, true, false);
+    let mut again = Began::by(&cluster, egress);
+    left.goes_on("left by the policy, which is for it again", &cluster);
+    excluded.goes_on("began while the policy was not for it", &cluster);
+    set(&mut cluster, false, false);
+    Began::by(&cluster, node);
+    for flows in [&mut left, &mut excluded, &mut again] {
+        flows.goes_on("the policy is not for it again", &cluster);
+    }
+    set(&mut cluster, true, true);
+    Began::by(&cluster, egress);
+    excluded.ends();
+    for flows in [&mut left, &mut again] {
+        flows.goes_on("left by the policy, which cuts others", &cluster);
+    }
+    cluster.assert_clean(&node);
+}
+
+#[test]
+fn a_flow_goes_on_whose_destination_is_excluded_or_not_any_more() {
+    is_for_others(|policy, is_for| {
+        policy.excluded.clear();
+        if !is_for {
+            policy.excluded.extend(remote().map(IpNet::from));
+        }
+    });
+}
+
+#[test]
+fn a_flow_goes_on_whose_destination_is_the_policys_or_not_any_more() {
+    is_for_others(|policy, is_for| {
+        let nets = if is_for {
+            ["0.0.0.0/0", "::/0"]
+        } else {
+            ["198.51.100.0/24", "2001:db8::/32"]
+        };
+        policy.destinations = nets.map(|net| net.parse().unwrap()).into();
+    });
 }
 
 /// An address that was a pod's before and is another pod's now: connections of the old one do not decide for the new.

@@ -3,6 +3,8 @@
 //!
 //! - A pod becomes a tenant: what was translated before stays so until it ends, and is marked to be known for that; or is
 //!   ended, if it goes where the policy is for, and the policy says so.
+//! - A tenant's policy is for other destinations: what the policy was not for when it began stays likewise, by the rules'
+//!   mark, and what left by the policy goes on so.
 //! - A pod is a tenant no more: what kept the pod's address by our word would leave with it, and is ended.
 //! - The table was gone for a while, or an address is a new pod's: what somebody else translated is ended.
 //!
@@ -41,10 +43,14 @@ pub(in super::super) enum Before {
 pub(in super::super) struct Settling {
     /// What was translated before stays.
     keep: BTreeSet<IpAddr>,
-    /// Whose policies say which of that does not.
+    /// Whose policies say what is cut.
     egress_now: Arc<Egress>,
+    /// What was translated before ends where their policies are for, if these say so.
+    cut: BTreeSet<IpAddr>,
     /// What was translated by others ends.
     end: BTreeSet<IpAddr>,
+    /// They are new pods': what was translated for who had them before ends, whatever it was.
+    fresh: BTreeSet<IpAddr>,
     /// What kept its address ends.
     free: BTreeSet<IpAddr>,
     /// Of all pods.
@@ -85,7 +91,10 @@ pub(in super::super) fn settling(
             for (address, tenant) in own(leaving) {
                 match (tenant.is_some(), known.contains(&address)) {
                     (true, true) if !were.contains(&address) => settling.keep.insert(address),
-                    (true, false) => settling.end.insert(address),
+                    (true, true) if cuts_more(address, &old.egress, &leaving.egress) => {
+                        settling.cut.insert(address)
+                    }
+                    (true, false) => settling.fresh.insert(address),
                     (false, true) if were.contains(&address) => settling.free.insert(address),
                     (false, false) => settling.free.insert(address),
                     (true | false, true) => false,
@@ -94,6 +103,18 @@ pub(in super::super) fn settling(
         }
     }
     settling
+}
+
+/// Whether a tenant's policy cuts what was there before, and is another one or for other destinations than it was.
+fn cuts_more(address: IpAddr, old: &Egress, new: &Egress) -> bool {
+    match (old.policy_of(address), new.policy_of(address)) {
+        (Some(old), Some(new)) => {
+            let same = (&old.destinations, &old.excluded) == (&new.destinations, &new.excluded);
+            new.cuts && !same
+        }
+        (None, Some(new)) => new.cuts,
+        (_, None) => false,
+    }
 }
 
 /// What is to be done with a connection.
@@ -118,14 +139,13 @@ struct Known {
 impl Settling {
     /// Whether a connection goes where its pod's policy is for, and that cuts what was there before.
     fn is_cut(&self, known: &Known) -> bool {
-        let pod = self.egress_now.pods.get(&known.from);
-        let tenant = pod.and_then(|pod| pod.tenant.as_ref());
-        let policy = tenant.and_then(|tenant| self.egress_now.policies.get(&tenant.policy));
+        let policy = self.egress_now.policy_of(known.from);
         policy.is_some_and(|policy| policy.cuts && policy.is_for(known.peer))
     }
 
     fn is_empty(&self) -> bool {
-        self.keep.is_empty() && self.end.is_empty() && self.free.is_empty() && !self.free_all
+        let sets = [&self.keep, &self.cut, &self.end, &self.fresh, &self.free];
+        sets.iter().all(|set| set.is_empty()) && !self.free_all
     }
 
     fn fate(&self, known: &Known) -> Option<Fate> {
@@ -134,19 +154,18 @@ impl Settling {
         if ours && (freed(&known.from) || freed(&known.to)) {
             return Some(Fate::Ended);
         }
-        let translated = known.status & OTHER_SOURCE != 0 && known.mark & self.judged == 0;
-        if !translated || self.is_inside(known.peer) {
+        if known.status & OTHER_SOURCE == 0 || self.is_inside(known.peer) {
             return None;
         }
-        if self.end.contains(&known.from) {
+        let is_of = |pods: &BTreeSet<IpAddr>| pods.contains(&known.from);
+        let is_kept = known.mark & self.judged != 0;
+        let was_before = is_of(&self.keep) || is_of(&self.cut);
+        let ends =
+            is_of(&self.fresh) || is_of(&self.end) && !is_kept || was_before && self.is_cut(known);
+        if ends {
             return Some(Fate::Ended);
         }
-        let fate = if self.is_cut(known) {
-            Fate::Ended
-        } else {
-            Fate::Marked
-        };
-        self.keep.contains(&known.from).then_some(fate)
+        (is_of(&self.keep) && !is_kept).then_some(Fate::Marked)
     }
 
     fn is_inside(&self, address: IpAddr) -> bool {
@@ -290,7 +309,7 @@ mod tests {
         let before = Before::Armed(old.egress.clone().unwrap());
         let change = settling(Some(&before), &new, &config);
         assert_eq!(
-            (change.keep, change.end, change.free),
+            (change.keep, change.fresh, change.free),
             (set(&[2]), set(&[5]), set(&[3, 6]))
         );
         let first = settling(Some(&Before::Unarmed), &new, &config);
@@ -329,6 +348,52 @@ mod tests {
         }
         let others = mk_known(2, [198, 51, 100, 7], OTHER_SOURCE, 0);
         assert_eq!(appears.fate(&others), None);
+    }
+
+    #[test]
+    fn what_a_policy_was_not_for_is_cut_once_it_is_if_it_says_so() {
+        let config = Config::default();
+        let mk = |destination: &str, cuts| {
+            let mut rules = mk_rules(&[(1, true)]);
+            let leaving = Arc::get_mut(rules.egress.as_mut().unwrap()).unwrap();
+            let policy = Policy {
+                destinations: [destination.parse().unwrap()].into(),
+                excluded: BTreeSet::new(),
+                gateway: None,
+                ports_per_pod: None,
+                ports: None,
+                hairpin: false,
+                cuts,
+            };
+            let egress = Arc::get_mut(&mut leaving.egress).unwrap();
+            egress.policies.insert("mail".into(), policy);
+            rules
+        };
+        let (narrow, wide) = ("198.51.100.0/25", "198.51.100.0/24");
+        let before = Before::Armed(mk(narrow, true).egress.unwrap());
+        let to = |last| mk_known(1, [198, 51, 100, last], OTHER_SOURCE, JUDGED);
+        let wider = settling(Some(&before), &mk(wide, true), &config);
+        assert_eq!(wider.fate(&to(200)), Some(Fate::Ended));
+        assert_eq!(
+            wider.fate(&mk_known(1, [203, 0, 113, 7], OTHER_SOURCE, JUDGED)),
+            None
+        );
+        let own = mk_known(1, [198, 51, 100, 200], 0, EGRESS);
+        assert_eq!(wider.fate(&own), None, "what left by it goes on");
+        assert!(settling(Some(&before), &mk(wide, false), &config).is_empty());
+        assert!(settling(Some(&before), &mk(narrow, true), &config).is_empty());
+    }
+
+    /// Flows of who had the address before are not the new pod's, also those that were to stay.
+    #[test]
+    fn nothing_stays_for_a_new_pod() {
+        let config = Config::default();
+        let before = Before::Armed(mk_rules(&[]).egress.unwrap());
+        let new = settling(Some(&before), &mk_rules(&[(1, true)]), &config);
+        for mark in [0, JUDGED] {
+            let known = mk_known(1, [198, 51, 100, 7], OTHER_SOURCE, mark);
+            assert_eq!(new.fate(&known), Some(Fate::Ended));
+        }
     }
 
     #[test]
