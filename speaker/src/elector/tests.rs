@@ -283,11 +283,11 @@ impl World {
     fn boot_blind(&mut self, n: u8, boot: u64) -> String {
         let name = NodeName::from(format!("n{n}").as_str());
         let lower = Arc::new(Lower::default());
-        self.boot_over(name, boot, lower)
+        self.boot_over(&name, boot, lower)
     }
 
     /// One over what is in the kernel.
-    fn boot_over(&mut self, name: NodeName, boot: u64, lower: Arc<Lower>) -> String {
+    fn boot_over(&mut self, name: &NodeName, boot: u64, lower: Arc<Lower>) -> String {
         let (member, news): (Member, _) = self.hub.join(name.clone(), BootId(boot));
         let (announcing, _events) = twin();
         let parts = Parts {

@@ -128,7 +128,7 @@ fn restart(world: &mut World, node: &str, boot: u64, left: &[&str]) {
         left: Mutex::new(left.iter().map(|policy| (*policy).into()).collect()),
         ..Lower::default()
     };
-    let name = world.boot_over(node.into(), boot, Arc::new(lower));
+    let name = world.boot_over(&node.into(), boot, Arc::new(lower));
     let number = node.trim_start_matches('n').parse().unwrap();
     let interfaces: Arc<[Interface]> = Arc::new([mk_interface(number)]);
     let now = world.now;
