@@ -49,7 +49,7 @@ pub trait Book {
     fn gather(&mut self) -> bool;
     /// A port that the crowd takes for free: the first from this one on. It may be wrong.
     fn free(&mut self, from: u16) -> Option<u16>;
-    /// It was: the port is in use.
+    /// It was: the port is in use, or a Service's.
     fn is_in_use(&mut self, port: u16);
     /// A port that the pod had lately, each time another. It may be in use again.
     fn returned(&mut self) -> Option<u16>;
@@ -101,8 +101,9 @@ pub fn choose(book: &mut impl Book, own: u16, seed: u64) -> Option<u16> {
 /// How many words a [`Crowd`] has.
 pub const WORDS: usize = 1024;
 
-/// The ports in use of a remote address and port that many flows go to, a bit each. What is said to be in use is, or rests;
-/// what is not may be: that is found out when it is tried.
+/// The ports in use of a remote address and port that many flows go to, a bit each. What is said to be in use is, or
+/// rests, or is a Service's (or was: until somebody has had it); what is not may be: that is found out when it is
+/// tried.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Crowd {

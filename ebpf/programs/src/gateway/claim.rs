@@ -240,9 +240,9 @@ impl<F: Family> Book for Ports<F> {
         };
         room.other = room.inward.target();
         mark::<F>(&room.other, port, true);
-        // It may have been given back between the look and the mark.
+        // It may have been given back between the look and the mark. What is a Service's stays marked.
         room.inward.local_port = port;
-        if F::inward().get_ptr(&room.inward).is_none() {
+        if F::inward().get_ptr(&room.inward).is_none() && !is_served(room, port) {
             mark::<F>(&room.other, port, false);
         }
     }
@@ -257,6 +257,22 @@ impl<F: Family> Book for Ports<F> {
     }
 }
 
+/// Whether a port of the egress address of the flow at hand is a Service's.
+#[inline(always)]
+fn is_served<A: Address>(room: &Room<A>, port: u16) -> bool {
+    let protocol = room.inward.protocol as u8;
+    if protocol != TCP && protocol != UDP {
+        return false;
+    }
+    let key = PortKey {
+        vip: VipKey(room.source.egress),
+        port,
+        protocol,
+        zero: 0,
+    };
+    crate::maps::port(&key).is_some()
+}
+
 /// Tries a port.
 #[inline(always)]
 fn take<F: Family>(port: u16) -> bool {
@@ -264,17 +280,8 @@ fn take<F: Family>(port: u16) -> bool {
         return false;
     };
     room.inward.local_port = port;
-    let protocol = room.inward.protocol as u8;
-    if protocol == TCP || protocol == UDP {
-        let key = PortKey {
-            vip: VipKey(room.source.egress),
-            port,
-            protocol,
-            zero: 0,
-        };
-        if crate::maps::port(&key).is_some() {
-            return false;
-        }
+    if is_served(room, port) {
+        return false;
     }
     room.value.claim = Claim::new(room.out.local_port, room.now).word();
     let Some(entry) = F::inward().get_ptr_mut(&room.inward) else {
