@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::ip::{Family, IpRange};
 use crate::selector::{LabelSelector, Labels};
 pub use egress::{
-    Bandwidth, EgressPolicy, EgressSource, EgressSpec, EgressStatus, Holder, OldFlows, Pod,
+    Bandwidth, EgressPolicy, EgressSource, EgressSpec, EgressStatus, Holder, OldFlows, Pod, bits,
 };
 pub use virtual_ip::VirtualIp;
 

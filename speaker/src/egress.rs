@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use landfall_core::model::NodeName;
+use landfall_core::model::{Bandwidth, NodeName};
 
 /// The bits of the packet mark that are used for it unless others are configured: not kube-proxy's (0xc000) nor Cilium's
 /// (0x0f00). Calico may use them (0xffff0000, from the low end on), if it needs that many.
@@ -77,6 +77,8 @@ pub struct Policy {
     pub ports_per_pod: Option<u32>,
     /// Most ports of all its pods together.
     pub ports: Option<u32>,
+    /// How fast its pods may be together, in each direction.
+    pub bandwidth: Option<Bandwidth>,
     /// Flows are translated to nothing and go by the gateway also to VIPs of this cluster.
     pub hairpin: bool,
     /// Flows of its pods to its destinations that were there before it are cut; else they keep their source to their end.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 mod gateway {
+    mod bandwidth;
     mod bytes;
     mod flows;
     mod lifecycle;

@@ -75,13 +75,40 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
         };
         (text, !found.bindings.is_empty())
     };
-    if any || args.output == Format::Json {
+    if args.output == Format::Json {
+        print::result(text)?;
+        return Ok(any);
+    }
+    let here: Egress = control::get(socket, path::EGRESS).await?;
+    if any {
         print::result(text)?;
     } else {
-        let here: Egress = control::get(socket, path::EGRESS).await?;
         print::note(why_none(&here));
     }
+    for note in dropped(&here, args.policy.as_deref()) {
+        print::note(note);
+    }
     Ok(any)
+}
+
+/// What a node has not let through of each policy, or of this one.
+fn dropped(here: &Egress, policy: Option<&str>) -> Vec<String> {
+    let policies = here.policies.iter();
+    let asked = policies.filter(|(name, _)| policy.is_none_or(|policy| policy == **name));
+    let lines = asked.filter_map(|(name, used)| {
+        let reasons = used.dropped.iter().filter(|(_, packets)| **packets > 0);
+        let reasons: Vec<String> = reasons
+            .map(|(reason, packets)| format!("{reason} {packets}"))
+            .collect();
+        let reasons = reasons.join(", ");
+        (!reasons.is_empty()).then(|| {
+            format!(
+                "Packets of {name} not let through at {}: {reasons}.",
+                here.node
+            )
+        })
+    });
+    lines.collect()
 }
 
 /// What a node is, that has no bindings.
@@ -189,6 +216,29 @@ mod tests {
         ];
         assert_eq!(words, expected);
         assert_eq!(lines[0].find("STATE"), lines[1].find("established"));
+    }
+
+    #[test]
+    fn what_was_dropped_is_said() {
+        let mut here = Egress {
+            node: "n1".into(),
+            ..Egress::default()
+        };
+        for (policy, dropped) in [
+            ("mail", [("bandwidth", 12), ("quota", 3), ("others", 0)]),
+            ("shop", [("bandwidth", 0), ("quota", 0), ("others", 0)]),
+        ] {
+            let dropped = dropped.map(|(reason, packets)| (reason.to_owned(), packets));
+            let used = control::PolicyUse {
+                dropped: dropped.into(),
+                ..control::PolicyUse::default()
+            };
+            here.policies.insert(policy.into(), used);
+        }
+        let expected = ["Packets of mail not let through at n1: bandwidth 12, quota 3."];
+        assert_eq!(dropped(&here, None), expected);
+        assert_eq!(dropped(&here, Some("mail")), expected);
+        assert!(dropped(&here, Some("shop")).is_empty());
     }
 
     #[test]

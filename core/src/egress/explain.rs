@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::{EgressIndex, PodState, inside};
 use crate::ip::Family;
-use crate::model::{Condition, EgressPolicy, Node, NodeName, ObjectKey, VirtualIp};
+use crate::model::{Condition, EgressPolicy, Node, NodeName, ObjectKey, VirtualIp, bits};
 
 /// What the answer depends on beside the index.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +41,8 @@ pub enum Topic {
     Gateway,
     /// How many flows it may have.
     Quota,
+    /// How fast it may be.
+    Bandwidth,
 }
 
 impl fmt::Display for Topic {
@@ -53,6 +55,7 @@ impl fmt::Display for Topic {
             Self::Address => "egress address",
             Self::Gateway => "gateway",
             Self::Quota => "quota",
+            Self::Bandwidth => "bandwidth",
         })
     }
 }
@@ -245,6 +248,13 @@ impl EgressIndex {
                  shows what it has)"
             );
             step(Topic::Quota, text);
+        }
+        if let Some(bandwidth) = policy.spec.bandwidth {
+            let (rate, burst) = (bits(bandwidth.rate), bits(bandwidth.burst()));
+            let text = format!(
+                "{rate} bits a second in each direction, {burst} at once after a pause, for all pods of {name} together"
+            );
+            step(Topic::Bandwidth, text);
         }
         Outcome::Leaves {
             policy: name.clone(),

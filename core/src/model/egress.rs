@@ -106,6 +106,30 @@ pub struct Bandwidth {
     pub burst: Option<u64>,
 }
 
+impl Bandwidth {
+    /// Bits that may go at once, said or not: one full frame at least.
+    pub fn burst(&self) -> u64 {
+        self.burst.unwrap_or_else(|| (self.rate / 10).max(12_000))
+    }
+}
+
+/// As it is written in the policy: `100M`.
+pub fn bits(bits: u64) -> String {
+    let units = [
+        (1_000_000_000_000, "T"),
+        (1_000_000_000, "G"),
+        (1_000_000, "M"),
+        (1_000, "k"),
+    ];
+    let unit = units
+        .iter()
+        .find(|(unit, _)| bits > 0 && bits.is_multiple_of(*unit));
+    unit.map_or_else(
+        || bits.to_string(),
+        |(unit, letter)| format!("{}{letter}", bits / unit),
+    )
+}
+
 /// What becomes of flows when a policy comes or goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OldFlows {

@@ -4,4 +4,5 @@ pub mod binding;
 pub mod copies;
 pub mod gateway;
 pub mod guard;
+pub mod pace;
 pub mod ports;

@@ -18,6 +18,7 @@ mod copies;
 mod flow;
 mod keep;
 mod maps;
+mod pace;
 mod tell;
 mod word;
 
@@ -26,7 +27,7 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::egress::binding::{V6, ticks};
 use landfall_ebpf_common::egress::gateway::{
-    Filter, Hop, RESUME, Reason, egress_flag, source_flag,
+    Filter, Hop, Policy, RESUME, Reason, egress_flag, source_flag,
 };
 use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
 
@@ -253,20 +254,26 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     if maps::is_silent(&packet.to.address) {
         return drop(Reason::Silent);
     }
-    if !is_gateway(&found) {
+    let Some(policy) = policy_of(&found) else {
         // The guard has sent on what is a pod's of this node.
         return if leaves {
             NOT_OURS
         } else {
             drop_of(found.policy, Reason::NotGateway)
         };
-    }
+    };
     if leaves != (found.node == 0) {
         return if leaves {
             NOT_OURS
         } else {
             drop(Reason::Forged)
         };
+    }
+    if !leaves && maps::node(found.node).is_none_or(|node| node.mac != packet.mac) {
+        return drop(Reason::Forged);
+    }
+    if pace::is_over(context, policy, found.policy, maps::OUT) {
+        return drop_of(found.policy, Reason::Bandwidth);
     }
     set_words(&mut packet.from.address, words(&packet.flow.client));
     packet.from.port = packet.flow.client_port;
@@ -277,9 +284,6 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         passed(context, found.policy, Reason::Out);
         return NEXT;
     }
-    if maps::node(found.node).is_none_or(|node| node.mac != packet.mac) {
-        return drop(Reason::Forged);
-    }
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
         return drop_of(found.policy, Reason::NoWay);
     };
@@ -288,7 +292,7 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         maps::note_of(found.policy, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
     }
-    if length(context, packet) > hop.mtu {
+    if pace::lengths(context, packet).0 > hop.mtu {
         maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
     }
@@ -299,10 +303,10 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     forward(packet, hop)
 }
 
-/// Whether this node is the gateway of a flow's policy.
+/// A flow's policy, if this node is its gateway.
 #[inline(always)]
-fn is_gateway(found: &Found) -> bool {
-    maps::policy(found.policy).is_some_and(|policy| policy.uplink != 0)
+fn policy_of(found: &Found) -> Option<&'static Policy> {
+    maps::policy(found.policy).filter(|policy| policy.uplink != 0)
 }
 
 /// A pod's packet whose flow is not known: a flow begins, or an action says what becomes of the packet.
@@ -403,24 +407,6 @@ fn begin<F: Family>(
     ))
 }
 
-/// How long the packet is, or each of those that it was put together from; in bytes, with the IP header.
-#[inline(always)]
-fn length(context: &TcContext, packet: &Packet) -> u32 {
-    // SAFETY: the context's pointer is the program's argument; the verifier checks the reads.
-    let (segment, whole) = unsafe { ((*context.skb.skb).gso_size, (*context.skb.skb).len) };
-    if segment == 0 {
-        return whole - ETH_HEADER as u32;
-    }
-    let header = if packet.protocol == TCP {
-        context
-            .load::<u8>(packet.transport + 12)
-            .map_or(20, |word| u32::from(word >> 4) * 4)
-    } else {
-        8
-    };
-    (packet.transport - ETH_HEADER) as u32 + header + segment
-}
-
 /// Takes one from the TTL.
 #[inline(always)]
 fn lower(context: &TcContext, packet: &Packet) -> Option<()> {
@@ -481,8 +467,11 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     if maps::is_silent(&packet.flow.vip.0) {
         return drop(Reason::Silent);
     }
-    if !is_gateway(&found) {
+    let Some(policy) = policy_of(&found) else {
         return drop_of(found.policy, Reason::NotGateway);
+    };
+    if pace::is_over(context, policy, found.policy, maps::IN) {
+        return drop_of(found.policy, Reason::Bandwidth);
     }
     set_words(&mut packet.from.address, words(&packet.flow.vip.0));
     packet.from.port = packet.flow.port;
@@ -504,7 +493,7 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         maps::note_of(found.policy, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, 0);
     }
-    if length(context, packet) > node.mtu {
+    if pace::lengths(context, packet).0 > node.mtu {
         maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | node.mtu << 16, 0);
     }

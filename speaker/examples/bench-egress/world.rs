@@ -227,6 +227,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
             }),
             ports_per_pod: None,
             ports: None,
+            bandwidth: None,
             hairpin: false,
             cuts: false,
         };

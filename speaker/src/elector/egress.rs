@@ -75,6 +75,7 @@ impl Plan {
                 gateway: gateway.and_then(|before| before.gateway),
                 ports_per_pod: spec.ports_per_pod,
                 ports: spec.ports,
+                bandwidth: spec.bandwidth,
                 hairpin: spec.hairpin,
                 cuts: spec.on_appear == OldFlows::Cut,
             };

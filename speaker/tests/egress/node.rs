@@ -241,6 +241,7 @@ impl Cluster {
             }),
             ports_per_pod: None,
             ports: None,
+            bandwidth: None,
             hairpin: false,
             cuts: false,
         }

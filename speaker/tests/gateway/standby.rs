@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_core::model::Bandwidth;
+use landfall_ebpf_common::egress::binding::Times;
 use landfall_lab::{Mac, Netns};
 use landfall_speaker::datapath::egress::{
     Gateway, GatewayConfig, Licence, PeerId, Standing, State, Surroundings,
@@ -113,7 +115,13 @@ fn leads() -> Standing {
 impl Pair {
     /// The first leads, the second stands by; nobody speaks yet.
     pub(super) fn build() -> Self {
+        Self::build_with(Times::default())
+    }
+
+    /// The same, with idle times of one's own.
+    pub(super) fn build_with(times: Times) -> Self {
         let mut world = World::bare();
+        world.config.times = times;
         let host = world.neighbour("gw2", 13);
         host.enable_forwarding().unwrap();
         let uplink = host.interface_index("eth0").unwrap();
@@ -142,7 +150,10 @@ impl Pair {
         world.await_state(|state| matches!(state, State::Armed(_)));
         let bpffs = Bpffs::mount();
         let mut pair = Self {
-            config: GatewayConfig::new(bpffs.pin_dir()),
+            config: GatewayConfig {
+                times,
+                ..GatewayConfig::new(bpffs.pin_dir())
+            },
             first: None,
             second: None,
             gateway: None,
@@ -167,6 +178,18 @@ impl Pair {
         self.tell_second();
         eventually("the second gateway is armed", || {
             matches!(self.gateway().state(), State::Armed(_))
+        });
+    }
+
+    /// How fast the policy's pods may be, at both.
+    pub(super) fn limit(&mut self, bandwidth: Option<Bandwidth>) {
+        self.world.policy().bandwidth = bandwidth;
+        self.world.tell();
+        let policy = self.egress.policies.get_mut("mail").unwrap();
+        policy.bandwidth = bandwidth;
+        self.tell_second();
+        eventually("it is in force", || {
+            self.world.gateway().is_settled() && self.gateway().is_settled()
         });
     }
 

@@ -37,6 +37,8 @@ pub(super) const ECHO: u16 = landfall_lab::server::UDP_PORT;
 
 /// The egress addresses.
 pub(super) const EGRESS: [&str; 2] = ["10.88.0.200", "fd00:88::200"];
+/// Another tenant's.
+pub(super) const SECOND: [&str; 2] = ["10.88.0.201", "fd00:88::201"];
 /// The servers.
 pub(super) const SERVER: [&str; 2] = ["10.88.0.100", "fd00:88::100"];
 pub(super) const REMOTE: [&str; 2] = ["10.77.0.100", "fd00:77::100"];
@@ -386,6 +388,25 @@ impl World {
         self.egress.policies.get_mut("mail").unwrap()
     }
 
+    /// One pod is another tenant's, of a policy that is as the first is now.
+    pub(super) fn admit_another(&mut self, place: usize) {
+        let policy = self.policy().clone();
+        self.egress.policies.insert("shop".into(), policy);
+        let lladdr = Mac(mac_of(&self.gw, "eth0"));
+        for (address, egress) in pod_addresses(place).into_iter().zip(SECOND) {
+            let pod = self.egress.pods.get_mut(&address).unwrap();
+            let tenant = pod.tenant.as_mut().unwrap();
+            tenant.policy = "shop".into();
+            tenant.egress_ip = Some(ip(egress));
+            for host in [&self.router, &self.server] {
+                host.ip(&format!(
+                    "neigh replace {egress} lladdr {lladdr} dev eth0 nud permanent"
+                ))
+                .unwrap();
+            }
+        }
+    }
+
     /// Nothing came from a pod's own address to anybody.
     pub(super) fn no_leak(&self) {
         for host in [&self.router, &self.server] {
@@ -436,6 +457,7 @@ fn mk_egress(uplink: u32) -> Egress {
         }),
         ports_per_pod: None,
         ports: None,
+        bandwidth: None,
         hairpin: false,
         cuts: false,
     };

@@ -1,7 +1,7 @@
 use super::super::tests::{mk_labels, mk_pod, mk_policy, mk_pool, mk_vip};
 use super::super::*;
 use super::*;
-use crate::model::{Event, Namespace, Object};
+use crate::model::{Bandwidth, Event, Namespace, Object};
 
 const OUT: &str = "203.0.113.7";
 
@@ -321,4 +321,31 @@ fn quotas_are_told() {
         why.contains("all 100 ports of mail's spec.quota.ports"),
         "{why}"
     );
+}
+
+#[test]
+fn the_bandwidth_is_told() {
+    let mut world = World::new();
+    assert!(!text(&world.explain("a/mta", OUT)).contains("bandwidth"));
+    for (rate, burst, expected) in [
+        (
+            100_000_000,
+            None,
+            "100M bits a second in each direction, 10M at once",
+        ),
+        (
+            1_500_000,
+            Some(65_536),
+            "1500k bits a second in each direction, 65536 at once",
+        ),
+        (
+            8_000,
+            None,
+            "8k bits a second in each direction, 12k at once",
+        ),
+    ] {
+        world.policy(|policy| policy.spec.bandwidth = Some(Bandwidth { rate, burst }));
+        let said = text(&world.explain("a/mta", OUT));
+        assert!(said.contains(&format!("bandwidth: {expected}")), "{said}");
+    }
 }

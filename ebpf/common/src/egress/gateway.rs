@@ -1,6 +1,7 @@
 //! What a gateway knows besides its bindings: whose packets it takes, where they go, and what it counts.
 
 use super::binding::{Times, V6};
+use super::pace::Pace;
 
 /// How many addresses of pods a gateway's maps hold.
 pub const MAX_SOURCES: u32 = 65_536;
@@ -61,6 +62,8 @@ pub struct Policy {
     pub ports_per_pod: u32,
     /// The interface by which its packets leave or, if this node would take over, would: copies go by that. 0 for none.
     pub link: u32,
+    /// How fast its pods may be together, in each direction.
+    pub pace: Pace,
 }
 
 /// What this node is to an egress address.
@@ -251,11 +254,13 @@ pub enum Reason {
     Cut,
     /// Something that happened to a binding could not be told: user space was too far behind.
     Untold,
+    /// Dropped: its policy's pods have sent, or were sent, as much as they may.
+    Bandwidth,
 }
 
 impl Reason {
     /// All, each at the place of its number.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Out,
         Self::In,
         Self::Bound,
@@ -280,6 +285,7 @@ impl Reason {
         Self::Copied,
         Self::Cut,
         Self::Untold,
+        Self::Bandwidth,
     ];
 
     /// How many there are.
@@ -313,11 +319,12 @@ impl Reason {
             Self::Copied => "copied",
             Self::Cut => "cut",
             Self::Untold => "untold",
+            Self::Bandwidth => "bandwidth",
         }
     }
 }
 
-/// What a CPU has counted of a policy's packets: a cache line, at the place of the policy's number.
+/// What a CPU has counted of a policy's packets, at the place of the policy's number.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyCount {
@@ -335,6 +342,8 @@ pub struct PolicyCount {
     pub no_port: u64,
     /// Refused: [`Reason::NoRoom`].
     pub no_room: u64,
+    /// Dropped: [`Reason::Bandwidth`].
+    pub bandwidth: u64,
     /// Dropped or answered for any other reason.
     pub others: u64,
 }
@@ -349,6 +358,7 @@ impl PolicyCount {
         const QUOTA: u32 = Reason::Quota as u32;
         const NO_PORT: u32 = Reason::NoPort as u32;
         const NO_ROOM: u32 = Reason::NoRoom as u32;
+        const BANDWIDTH: u32 = Reason::Bandwidth as u32;
         match reason {
             OUT => {
                 self.out_packets += 1;
@@ -361,6 +371,7 @@ impl PolicyCount {
             QUOTA => self.quota += 1,
             NO_PORT => self.no_port += 1,
             NO_ROOM => self.no_room += 1,
+            BANDWIDTH => self.bandwidth += 1,
             _ => self.others += 1,
         }
     }
@@ -375,6 +386,7 @@ impl core::ops::AddAssign for PolicyCount {
         self.quota += other.quota;
         self.no_port += other.no_port;
         self.no_room += other.no_room;
+        self.bandwidth += other.bandwidth;
         self.others += other.others;
     }
 }
@@ -428,6 +440,9 @@ pub mod map {
     pub const POLICIES: &str = "GATE_POLICIES";
     /// How many ports a policy's pods have in use, at the place of its number.
     pub const USED: &str = "GATE_USED";
+    /// How far ahead a policy is, out and in, by [`Pace`](super::Pace), at twice the place of its number and the one
+    /// after.
+    pub const PACED: &str = "GATE_PACED";
     /// One [`Filter`](super::Filter).
     pub const FILTER: &str = "GATE_FILTER";
     /// One [`GateSettings`](super::GateSettings).
@@ -460,13 +475,13 @@ mod tests {
         ];
         let expected = [
             16 + 4 * 2 + 8,
-            8 + 4 * 4,
+            8 + 4 * 4 + (8 + 8),
             8 + 4 + 4 + 4 + 6 + 6 + 16,
             4 * 4 + 16 + 16,
             4 + 16,
             6 * 4 + 4 + 4 + 4,
             4 + 4,
-            8 * 8,
+            9 * 8,
         ];
         assert_eq!(sizes, expected);
     }

@@ -59,6 +59,8 @@ static GATE_POLICIES: Array<Policy> = Array::with_max_entries(MAX_POLICIES, 0);
 #[map]
 static GATE_USED: Array<u64> = Array::with_max_entries(MAX_POLICIES, 0);
 #[map]
+static GATE_PACED: Array<u64> = Array::with_max_entries(2 * MAX_POLICIES, 0);
+#[map]
 static GATE_FILTER: Array<Filter> = Array::with_max_entries(1, 0);
 #[map]
 static GATE_SETTINGS: Array<GateSettings> = Array::with_max_entries(1, 0);
@@ -342,6 +344,17 @@ pub(super) fn policy(number: u16) -> Option<&'static Policy> {
 #[inline(always)]
 pub(super) fn used(policy: u16) -> Option<*mut u64> {
     GATE_USED.get_ptr_mut(u32::from(policy))
+}
+
+/// A direction: from pods to remotes.
+pub(super) const OUT: u32 = 0;
+/// The other.
+pub(super) const IN: u32 = 1;
+
+/// How far ahead a policy is in a direction.
+#[inline(always)]
+pub(super) fn until(policy: u16, direction: u32) -> Option<*mut u64> {
+    GATE_PACED.get_ptr_mut(u32::from(policy) * 2 + direction)
 }
 
 #[inline(always)]

@@ -8,7 +8,7 @@ const RELAXED: AtomicOrdering = AtomicOrdering::Relaxed;
 const ORDERED: AtomicOrdering = AtomicOrdering::SeqCst;
 
 /// How often a word is tried that others change at the same time.
-const TRIES: u32 = 16;
+pub(super) const TRIES: u32 = 16;
 
 /// Adds. The maps that the callers take pointers from are aligned, and everybody changes these words as is done here.
 #[inline(always)]

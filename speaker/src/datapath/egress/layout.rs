@@ -9,7 +9,7 @@ use landfall_ebpf_common::egress::ports::{Crowd, Returned};
 use super::super::layout::{Prefix, Shape, shape};
 
 /// Every map of a gateway that outlives the process. The first six have room for as many as the user says.
-pub(in super::super) const SHAPES: [Shape; 21] = [
+pub(in super::super) const SHAPES: [Shape; 22] = [
     shape::<Key<V4>, Binding<V4>>(map::OUT_V4, MapType::Hash, common::MAX_BINDINGS),
     shape::<Key<V4>, Binding<V4>>(map::IN_V4, MapType::Hash, common::MAX_BINDINGS),
     shape::<Key<V6>, Binding<V6>>(map::OUT_V6, MapType::Hash, common::MAX_BINDINGS),
@@ -27,6 +27,7 @@ pub(in super::super) const SHAPES: [Shape; 21] = [
     shape::<u32, common::GateNode>(map::NODES, MapType::Array, common::MAX_GATE_NODES),
     shape::<u32, common::Policy>(map::POLICIES, MapType::Array, common::MAX_POLICIES),
     shape::<u32, u64>(map::USED, MapType::Array, common::MAX_POLICIES),
+    shape::<u32, u64>(map::PACED, MapType::Array, 2 * common::MAX_POLICIES),
     shape::<u32, common::Filter>(map::FILTER, MapType::Array, 1),
     shape::<u32, common::GateSettings>(map::SETTINGS, MapType::Array, 1),
     shape::<u32, u64>(map::REASONS, MapType::PerCpuArray, common::Reason::COUNT),

@@ -102,7 +102,7 @@ fn of_policies(
     })?;
     let family = encoder.encode_descriptor(
         "egress_policy_dropped_packets",
-        "Packets of a policy's pods that this node, their gateway, has not let through, by reason: quota (of the policy or of a pod), no-port, no-room, others (egress_packets tells those apart, for all policies together)",
+        "Packets of a policy's pods that this node, their gateway, has not let through, by reason: quota (of the policy or of a pod), no-port, no-room, bandwidth, others (egress_packets tells those apart, for all policies together)",
         None,
         MetricType::Counter,
     )?;

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use landfall_core::model::NodeName;
+use landfall_ebpf_common::egress::pace::Pace;
 
 use crate::egress::{Egress, PolicyName};
 
@@ -108,6 +109,7 @@ pub(super) struct PolicyPlan {
     pub(super) uplink: u32,
     pub(super) ports: u32,
     pub(super) ports_per_pod: u32,
+    pub(super) pace: Pace,
     /// The uplink, also of one that would take over.
     pub(super) link: u32,
 }
@@ -118,6 +120,9 @@ impl PolicyPlan {
             uplink,
             ports: policy.ports.unwrap_or(0),
             ports_per_pod: policy.ports_per_pod.unwrap_or(0),
+            pace: policy.bandwidth.map_or(Pace::default(), |bandwidth| {
+                Pace::new(bandwidth.rate, bandwidth.burst())
+            }),
             link,
         }
     }

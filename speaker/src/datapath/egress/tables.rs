@@ -550,5 +550,6 @@ fn mk_policy(name: &PolicyName, plan: &PolicyPlan) -> Policy {
         ports: plan.ports,
         ports_per_pod: plan.ports_per_pod,
         link: plan.link,
+        pace: plan.pace,
     }
 }

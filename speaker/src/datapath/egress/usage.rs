@@ -35,11 +35,12 @@ impl Usage {
     }
 
     /// Packets that were refused or dropped, by a word for the reason.
-    pub fn drops(&self) -> [(&'static str, u64); 4] {
+    pub fn drops(&self) -> [(&'static str, u64); 5] {
         [
             ("quota", self.count.quota),
             ("no-port", self.count.no_port),
             ("no-room", self.count.no_room),
+            ("bandwidth", self.count.bandwidth),
             ("others", self.count.others),
         ]
     }

@@ -1,6 +1,7 @@
 //! The gateway's programs by `BPF_PROG_TEST_RUN`: what is translated and how, what is answered, refused, and left alone.
 
 mod answers;
+mod bandwidth;
 mod changes;
 mod copies;
 #[cfg(feature = "bench")]
@@ -158,6 +159,7 @@ fn mk_policy(gateway: &str) -> Policy {
         }),
         ports_per_pod: None,
         ports: None,
+        bandwidth: None,
         hairpin: false,
         cuts: false,
     }
@@ -305,17 +307,22 @@ impl Gate {
 
     /// A program's answer to a frame, the frame then, and its mark.
     fn run(&mut self, name: &'static str, frame: &[u8], mark: u32) -> (u32, Vec<u8>, u32) {
-        let mut out = vec![0; frame.len() + 256];
         // The mark is the third word of `struct __sk_buff`.
         let mut context = vec![0; 192];
         context[8..12].copy_from_slice(&mark.to_ne_bytes());
+        self.run_in(name, frame, &context)
+    }
+
+    /// The same with what the kernel is to know of the frame.
+    fn run_in(&mut self, name: &'static str, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>, u32) {
+        let mut out = vec![0; frame.len() + 256];
         let mut after = vec![0; 192];
         let result = self
             .program(name)
             .test_run(TestRunOptions {
                 data_in: Some(frame),
                 data_out: Some(&mut out),
-                ctx_in: Some(&context),
+                ctx_in: Some(context),
                 ctx_out: Some(&mut after),
                 repeat: 1,
                 ..TestRunOptions::default()

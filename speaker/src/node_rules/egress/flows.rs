@@ -332,6 +332,7 @@ mod tests {
             gateway: None,
             ports_per_pod: None,
             ports: None,
+            bandwidth: None,
             hairpin: false,
             cuts: true,
         };

@@ -51,6 +51,7 @@ fn mk_policy(gateway: Option<&str>) -> Policy {
         }),
         ports_per_pod: Some(10),
         ports: None,
+        bandwidth: None,
         hairpin: false,
         cuts: false,
     }

@@ -64,6 +64,7 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
         gateway,
         ports_per_pod: None,
         ports: None,
+        bandwidth: None,
         hairpin: false,
         cuts: false,
     };
