@@ -3,11 +3,13 @@
 
 mod gateway {
     mod bandwidth;
+    mod budget;
     mod bytes;
     mod flows;
     mod lifecycle;
     mod ports;
     mod routers;
+    mod segments;
     mod standby;
     mod takeover;
     mod tunnel;

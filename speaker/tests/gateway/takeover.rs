@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use landfall_ebpf_common::egress::binding::ticks;
+use landfall_ebpf_common::egress::binding::{Times, ticks};
 use landfall_lab::Netns;
 use landfall_lab::server::{NEWS_PORT, WHO_AM_I};
 use landfall_speaker::datapath::egress::Standing;
@@ -307,4 +307,44 @@ fn end(streams: impl Iterator<Item = TcpStream>) {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
     }
+}
+
+/// Nobody speaks for longer than half of the time that a flow may be idle, before the gateway goes and after: together
+/// it would be too long, but to the new gateway that time begins when it takes over. What is idle for all of it ends.
+#[test]
+fn idle_flows_outlive_their_gateway() {
+    /// In place of a day.
+    const IDLE: u32 = 10;
+    const QUIET: Duration = Duration::from_secs(7);
+    let mut pair = Pair::build_with(Times {
+        established: ticks(IDLE),
+        ..Times::default()
+    });
+    pair.speak(1);
+    let begin = |pair: &Pair| -> Vec<(usize, TcpStream)> {
+        let mut streams = Vec::new();
+        for family in 0..2 {
+            for to in [SERVER[family], REMOTE[family]].map(ip) {
+                for pod in &pair.world.pods[..4] {
+                    let stream = connect(pod, SocketAddr::new(to, LINES)).unwrap();
+                    assert_eq!(ip(&say(&stream, WHO_AM_I).unwrap()), ip(EGRESS[family]));
+                    streams.push((family, stream));
+                }
+            }
+        }
+        streams
+    };
+    let streams = begin(&pair);
+    let flows = streams.len() as u64;
+    eventually("all are copied", || pair.used() == flows);
+    thread::sleep(QUIET);
+    pair.power_off();
+    pair.take_over(2);
+    thread::sleep(QUIET);
+    assert_eq!(pair.used(), flows, "none has ended");
+    for (family, stream) in &streams {
+        assert_eq!(ip(&say(stream, WHO_AM_I).unwrap()), ip(EGRESS[*family]));
+    }
+    eventually("idle for too long", || pair.used() == 0);
+    pair.world.no_leak();
 }
