@@ -1,9 +1,11 @@
 //! `VirtualIP`: one address in use. The controller writes the spec, the speaker that leads writes the status.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::egress::OnDelete;
 
 /// One address in use: what holds it, and who announces it.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,7 +52,12 @@ pub struct VirtualIPSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024), inner(length(min = 1, max = 253)))]
     pub egress_policies: Vec<String>,
-    /// While it rests: the Services that held it and have it back at once.
+    /// What outlives these `EgressPolicies`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["policy".into()]))]
+    pub egress_terms: Vec<EgressTerms>,
+    /// While it rests, or flows of policies that are gone drain there: the Services that held it and have it back at once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024))]
     pub former: Vec<ServiceReference>,
@@ -61,6 +68,24 @@ pub struct VirtualIPSpec {
     /// Whether its pool wants it kept should the pool no longer contain it, or be deleted.
     #[serde(default, skip_serializing_if = "is_false")]
     pub retain: bool,
+}
+
+/// What outlives an `EgressPolicy`.
+#[derive(JsonSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressTerms {
+    /// The policy.
+    #[schemars(length(min = 1, max = 253))]
+    pub policy: String,
+    /// What becomes of its pods' flows when it goes.
+    #[serde(default)]
+    pub on_delete: OnDelete,
+    /// The nodes that may be the gateway; without it all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateways: Option<LabelSelector>,
+    /// It is gone, or leaves by other addresses: its flows that are there go on to their end, and none begins.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub drains: bool,
 }
 
 /// A Service by name.
@@ -104,7 +129,7 @@ pub struct VirtualIPStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["policy".into()]))]
     pub egress: Vec<EgressUse>,
-    /// `Announced`, `Steered`, `Served` and `GatewayReady`, and why not.
+    /// `Announced`, `Steered`, `Served` and `GatewayReady`, and why not; `Draining`, while flows of policies that are gone go on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
@@ -119,6 +144,9 @@ pub struct EgressUse {
     /// Ports that their flows have now.
     #[serde(default)]
     pub ports_in_use: i64,
+    /// Its flows were to go on to their end, and all have ended.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub drained: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]

@@ -37,7 +37,9 @@ use std::sync::Arc;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::ip::Family;
-use crate::model::{EgressPolicy, Event, Kind, NodeName, Object, ObjectId, ObjectKey, Pod, Pool};
+use crate::model::{
+    EgressPolicy, Event, Kind, NodeName, Object, ObjectId, ObjectKey, OldFlows, Pod, Pool, Terms,
+};
 use crate::selector::Labels;
 use choice::Rank;
 pub use explain::{Cluster, Explanation, Outcome, Topic};
@@ -181,6 +183,7 @@ struct PolicyState {
 struct Vip {
     pool: Arc<str>,
     policies: Vec<Arc<str>>,
+    terms: BTreeMap<Arc<str>, Terms>,
 }
 
 /// The index. See the module's documentation.
@@ -227,7 +230,7 @@ impl EgressIndex {
         if self.options.namespaces_listed {
             kinds.push(Kind::Namespace);
         }
-        if !self.policies.is_empty() {
+        if !self.policies.is_empty() || !self.vips.is_empty() {
             kinds.push(Kind::Pod);
         }
         kinds.iter().all(|kind| self.synced.contains(kind))
@@ -248,9 +251,35 @@ impl EgressIndex {
         Some(&self.policies.get(name)?.policy)
     }
 
-    /// The addresses that are on record for a policy.
+    /// The addresses that are on record for a policy, with those that its flows alone leave by.
     pub fn addresses_of(&self, policy: &str) -> impl Iterator<Item = IpAddr> {
         self.addresses_of.get(policy).into_iter().flatten().copied()
+    }
+
+    /// The addresses by which flows of a policy go on to their end and none begins: all that it had, if it is gone; none,
+    /// if these were to be cut then.
+    pub fn draining(&self, policy: &str) -> BTreeSet<IpAddr> {
+        let is_there = self.policies.contains_key(policy);
+        let drains = |address: &IpAddr| match self.vips[address].terms.get(policy) {
+            Some(terms) if is_there => terms.drains,
+            Some(terms) => terms.on_delete == OldFlows::Keep,
+            None => !is_there,
+        };
+        self.addresses_of(policy).filter(drains).collect()
+    }
+
+    /// The policies that are gone and whose flows go on.
+    pub fn gone(&self) -> impl Iterator<Item = &Arc<str>> {
+        let named = self.addresses_of.keys();
+        named.filter(|name| !self.policies.contains_key(*name) && !self.draining(name).is_empty())
+    }
+
+    /// The addresses that pods of a policy leave by.
+    fn offered(&self, policy: &str) -> impl Iterator<Item = IpAddr> {
+        let drains = self.draining(policy);
+        let all = self.addresses_of.get(policy).into_iter().flatten();
+        all.copied()
+            .filter(move |address| !drains.contains(address))
     }
 
     /// Takes in an event that is another's too, if it matters.

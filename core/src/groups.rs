@@ -59,8 +59,8 @@ pub struct GroupIndex {
     members: BTreeMap<GroupId, BTreeSet<IpAddr>>,
     groups_of: BTreeMap<Holder, BTreeSet<GroupId>>,
     groups: BTreeMap<GroupId, Arc<Group>>,
-    /// Which nodes egress policies admit as gateways, of those that say so.
-    gateways: BTreeMap<Arc<str>, LabelSelector>,
+    /// Which nodes the egress policies that are there admit as gateways, where they say so.
+    gateways: BTreeMap<Arc<str>, Option<LabelSelector>>,
     placements: BTreeMap<PlacedBy, Arc<Placement>>,
     dirty: BTreeSet<GroupId>,
     all_dirty: bool,
@@ -68,8 +68,8 @@ pub struct GroupIndex {
 }
 
 /// What says where an address may be announced: advertisements by name (none, if none is for it; nothing, if none selects
-/// its pool), and the egress policies that select gateways.
-type PlacedBy = (Option<Vec<Arc<str>>>, Vec<Arc<str>>);
+/// its pool), and which gateways its egress policies select.
+type PlacedBy = (Option<Vec<Arc<str>>>, Vec<LabelSelector>);
 
 /// The kinds that must be listed before anything may be elected.
 pub const KINDS: [Kind; 7] = [
@@ -169,7 +169,9 @@ impl GroupIndex {
                     self.vips.insert(vip.address, vip);
                 }
             }
-            Object::EgressPolicy(policy) => self.set_gateways(&policy.name, policy.spec.gateways),
+            Object::EgressPolicy(policy) => {
+                self.set_gateways(&policy.name, Some(policy.spec.gateways));
+            }
             Object::Namespace(_) | Object::Pod(_) => {}
         }
     }
@@ -240,7 +242,8 @@ impl GroupIndex {
         }
     }
 
-    fn set_gateways(&mut self, policy: &Arc<str>, selector: Option<LabelSelector>) {
+    /// Notes whom a policy admits; nothing, if it is gone.
+    fn set_gateways(&mut self, policy: &Arc<str>, selector: Option<Option<LabelSelector>>) {
         if self.gateways.get(policy) == selector.as_ref() {
             return;
         }
@@ -248,8 +251,6 @@ impl GroupIndex {
             Some(selector) => self.gateways.insert(policy.clone(), selector),
             None => self.gateways.remove(policy),
         };
-        self.placements
-            .retain(|(_, policies), _| !policies.contains(policy));
         let groups = self.groups_of.get(&Holder::EgressPolicy(policy.clone()));
         self.dirty.extend(groups.into_iter().flatten().cloned());
     }
@@ -391,14 +392,16 @@ impl GroupIndex {
             .values()
             .filter(|advertisement| placement::selects_pool(advertisement, &vip.pool, pool))
             .collect();
-        let policies = vip.egress_policies.iter();
-        let policies = policies.filter(|name| self.gateways.contains_key(*name));
-        let policies: Vec<Arc<str>> = policies.cloned().collect();
-        let gateways: Vec<&LabelSelector> =
-            policies.iter().map(|name| &self.gateways[name]).collect();
+        // What a policy that is gone has said is on record.
+        let admitted = |name| match self.gateways.get(name) {
+            Some(now) => now.clone(),
+            None => vip.terms.get(name)?.gateways.clone(),
+        };
+        let gateways = vip.egress_policies.iter();
+        let gateways: Vec<LabelSelector> = gateways.filter_map(admitted).collect();
         if selecting.is_empty() {
             let placement = || Arc::new(Placement::everywhere(&self.nodes, &gateways));
-            let placed = self.placements.entry((None, policies.clone()));
+            let placed = self.placements.entry((None, gateways.clone()));
             return placed.or_insert_with(placement).clone();
         }
         let matching: Vec<&Advertisement> = selecting
@@ -418,7 +421,7 @@ impl GroupIndex {
             .collect();
         let names: Vec<Arc<str>> = matching.iter().map(|a| a.name.clone()).collect();
         self.placements
-            .entry((Some(names), policies.clone()))
+            .entry((Some(names), gateways.clone()))
             .or_insert_with(|| Arc::new(Placement::new(&matching, &self.nodes, &gateways)))
             .clone()
     }

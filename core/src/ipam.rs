@@ -51,8 +51,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{
-    Event, Holder, Kind, Namespace, Node, NodeName, Object, ObjectId, ObjectKey, Pool, Service,
-    VirtualIp,
+    Event, Holder, Kind, Namespace, Node, NodeName, Object, ObjectId, ObjectKey, OldFlows, Pool,
+    Service, VirtualIp,
 };
 use crate::selector::Labels;
 pub use policy_refusal::PolicyRefusal;
@@ -504,12 +504,17 @@ impl Ipam {
         }
         self.touched.extend(vip.services.iter().cloned());
         let policies = vip.egress_policies.iter();
-        let before = before.iter().flat_map(|vip| &vip.egress_policies);
-        self.touched_policies
-            .extend(policies.chain(before).cloned());
+        let were = before.iter().flat_map(|vip| &vip.egress_policies);
+        self.touched_policies.extend(policies.chain(were).cloned());
         self.records_said.remove(&address);
         self.ledger.touched_records.insert(address);
         if self.ready {
+            // What was said before it began to drain is not about that.
+            let news = before.as_ref().filter(|before| before.terms == vip.terms);
+            let drained = news.map(|before| vip.drained.difference(&before.drained));
+            for policy in drained.into_iter().flatten() {
+                self.ledger.drained(address, policy, now);
+            }
             self.adopt_orphan(address, now);
         }
     }
@@ -525,6 +530,26 @@ impl Ipam {
             let former = holders.chain(vip.former_holders()).collect();
             let (pool, group) = (vip.pool.clone(), vip.group.clone());
             self.ledger.rest(address, &pool, former, group, now);
+        }
+    }
+
+    /// Flows of policies that a record names, and that do not leave by the address any more, go on to their end.
+    fn adopt_drains(&mut self, address: IpAddr) {
+        let Some(vip) = self
+            .virtual_ips
+            .get(&address)
+            .filter(|vip| vip.was_reported())
+        else {
+            return;
+        };
+        for policy in &vip.egress_policies {
+            let leaves = |holding| self.ledger.policies_of(holding).contains(policy);
+            let terms = vip.terms.get(policy).cloned().unwrap_or_default();
+            let cut = terms.on_delete == OldFlows::Cut && !self.policies.contains_key(policy);
+            let over = terms.drains && vip.drained.contains(policy);
+            if !cut && !over && !self.ledger.holding(address).is_some_and(leaves) {
+                self.ledger.drain_on_record(vip, policy, terms);
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use crate::selector::{LabelSelector, Labels};
 pub use egress::{
     Bandwidth, EgressPolicy, EgressSource, EgressSpec, EgressStatus, Holder, OldFlows, Pod, bits,
 };
-pub use virtual_ip::VirtualIp;
+pub use virtual_ip::{Terms, VirtualIp};
 
 /// A node's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

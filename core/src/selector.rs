@@ -6,14 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 pub type Labels = BTreeMap<String, String>;
 
 /// A conjunction of requirements. The empty selector matches everything.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LabelSelector {
     /// All of these must hold.
     pub requirements: Vec<Requirement>,
 }
 
 /// One requirement on one label.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Requirement {
     /// The label's key.
     pub key: String,
@@ -22,7 +22,7 @@ pub struct Requirement {
 }
 
 /// What a [`Requirement`] asks of a label's value.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Operator {
     /// The label is present with one of these values.
     In(BTreeSet<String>),

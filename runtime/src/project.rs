@@ -425,12 +425,28 @@ impl Project for VirtualIP {
             )
         })?;
         let status = self.status.unwrap_or_default();
+        let mut terms = BTreeMap::new();
+        for one in self.spec.egress_terms {
+            let gateways = one.gateways.map(|from| {
+                let field = "spec.egressTerms.gateways";
+                selector(KIND, &self.metadata, field, from)
+            });
+            let read = model::Terms {
+                on_delete: egress::old_flows(one.on_delete),
+                gateways: gateways.transpose()?,
+                drains: one.drains,
+            };
+            terms.insert(one.policy.into(), read);
+        }
+        let drained = status.egress.iter().filter(|used| used.drained);
+        let drained = drained.map(|used| used.policy.as_str().into()).collect();
         Ok(model::Object::VirtualIp(model::VirtualIp {
             address,
             pool: self.spec.pool.into(),
             group: self.spec.group.into(),
             services: keys(self.spec.services),
             egress_policies: names(self.spec.egress_policies),
+            terms,
             former: keys(self.spec.former),
             former_policies: names(self.spec.former_egress_policies),
             retain: self.spec.retain,
@@ -444,6 +460,7 @@ impl Project for VirtualIP {
                     (used.policy.into(), ports)
                 })
                 .collect(),
+            drained,
             conditions: conditions(Some(status.conditions)),
         }))
     }

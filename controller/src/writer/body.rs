@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use landfall_api::conditions::POOL_READY;
 use landfall_core::ip::virtual_ip_name;
 use landfall_core::ipam::{Counts, Overlap, PoolStatus, Record, ServiceStatus};
-use landfall_core::model::{Condition, Holder, ObjectKey};
+use landfall_core::model::{Condition, Holder, ObjectKey, OldFlows, Terms};
+use landfall_core::selector::{Operator, Requirement};
 use serde_json::{Value, json};
 
 use super::{EventNote, PolicyStatus};
@@ -35,6 +36,39 @@ fn names(names: &[Arc<str>]) -> Value {
     names.iter().map(|name| Value::from(&**name)).collect()
 }
 
+/// What outlives a policy.
+fn terms((policy, terms): (&Arc<str>, &Terms)) -> Value {
+    let mut said = json!({
+        "policy": &**policy,
+        "onDelete": match terms.on_delete {
+            OldFlows::Keep => "Drain",
+            OldFlows::Cut => "Cut",
+        },
+    });
+    if let Some(selector) = &terms.gateways {
+        let requirements = selector.requirements.iter().map(requirement);
+        said["gateways"] = json!({ "matchExpressions": requirements.collect::<Vec<_>>() });
+    }
+    if terms.drains {
+        said["drains"] = true.into();
+    }
+    said
+}
+
+fn requirement(requirement: &Requirement) -> Value {
+    let (operator, values) = match &requirement.operator {
+        Operator::In(values) => ("In", Some(values)),
+        Operator::NotIn(values) => ("NotIn", Some(values)),
+        Operator::Exists => ("Exists", None),
+        Operator::DoesNotExist => ("DoesNotExist", None),
+    };
+    let mut said = json!({ "key": requirement.key, "operator": operator });
+    if let Some(values) = values {
+        said["values"] = values.iter().map(String::as_str).collect();
+    }
+    said
+}
+
 /// A `VirtualIP` with the spec of `record`.
 pub fn virtual_ip(record: &Record) -> Value {
     let mut spec = json!({
@@ -48,6 +82,9 @@ pub fn virtual_ip(record: &Record) -> Value {
     }
     if !record.egress_policies.is_empty() {
         spec["egressPolicies"] = names(&record.egress_policies);
+    }
+    if !record.terms.is_empty() {
+        spec["egressTerms"] = record.terms.iter().map(terms).collect();
     }
     if !record.former_policies.is_empty() {
         spec["formerEgressPolicies"] = names(&record.former_policies);

@@ -96,6 +96,7 @@ fn mk_put(last: u8) -> Write {
         group: "g".into(),
         services: Vec::new(),
         egress_policies: Vec::new(),
+        terms: std::collections::BTreeMap::new(),
         former: Vec::new(),
         former_policies: Vec::new(),
         retain: false,

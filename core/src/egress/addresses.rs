@@ -27,7 +27,9 @@ impl EgressIndex {
             .vips
             .get(&vip.address)
             .map_or(vip.egress_policies.is_empty(), |known| {
-                known.pool == vip.pool && known.policies == vip.egress_policies
+                known.pool == vip.pool
+                    && known.policies == vip.egress_policies
+                    && known.terms == vip.terms
             });
         if same {
             return;
@@ -44,6 +46,7 @@ impl EgressIndex {
         let known = Vip {
             pool: vip.pool,
             policies: vip.egress_policies,
+            terms: vip.terms,
         };
         self.vips.insert(vip.address, known);
     }

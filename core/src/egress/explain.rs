@@ -298,7 +298,7 @@ impl EgressIndex {
     fn why_no_address(&self, policy: &EgressPolicy, pod: &ObjectKey, family: Family) -> String {
         let name = &policy.name;
         let report = self.report(name).unwrap_or_default();
-        if self.addresses_of(name).next().is_none() {
+        if self.offered(name).next().is_none() {
             let said = condition(&policy.status.conditions, "Ready");
             let said = said.map_or(String::new(), |said| format!(": {}", said.message));
             return format!("EgressPolicy {name} has no address{said}");

@@ -40,7 +40,7 @@ impl EgressIndex {
     /// The addresses that a policy's pods of a namespace may leave by.
     fn offer(&self, policy: &PolicyState, namespace: &Arc<str>) -> [Vec<IpAddr>; 2] {
         let mut offer = [Vec::new(), Vec::new()];
-        for address in self.addresses_of(&policy.policy.name) {
+        for address in self.offered(&policy.policy.name) {
             let pool = &self.vips[&address].pool;
             if self.is_admitted(policy, pool, namespace) {
                 offer[of_family(address)].push(address);
@@ -74,7 +74,7 @@ impl EgressIndex {
             }
             EgressSource::Addresses(_) => {
                 let mut pools = self
-                    .addresses_of(&policy.policy.name)
+                    .offered(&policy.policy.name)
                     .map(|address| &self.vips[&address].pool)
                     .peekable();
                 pools.peek().is_some()
@@ -94,7 +94,7 @@ impl EgressIndex {
             .collect();
         let lacks = |family: &Family| {
             let number = usize::from(*family == Family::V6);
-            let has = self.addresses_of(name).any(|a| Family::of(a) == *family);
+            let has = self.offered(name).any(|a| Family::of(a) == *family);
             state.families[number] > 0 && !has
         };
         let taken_pod = state.taken.iter().find_map(|(winner, keys)| {

@@ -101,7 +101,7 @@ impl PartialEq for Placement {
 
 impl Placement {
     /// Of a pool that no advertisement selects: every node, by subnet.
-    pub fn everywhere(nodes: &BTreeMap<NodeName, Node>, gateways: &[&LabelSelector]) -> Self {
+    pub fn everywhere(nodes: &BTreeMap<NodeName, Node>, gateways: &[LabelSelector]) -> Self {
         Self::new(&[&Advertisement::plain("")], nodes, gateways)
     }
 
@@ -109,7 +109,7 @@ impl Placement {
     pub fn new(
         advertisements: &[&Advertisement],
         nodes: &BTreeMap<NodeName, Node>,
-        gateways: &[&LabelSelector],
+        gateways: &[LabelSelector],
     ) -> Self {
         let verdicts: BTreeMap<_, _> = nodes
             .values()
@@ -176,7 +176,7 @@ pub(super) fn selects_pool(advertisement: &Advertisement, name: &str, pool: Opti
 
 fn judge(
     advertisements: &[&Advertisement],
-    gateways: &[&LabelSelector],
+    gateways: &[LabelSelector],
     labels: &Labels,
     network_unavailable: bool,
 ) -> Result<Admission, Refused> {

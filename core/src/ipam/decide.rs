@@ -182,8 +182,10 @@ impl Ipam {
         }
     }
 
-    /// Releases `address`, and looks again at those who go on holding it where it may count for another pool now.
+    /// Releases `address`, and looks again at those who go on holding it where it may count for another pool now. The flows
+    /// of policies that lose it go on to their end.
     pub(super) fn let_go(&mut self, holder: &Holder, address: IpAddr, now: Duration) {
+        self.drain_what_loses(holder, address);
         self.ledger.release(address, holder, now);
         if self.ledger.pools.spanning(address).len() > 1
             && let Some(holding) = self.ledger.holding(address)

@@ -321,6 +321,7 @@ fn same_record(record: &Record, vip: &VirtualIp) -> bool {
         && record.group == vip.group
         && record.services == sorted(&vip.services)
         && record.egress_policies == sorted(&vip.egress_policies)
+        && record.terms == vip.terms
         && record.former == sorted(&vip.former)
         && record.former_policies == sorted(&vip.former_policies)
         && record.retain == vip.retain

@@ -14,7 +14,7 @@ use super::quarantine::{Quarantine, Rest};
 use super::sharing::Sharer;
 use super::status::{Counts, Record};
 use crate::ip::{Family, from_bits, virtual_ip_name};
-use crate::model::{Holder, NodeName, ObjectKey, Pool, Purpose};
+use crate::model::{Holder, NodeName, ObjectKey, Pool, Purpose, Terms, VirtualIp};
 
 /// How long an address rests whose pool is not known (any more).
 pub(super) const DEFAULT_QUARANTINE: Duration = Duration::from_mins(1);
@@ -27,7 +27,29 @@ pub(super) struct Holding {
     /// Whether that pool, when last seen, wanted addresses kept that it no longer contains.
     pub(super) retain: bool,
     pub(super) group: Arc<str>,
+    /// Policies whose flows drain there are among them, where no Service is.
     pub(super) holders: BTreeMap<Holder, Sharer>,
+    /// Policies that leave by it no more, but for the flows that are there.
+    pub(super) drains: BTreeMap<Arc<str>, Terms>,
+    /// Who held it while it drained, and has it back at once.
+    former: BTreeSet<Holder>,
+}
+
+impl Holding {
+    /// Whether nobody holds it but for flows that drain.
+    fn only_drains(&self) -> bool {
+        let drains = |holder: &Holder| {
+            holder
+                .policy()
+                .is_some_and(|it| self.drains.contains_key(it))
+        };
+        self.holders.keys().all(drains)
+    }
+
+    /// Whether a holder may have it beside what drains there, if that is all that stands against it.
+    pub(super) fn is_due_to(&self, asking: &Holder) -> bool {
+        self.only_drains() && self.former.contains(asking)
+    }
 }
 
 /// What an observed record says of an address that is taken again.
@@ -52,6 +74,10 @@ pub(super) struct Ledger {
     quarantined: BTreeMap<(Arc<str>, Family), u128>,
     /// The egress policies that use a Service's addresses.
     followers: BTreeMap<ObjectKey, BTreeSet<Arc<str>>>,
+    /// What outlives the policies that are there.
+    terms: BTreeMap<Arc<str>, Terms>,
+    /// The addresses where a policy's flows drain.
+    draining: BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
     /// Addresses whose record may have to change.
     pub(super) touched_records: BTreeSet<IpAddr>,
     /// Pools whose counts may have changed.
@@ -265,8 +291,14 @@ impl Ledger {
                     retain,
                     group,
                     holders: BTreeMap::from([(owner.clone(), sharer)]),
+                    drains: BTreeMap::new(),
+                    former: BTreeSet::new(),
                 },
             );
+        }
+        // Who has it again has its flows again.
+        if let Some(policy) = owner.policy() {
+            self.end_drain(address, policy);
         }
         self.touched_pools.insert(pool.clone());
         self.refresh(address);
@@ -297,7 +329,8 @@ impl Ledger {
         self.groups.entry(into.clone()).or_default().extend(moved);
     }
 
-    /// Takes `address` from `owner`; when nobody else holds it, it rests.
+    /// Takes `address` from `owner`; when nobody else holds it, it rests. Where flows drain it does not: their policies
+    /// hold it until they have ended.
     pub(super) fn release(&mut self, address: IpAddr, owner: &Holder, now: Duration) {
         let family = Family::of(address);
         let Some(holding) = self.holdings.get_mut(&address) else {
@@ -306,12 +339,25 @@ impl Ledger {
         let Some(sharer) = holding.holders.remove(owner) else {
             return;
         };
-        if holding.holders.is_empty()
-            && let Some(holding) = self.holdings.remove(&address)
+        let was_last = holding.holders.is_empty();
+        let drains = holding.drains.keys().cloned();
+        let drains: Vec<Holder> = drains.map(Holder::EgressPolicy).collect();
+        if was_last && !drains.is_empty() {
+            holding.former.insert(owner.clone());
+            let alone = |holder| (holder, Sharer::alone());
+            holding.holders.extend(drains.into_iter().map(alone));
+        }
+        let mut former = BTreeSet::from([owner.clone()]);
+        if was_last && let Some(key) = sharer.key() {
+            self.forget_key(key, address);
+        }
+        if let Some(holding) = self
+            .holdings
+            .extract_if(address..=address, |_, holding| holding.holders.is_empty())
+            .next()
+            .map(|(_, holding)| holding)
         {
-            if let Some(key) = sharer.key() {
-                self.forget_key(key, address);
-            }
+            former.extend(holding.former.iter().cloned());
             if let Some(members) = self.groups.get_mut(&holding.group) {
                 members.remove(&address);
                 if members.is_empty() {
@@ -320,12 +366,102 @@ impl Ledger {
             }
             bump(&mut self.assigned, &holding.pool, family, false);
             self.touched_pools.insert(holding.pool.clone());
-            let former = BTreeSet::from([owner.clone()]);
             self.rest(address, &holding.pool, former, holding.group, now);
         }
         self.refresh(address);
         // A port of a shared address is something others may wait for.
         self.freed = true;
+    }
+
+    /// Notes that a policy leaves by `address` no more, but for the flows that are there.
+    pub(super) fn drain(&mut self, address: IpAddr, policy: &Arc<str>, terms: Terms) {
+        let Some(holding) = self.holdings.get_mut(&address) else {
+            return;
+        };
+        let terms = Terms {
+            drains: true,
+            ..terms
+        };
+        holding.drains.insert(policy.clone(), terms);
+        let addresses = self.draining.entry(policy.clone()).or_default();
+        addresses.insert(address);
+        self.touched_records.insert(address);
+    }
+
+    /// What outlives a policy that is there.
+    pub(super) fn terms(&self, policy: &str) -> Terms {
+        self.terms.get(policy).cloned().unwrap_or_default()
+    }
+
+    /// Whether somebody holds an address.
+    pub(super) fn holds(&self, address: IpAddr, holder: &Holder) -> bool {
+        let holding = self.holdings.get(&address);
+        holding.is_some_and(|holding| holding.holders.contains_key(holder))
+    }
+
+    /// Flows of a policy drain on an address no more, but are as any; whether they did.
+    pub(super) fn end_drain(&mut self, address: IpAddr, policy: &Arc<str>) -> bool {
+        if let Some(addresses) = self.draining.get_mut(policy) {
+            addresses.remove(&address);
+            if addresses.is_empty() {
+                self.draining.remove(policy);
+            }
+        }
+        self.touched_records.insert(address);
+        let holding = self.holdings.get_mut(&address);
+        holding.is_some_and(|holding| holding.drains.remove(policy).is_some())
+    }
+
+    /// No flow of a policy is left on `address` that was to go on to its end, or none is to.
+    pub(super) fn drained(&mut self, address: IpAddr, policy: &Arc<str>, now: Duration) {
+        if self.end_drain(address, policy) {
+            self.release(address, &Holder::EgressPolicy(policy.clone()), now);
+        }
+    }
+
+    /// The addresses where flows of a policy drain.
+    pub(super) fn draining<'a>(&'a self, policy: &str) -> impl Iterator<Item = IpAddr> + use<'a> {
+        self.draining.get(policy).into_iter().flatten().copied()
+    }
+
+    /// The addresses where nothing but flows that drain keeps `holder` from what it had.
+    pub(super) fn due_to<'a>(
+        &'a self,
+        holder: &'a Holder,
+    ) -> impl Iterator<Item = IpAddr> + use<'a> {
+        let draining: BTreeSet<IpAddr> = self.draining.values().flatten().copied().collect();
+        draining
+            .into_iter()
+            .filter(|address| self.holdings[address].is_due_to(holder))
+    }
+
+    /// Takes an address from a record where flows drain; nobody else holds it yet, or its Services do.
+    pub(super) fn drain_on_record(&mut self, vip: &VirtualIp, policy: &Arc<str>, terms: Terms) {
+        if !self.holdings.contains_key(&vip.address) {
+            let on_record = OnRecord {
+                group: Some(vip.group.clone()),
+                retain: vip.retain,
+            };
+            let holder = Holder::EgressPolicy(policy.clone());
+            let alone = Sharer::alone();
+            self.hold(vip.address, &vip.pool, &holder, alone, &[], on_record);
+            if let Some(holding) = self.holdings.get_mut(&vip.address) {
+                holding.former = vip.former_holders().collect();
+            }
+        }
+        self.drain(vip.address, policy, terms);
+    }
+
+    /// Notes what outlives a policy that is there; nothing, of one that is not. Its addresses' records are to be looked at.
+    pub(super) fn set_terms(&mut self, policy: &Arc<str>, terms: Option<Terms>) -> bool {
+        if self.terms.get(policy) == terms.as_ref() {
+            return false;
+        }
+        match terms {
+            Some(terms) => self.terms.insert(policy.clone(), terms),
+            None => self.terms.remove(policy),
+        };
+        true
     }
 
     fn forget_key(&mut self, key: &str, address: IpAddr) {
@@ -432,8 +568,8 @@ impl Ledger {
     }
 
     /// The policies whose pods leave by a held address: the one that holds it, or, of a pool for both, those that use
-    /// the addresses of the Services that do.
-    fn policies_of(&self, holding: &Holding) -> Vec<Arc<str>> {
+    /// the addresses of the Services that do. Those whose flows drain there are not among them.
+    pub(super) fn policies_of(&self, holding: &Holding) -> BTreeSet<Arc<str>> {
         let both = self
             .pools
             .get(&holding.pool)
@@ -441,6 +577,7 @@ impl Ledger {
         let mut policies: BTreeSet<Arc<str>> = BTreeSet::new();
         for holder in holding.holders.keys() {
             match holder {
+                Holder::EgressPolicy(name) if holding.drains.contains_key(name) => {}
                 Holder::EgressPolicy(name) => {
                     policies.insert(name.clone());
                 }
@@ -448,7 +585,7 @@ impl Ledger {
                 Holder::Service(_) => {}
             }
         }
-        policies.into_iter().collect()
+        policies
     }
 
     /// Counts `address` for another pool from now on.
@@ -472,13 +609,19 @@ impl Ledger {
     /// The record that should exist of `address`, held or resting.
     pub(super) fn record(&self, address: IpAddr) -> Option<Record> {
         if let Some(holding) = self.holdings.get(&address) {
+            let mut terms = holding.drains.clone();
+            for policy in self.policies_of(holding) {
+                let now = self.terms(&policy);
+                terms.insert(policy, now);
+            }
             return Some(Record {
                 address,
                 pool: holding.pool.clone(),
                 group: holding.group.clone(),
                 services: services(holding.holders.keys()),
-                egress_policies: self.policies_of(holding),
-                former: Vec::new(),
+                egress_policies: terms.keys().cloned().collect(),
+                terms,
+                former: services(holding.former.iter()),
                 former_policies: Vec::new(),
                 retain: holding.retain,
             });
@@ -490,6 +633,7 @@ impl Ledger {
             group: rest.group.clone(),
             services: Vec::new(),
             egress_policies: Vec::new(),
+            terms: BTreeMap::new(),
             former: services(rest.former.iter()),
             former_policies: rest
                 .former

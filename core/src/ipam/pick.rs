@@ -136,6 +136,7 @@ impl Ipam {
         }
         if let Some(holding) = self.ledger.holding(address) {
             return match first_conflict(&holding.holders, asking, sharer) {
+                Some(_) if holding.is_due_to(asking) => Ok(()),
                 Some((holder, conflict)) => Err(Refusal::InUse(address, holder.clone(), conflict)),
                 None => Ok(()),
             };
@@ -234,8 +235,10 @@ impl Ipam {
         pools: &[Arc<str>],
     ) -> Option<Pick> {
         let shown = service.ingress.iter().filter_map(|entry| entry.address);
-        let resting = self.ledger.quarantine().of_former(&holder_of(service));
+        let holder = holder_of(service);
+        let resting = self.ledger.quarantine().of_former(&holder);
         shown
+            .chain(self.ledger.due_to(&holder))
             .chain(resting)
             .filter(|&address| Family::of(address) == family)
             .filter(|&address| self.available(&holder_of(service), sharer, address).is_ok())

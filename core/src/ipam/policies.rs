@@ -16,7 +16,9 @@ use super::pool::PoolState;
 use super::sharing::Sharer;
 use super::status::{Allocation, PolicyChange};
 use crate::ip::Family;
-use crate::model::{EgressPolicy, EgressSource, Holder, ObjectKey, Purpose};
+use crate::model::{
+    EgressPolicy, EgressSource, Holder, ObjectKey, OldFlows, Purpose, Terms, VirtualIp,
+};
 
 /// A policy and what became of it.
 #[derive(Debug)]
@@ -52,6 +54,9 @@ impl Ipam {
         self.touched_policies.insert(name.clone());
         let rank = (policy.created, Holder::EgressPolicy(name.clone()));
         let policy = Arc::new(policy);
+        if self.ledger.set_terms(&name, Some(Terms::of(&policy))) {
+            self.touch_records_of(&policy);
+        }
         let Some(state) = self.policies.get_mut(&name) else {
             self.follow(&policy, true);
             let state = PolicyState {
@@ -76,6 +81,16 @@ impl Ipam {
         self.dirty.insert(rank);
     }
 
+    fn touch_records_of(&mut self, policy: &EgressPolicy) {
+        let own = self.policies.get(&policy.name).map(|state| &state.held);
+        let of_service = match &policy.spec.source {
+            EgressSource::Service(key) => self.services.get(key).map(|state| &state.held),
+            EgressSource::Pool { .. } | EgressSource::Addresses(_) => None,
+        };
+        let touched = own.into_iter().chain(of_service).flatten().copied();
+        self.ledger.touched_records.extend(touched);
+    }
+
     pub(super) fn delete_policy(&mut self, name: &Arc<str>, now: Duration) {
         let Some(state) = self.policies.remove(name) else {
             return;
@@ -89,6 +104,42 @@ impl Ipam {
         for address in state.held {
             self.let_go(&holder, address, now);
         }
+        if state.policy.spec.on_delete == OldFlows::Cut {
+            let draining: Vec<IpAddr> = self.ledger.draining(name).collect();
+            for address in draining {
+                self.ledger.drained(address, name, now);
+            }
+        }
+        self.ledger.set_terms(name, None);
+    }
+
+    /// Notes that flows drain on `address` of the policies that lose it with `holder`. Where nobody was ever known to lead
+    /// it there are none.
+    pub(super) fn drain_what_loses(&mut self, holder: &Holder, address: IpAddr) {
+        let reported = self.virtual_ips.get(&address);
+        if !reported.is_some_and(VirtualIp::was_reported) {
+            return;
+        }
+        let losing = match (holder, self.ledger.holding(address)) {
+            (_, None) => return,
+            (Holder::EgressPolicy(name), Some(_)) => vec![name.clone()],
+            (Holder::Service(key), Some(holding)) => {
+                let followers = self.ledger.followers(key);
+                let stays = |other: &&Holder| *other != holder;
+                let others = holding.holders.keys().filter(stays);
+                let others = others.filter_map(Holder::service);
+                let kept: Vec<&Arc<str>> =
+                    others.flat_map(|key| self.ledger.followers(key)).collect();
+                let both = self.ledger.policies_of(holding);
+                followers
+                    .filter(|name| both.contains(*name) && !kept.contains(name))
+                    .cloned()
+                    .collect()
+            }
+        };
+        for name in losing {
+            self.ledger.drain(address, &name, self.ledger.terms(&name));
+        }
     }
 
     /// Notes whose addresses the policy uses, if it is a Service's.
@@ -96,12 +147,21 @@ impl Ipam {
         let EgressSource::Service(service) = &policy.spec.source else {
             return;
         };
-        self.ledger.follow(service, &policy.name, follows);
-        if let Some(state) = self.services.get(service) {
-            self.ledger
-                .touched_records
-                .extend(state.held.iter().copied());
+        let held = self.services.get(service).map(|state| state.held.clone());
+        for address in held.into_iter().flatten() {
+            let was = self.ledger.holding(address);
+            let was = was.is_some_and(|it| self.ledger.policies_of(it).contains(&policy.name));
+            let reported = self.virtual_ips.get(&address);
+            let reported = reported.is_some_and(VirtualIp::was_reported);
+            if follows {
+                self.ledger.end_drain(address, &policy.name);
+            } else if was && reported {
+                let terms = Terms::of(policy);
+                self.ledger.drain(address, &policy.name, terms);
+            }
+            self.ledger.touched_records.insert(address);
         }
+        self.ledger.follow(service, &policy.name, follows);
     }
 
     /// Lets a policy keep `address`, if it may.
@@ -253,10 +313,10 @@ impl Ipam {
     fn pick_for_policy(&mut self, name: &Arc<str>, pool: &str, family: Family) -> Option<IpAddr> {
         let holder = Holder::EgressPolicy(name.clone());
         let state = self.ledger.pools.get(pool)?;
-        let had = self
-            .ledger
-            .quarantine()
-            .of_former(&holder)
+        let ledger = &self.ledger;
+        let drains = ledger.draining(name);
+        let had = drains
+            .chain(ledger.quarantine().of_former(&holder))
             .find(|&address| {
                 Family::of(address) == family
                     && state.contains(address)
@@ -316,12 +376,20 @@ impl Ipam {
             group: record.map(|vip| vip.group.clone()),
             retain: record.is_some_and(|vip| vip.retain && vip.pool == *pool),
         };
+        // Where its flows drain is where it goes on: they have one gateway.
+        let drains = self.ledger.draining(name);
+        let siblings: Vec<IpAddr> = state
+            .held
+            .iter()
+            .copied()
+            .chain(drains.filter(|it| self.ledger.holds(*it, &holder)))
+            .collect();
         self.ledger.hold(
             address,
             pool,
             &holder,
             Sharer::alone(),
-            &state.held,
+            &siblings,
             on_record,
         );
         state.held.push(address);

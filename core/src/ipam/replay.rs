@@ -46,6 +46,7 @@ impl Ipam {
         let addresses: Vec<IpAddr> = self.virtual_ips.keys().copied().collect();
         for address in addresses {
             self.ledger.touched_records.insert(address);
+            self.adopt_drains(address);
             self.adopt_orphan(address, now);
         }
     }

@@ -1,12 +1,12 @@
 //! What the index says should be written: statuses, records and notices, as plain data.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::policy_refusal::PolicyRefusal;
 use crate::ip::Family;
-use crate::model::{Condition, NodeName, ObjectKey, VirtualIp};
+use crate::model::{Condition, NodeName, ObjectKey, Terms, VirtualIp};
 
 /// The condition that says whether a Service has its addresses.
 pub const ADDRESS_ASSIGNED: &str = "landfall.dev/AddressAssigned";
@@ -53,6 +53,8 @@ pub struct Record {
     pub services: Vec<ObjectKey>,
     /// The egress policies whose pods leave by it, sorted; none while it rests.
     pub egress_policies: Vec<Arc<str>>,
+    /// What outlives these.
+    pub terms: BTreeMap<Arc<str>, Terms>,
     /// The Services that held it and have it back at once, while it rests.
     pub former: Vec<ObjectKey>,
     /// The egress policies that held it and have it back at once, while it rests.
@@ -72,6 +74,7 @@ impl Record {
         VirtualIp {
             services: self.services,
             egress_policies: self.egress_policies,
+            terms: self.terms,
             former: self.former,
             former_policies: self.former_policies,
             retain: self.retain,

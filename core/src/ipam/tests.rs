@@ -1,5 +1,6 @@
 //! Table tests of the rules, against a stand-in for the API server that writes what the index asks for.
 
+mod drains;
 mod egress;
 mod families;
 mod lifecycle;

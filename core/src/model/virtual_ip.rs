@@ -1,10 +1,33 @@
 //! One address in use: who holds it, and what speakers report of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::{Condition, Holder, NodeName, ObjectKey};
+use super::{Condition, EgressPolicy, Holder, NodeName, ObjectKey, OldFlows};
+use crate::selector::LabelSelector;
+
+/// What outlives an egress policy, on the record of an address that its pods leave by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// What becomes of its pods' flows when it goes.
+    pub on_delete: OldFlows,
+    /// The nodes that may be the gateway; without it all.
+    pub gateways: Option<LabelSelector>,
+    /// Nothing begins there any more: the flows that are there go on to their end.
+    pub drains: bool,
+}
+
+impl Terms {
+    /// Those of a policy that is there.
+    pub fn of(policy: &EgressPolicy) -> Self {
+        Self {
+            on_delete: policy.spec.on_delete,
+            gateways: policy.spec.gateways.clone(),
+            drains: false,
+        }
+    }
+}
 
 /// A `VirtualIP`: one address in use, as the controller wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +42,8 @@ pub struct VirtualIp {
     pub services: Vec<ObjectKey>,
     /// The egress policies whose pods leave by it: the one that holds it, or those that use its Services' address.
     pub egress_policies: Vec<Arc<str>>,
+    /// What outlives these.
+    pub terms: BTreeMap<Arc<str>, Terms>,
     /// `spec.former`: the Services that held it and have it back at once, while it rests.
     pub former: Vec<ObjectKey>,
     /// `spec.formerEgressPolicies`: the same of egress policies.
@@ -31,6 +56,8 @@ pub struct VirtualIp {
     pub standby: Option<NodeName>,
     /// Ports that flows of a policy's pods have on it (`status.egress`), as the leader reported.
     pub ports_in_use: BTreeMap<Arc<str>, u64>,
+    /// The policies of which the leader says that no flow is left that was to go on to its end, likewise.
+    pub drained: BTreeSet<Arc<str>>,
     /// `status.conditions`, as a speaker reported them.
     pub conditions: Vec<Condition>,
 }
@@ -50,14 +77,21 @@ impl VirtualIp {
             group,
             services: Vec::new(),
             egress_policies: Vec::new(),
+            terms: BTreeMap::new(),
             former: Vec::new(),
             former_policies: Vec::new(),
             retain: false,
             leader: None,
             standby: None,
             ports_in_use: BTreeMap::new(),
+            drained: BTreeSet::new(),
             conditions: Vec::new(),
         }
+    }
+
+    /// Whether a speaker has ever said anything of it: else nobody has left by it.
+    pub fn was_reported(&self) -> bool {
+        self.leader.is_some() || !self.conditions.is_empty()
     }
 
     /// Whether anybody holds it.

@@ -83,10 +83,7 @@ impl Project for EgressPolicy {
                     OnAppear::Keep => model::OldFlows::Keep,
                     OnAppear::Cut => model::OldFlows::Cut,
                 },
-                on_delete: match spec.on_delete {
-                    OnDelete::Drain => model::OldFlows::Keep,
-                    OnDelete::Cut => model::OldFlows::Cut,
-                },
+                on_delete: old_flows(spec.on_delete),
                 hairpin: spec.hairpin,
             },
             status: model::EgressStatus {
@@ -110,6 +107,14 @@ impl Project for EgressPolicy {
             },
             since,
         })))
+    }
+}
+
+/// What becomes of flows of a policy that goes.
+pub(super) fn old_flows(on_delete: OnDelete) -> model::OldFlows {
+    match on_delete {
+        OnDelete::Drain => model::OldFlows::Keep,
+        OnDelete::Cut => model::OldFlows::Cut,
     }
 }
 

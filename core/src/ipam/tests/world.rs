@@ -218,7 +218,12 @@ impl World {
         self.writes += 1;
         let event = match change {
             RecordChange::Put(record) => {
-                let vip = record.virtual_ip();
+                let mut vip = record.virtual_ip();
+                if let Some(before) = self.virtual_ips.get(&vip.address) {
+                    vip.leader.clone_from(&before.leader);
+                    vip.ports_in_use.clone_from(&before.ports_in_use);
+                    vip.drained.clone_from(&before.drained);
+                }
                 self.virtual_ips.insert(vip.address, vip.clone());
                 Event::Apply(Object::VirtualIp(vip))
             }
@@ -313,6 +318,23 @@ impl World {
     pub(in crate::ipam) fn refused(&self, name: &str) -> &'static str {
         let allocation = self.ipam.allocation(name).unwrap();
         allocation.refusal.map_or("", |refusal| refusal.reason())
+    }
+
+    /// The leader of an address says how many ports flows of a policy have there, and whether all have ended.
+    pub(in crate::ipam) fn report(
+        &mut self,
+        address: &str,
+        policy: &str,
+        ports: u64,
+        drained: bool,
+    ) {
+        let address: IpAddr = address.parse().unwrap();
+        let vip = self.virtual_ips.get_mut(&address).unwrap();
+        vip.leader = Some("n1".into());
+        vip.ports_in_use = BTreeMap::from([(policy.into(), ports)]);
+        vip.drained = drained.then(|| policy.into()).into_iter().collect();
+        let vip = vip.clone();
+        self.apply(Object::VirtualIp(vip));
     }
 
     pub(in crate::ipam) fn pass(&mut self, seconds: u64) {
