@@ -13,6 +13,10 @@ pub const VIRTUAL_IP_SERVED: &str = "Served";
 /// `VirtualIP`: whether the leader of an address that pods leave by can be their gateway: before, nothing is led to it.
 /// Absent on other addresses. Written by speakers.
 pub const VIRTUAL_IP_GATEWAY_READY: &str = "GatewayReady";
+/// `VirtualIP`: flows of egress policies go on that begin none. Written by speakers, and absent otherwise.
+pub const VIRTUAL_IP_DRAINING: &str = "Draining";
+/// The reason of [`VIRTUAL_IP_DRAINING`].
+pub const FLOWS_GO_ON: &str = "FlowsGoOn";
 /// `IPAddressPool`: whether it can be allocated from without doubt. Written by the controller.
 pub const POOL_READY: &str = "Ready";
 

@@ -42,6 +42,17 @@ impl Egress {
         let tenant = self.pods.get(&pod)?.tenant.as_ref()?;
         self.policies.get(&tenant.policy)
     }
+
+    /// With the addresses that tenants leave by as those of their policies.
+    #[must_use]
+    pub fn with_addresses_of_tenants(mut self) -> Self {
+        for tenant in self.pods.values().filter_map(|pod| pod.tenant.as_ref()) {
+            if let Some(policy) = self.policies.get_mut(&tenant.policy) {
+                policy.addresses.extend(tenant.egress_ip);
+            }
+        }
+        self
+    }
 }
 
 /// A pod's address.
@@ -53,6 +64,15 @@ pub struct Pod {
     pub tenant: Option<Tenant>,
     /// Tells it from another that had the address before, whose flows are not its own.
     pub identity: u64,
+    /// The policy whose tenant it was before: flows from then go on by that one's gateway.
+    pub former: Option<PolicyName>,
+}
+
+impl Pod {
+    /// The policy whose tenant it is.
+    pub fn policy(&self) -> Option<&PolicyName> {
+        Some(&self.tenant.as_ref()?.policy)
+    }
 }
 
 /// A pod as a policy's tenant.
@@ -83,12 +103,29 @@ pub struct Policy {
     pub hairpin: bool,
     /// Flows of its pods to its destinations that were there before it are cut; else they keep their source to their end.
     pub cuts: bool,
+    /// All addresses that flows of its pods leave by.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 impl Policy {
     /// Where its packets are led: to a gateway that is one already.
     pub fn led_to(&self) -> Option<&Gateway> {
         self.gateway.as_ref().filter(|gateway| gateway.settled)
+    }
+
+    /// Of one that is gone, whose flows go on.
+    pub fn gone(addresses: BTreeSet<IpAddr>, gateway: Option<Gateway>) -> Self {
+        Self {
+            destinations: BTreeSet::new(),
+            excluded: BTreeSet::new(),
+            gateway,
+            ports_per_pod: None,
+            ports: None,
+            bandwidth: None,
+            hairpin: false,
+            cuts: false,
+            addresses,
+        }
     }
 
     /// Whether it is for a destination outside.

@@ -75,6 +75,7 @@ impl Leaving {
             node: pod.node.clone(),
             tenant: None,
             identity: pod.identity,
+            former: None,
         };
         Self {
             egress: Arc::new(Egress {

@@ -112,6 +112,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     data.gateway.mark = egress::marks(args.egress_mark).1;
     data.gateway.bindings = args.egress_bindings;
+    let earlier = datapath::egress::earlier(&args.pins.bpf_pin_dir);
     let datapath = datapath::start(data, &mut registry);
     let copying = copying(&args, &node, address.ip(), &keys, &datapath, &mut registry).await?;
     let parts = Parts {
@@ -137,7 +138,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         parts.datapath.in_force(),
         parts.datapath.gateway_in_force(),
     ];
-    let speaker = Speaker::new(identity, parts, keys, metrics.clone());
+    let mut speaker = Speaker::new(identity, parts, keys, metrics.clone());
+    speaker.recall(earlier);
     let shared = Shared(Arc::new(Mutex::new(speaker)));
     let _admin = serve(&args, registry, &shared, objects.problems.clone()).await?;
     let _control = control_socket(&args, &shared, start);

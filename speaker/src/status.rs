@@ -14,7 +14,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use landfall_api::conditions::{
-    VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_GATEWAY_READY, VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED,
+    FLOWS_GO_ON, VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_DRAINING, VIRTUAL_IP_GATEWAY_READY,
+    VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED,
     announced,
 };
 use landfall_core::election::Verdict;
@@ -103,6 +104,10 @@ struct Status {
     endpoint_nodes: Vec<String>,
     /// Ports that flows of policies' pods have on it.
     egress: BTreeMap<PolicyName, u64>,
+    /// While flows of policies go on that begin none.
+    draining: Option<Condition>,
+    /// The policies whose flows were to go on, and have ended.
+    drained: BTreeSet<PolicyName>,
 }
 
 impl Status {
@@ -113,6 +118,7 @@ impl Status {
             status.endpoint_nodes.clear();
             status.served = None;
             status.egress.clear();
+            status.draining = None;
             status
         };
         major(self) == major(other)
@@ -137,6 +143,7 @@ impl Status {
             (&self.steered, VIRTUAL_IP_STEERED, since.steered),
             (&self.gateway, VIRTUAL_IP_GATEWAY_READY, since.gateway),
             (&self.served, VIRTUAL_IP_SERVED, since.served),
+            (&self.draining, VIRTUAL_IP_DRAINING, since.draining),
         ] {
             conditions.extend(condition.as_ref().map(|it| it.json(kind, since)));
         }
@@ -151,6 +158,7 @@ impl Status {
             "egress": self.egress.iter().map(|(policy, ports)| json!({
                 "policy": policy,
                 "portsInUse": i64::try_from(*ports).unwrap_or(i64::MAX),
+                "drained": self.drained.contains(policy),
             })).collect::<Vec<_>>(),
             "conditions": conditions,
         }})
@@ -173,6 +181,7 @@ struct Transitions {
     steered: u64,
     gateway: u64,
     served: u64,
+    draining: u64,
 }
 
 impl Transitions {
@@ -182,6 +191,7 @@ impl Transitions {
             steered: wall,
             gateway: wall,
             served: wall,
+            draining: wall,
         };
         if let Some(before) = before {
             if before.status.announced.holds == status.announced.holds {
@@ -196,6 +206,9 @@ impl Transitions {
             }
             if holds(&before.status.served) == holds(&status.served) {
                 since.served = before.since.served;
+            }
+            if holds(&before.status.draining) == holds(&status.draining) {
+                since.draining = before.since.draining;
             }
         }
         since
@@ -466,7 +479,21 @@ fn status(
         }
     };
     let led = view.leader.is_some();
+    let mut egress = BTreeMap::new();
+    let mut draining = BTreeMap::new();
+    if led && !group.egress.is_empty() {
+        egress = speaker.ports_of(vip.address);
+        draining = speaker.draining_on(vip.address);
+        for policy in draining.keys() {
+            egress.entry(policy.clone()).or_default();
+        }
+    }
     Status {
+        draining: drains(&draining, &egress),
+        drained: draining
+            .into_iter()
+            .filter_map(|(policy, is_over)| is_over.then_some(policy))
+            .collect(),
         steered: led.then(|| steered::steered(speaker, group)),
         gateway: led.then(|| gateway::ready(speaker, group)).flatten(),
         served: led.then(|| served::served(vip.address, group)),
@@ -480,12 +507,26 @@ fn status(
         announced,
         standby: view.standby,
         endpoint_nodes: endpoint_nodes.into_iter().collect(),
-        egress: if led && !group.egress.is_empty() {
-            speaker.ports_of(vip.address)
-        } else {
-            BTreeMap::new()
-        },
+        egress,
     }
+}
+
+/// What is said of flows that go on while none begins.
+fn drains(
+    draining: &BTreeMap<PolicyName, bool>,
+    ports: &BTreeMap<PolicyName, u64>,
+) -> Option<Condition> {
+    let left = draining.keys().map(|policy| {
+        let flows = ports.get(policy).copied().unwrap_or_default();
+        format!("{flows} flows of EgressPolicy {policy}")
+    });
+    bounded(left.collect()).map(|left| Condition {
+        holds: true,
+        reason: FLOWS_GO_ON,
+        message: format!(
+            "draining: {left}, which is deleted or leaves by other addresses; the address is released when they have ended"
+        ),
+    })
 }
 
 /// Why each node could not lead.

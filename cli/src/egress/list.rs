@@ -1,6 +1,9 @@
 //! `landfall egress list`.
 
-use landfall_core::model::{Condition, EgressPolicy};
+use std::collections::BTreeSet;
+
+use landfall_api::conditions::VIRTUAL_IP_DRAINING;
+use landfall_core::model::{Condition, EgressPolicy, NodeName};
 use serde::Serialize;
 
 use super::cluster::{Read, read};
@@ -38,12 +41,14 @@ struct Row {
 
 impl Row {
     fn of(policy: &EgressPolicy, read: &Read) -> Self {
-        let vips = read.addresses_of(&policy.name);
+        let drains = read.index.draining(&policy.name);
+        let mut vips = read.addresses_of(&policy.name);
+        vips.retain(|vip| !drains.contains(&vip.address));
         let report = read.index.report(&policy.name).unwrap_or_default();
         let ready = policy.status.conditions.iter();
         let ready = ready.into_iter().find(|it| it.kind == "Ready");
         let is_true = |condition: &Condition| condition.status == "True";
-        let node = |name: Option<&landfall_core::model::NodeName>| name.map(ToString::to_string);
+        let node = |name: Option<&NodeName>| name.map(ToString::to_string);
         Self {
             name: policy.name.to_string(),
             addresses: vips.iter().map(|vip| vip.address.to_string()).collect(),
@@ -61,6 +66,34 @@ impl Row {
                 |it| it.message.clone(),
             ),
         }
+    }
+
+    /// Of addresses where flows go on that begin under no policy any more: of one that is deleted, or that leaves by others
+    /// now.
+    fn draining(policy: &str, read: &Read) -> Option<Self> {
+        let drains = read.index.draining(policy);
+        let vips = read.addresses_of(policy).into_iter();
+        let vips: Vec<_> = vips.filter(|vip| drains.contains(&vip.address)).collect();
+        let node = |name: Option<&NodeName>| name.map(ToString::to_string);
+        let ports = vips.iter().filter_map(|vip| vip.ports_in_use.get(policy));
+        let said = vips.iter().find_map(|vip| {
+            let mut conditions = vip.conditions.iter();
+            conditions.find(|it| it.kind == VIRTUAL_IP_DRAINING)
+        });
+        (!vips.is_empty()).then(|| Self {
+            name: policy.to_owned(),
+            addresses: vips.iter().map(|vip| vip.address.to_string()).collect(),
+            gateway: node(vips.iter().find_map(|vip| vip.leader.as_ref())),
+            standby: node(vips.iter().find_map(|vip| vip.standby.as_ref())),
+            pods: 0,
+            host_network_pods: 0,
+            ports_in_use: ports.sum(),
+            ports_quota: None,
+            ports_per_pod: None,
+            ready: true,
+            reason: VIRTUAL_IP_DRAINING.to_owned(),
+            message: said.map_or(String::new(), |it| it.message.clone()),
+        })
     }
 
     fn cells(&self) -> Vec<String> {
@@ -94,7 +127,10 @@ const HEADER: [&str; 8] = [
 pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
     let read = read(&args.api.client().await?).await?;
     let policies = read.index.policies();
-    let rows: Vec<Row> = policies.map(|policy| Row::of(policy, &read)).collect();
+    let mut rows: Vec<Row> = policies.map(|policy| Row::of(policy, &read)).collect();
+    let named = read.cluster.vips.values().flat_map(|vip| &vip.egress_policies);
+    let named: BTreeSet<_> = named.collect();
+    rows.extend(named.into_iter().filter_map(|name| Row::draining(name, &read)));
     match args.output {
         Format::Json => {
             let json = serde_json::json!({ "policies": rows });

@@ -4,6 +4,7 @@
 //!  tenant    judged, and not for its gateway ─> leaves      for the cluster ─> leaves
 //!            (but what was led while nobody judged goes on so: connection tracking may take it for an answer)
 //!            else ─> its gateway's Ethernet address, out of the interface to it; without a gateway ─> dropped
+//!            (a flow from before it was this policy's tenant: that one's)
 //!  another   for its gateway ─> dropped: a tenant's, who is not known here yet
 //!            this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
 //!            else ─> dropped
@@ -18,7 +19,7 @@ use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::guard::{
     Gateway, Guarded, LED_FOR, MAX_GATEWAYS, MAX_INSIDE, MAX_LED, MAX_OUTSIDE, MAX_TENANTS, Marks,
-    Pair, Tenant, gateway_flag, tenant_flag,
+    NOBODY, Pair, Tenant, gateway_flag, tenant_flag,
 };
 
 use crate::packet::Ends;
@@ -107,10 +108,19 @@ fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenan
     if !leaves && is_outside(told.from) {
         return refuse(Guarded::Forged);
     }
-    if tenant.flags & tenant_flag::OPEN == 0 {
+    // What the packet filter takes for a flow from before the pod was this policy's tenant it does not say to have judged.
+    let from_before = leaves && !judged;
+    // What nobody has judged may be either.
+    let either = !leaves && tenant.former != NOBODY;
+    if !from_before && (tenant.flags & tenant_flag::OPEN == 0 || either) {
         return refuse(Guarded::NoGateway);
     }
-    let Some(gateway) = GATEWAYS.get(tenant.policy) else {
+    let place = if from_before {
+        tenant.former
+    } else {
+        tenant.policy
+    };
+    let Some(gateway) = GATEWAYS.get(place) else {
         return refuse(Guarded::NoGateway);
     };
     let at_it = gateway.interface == told.here;

@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use landfall_api::{EgressPolicy, IPAddressPool, L2Advertisement, VirtualIP};
-use landfall_core::model::{Event, Kind, ObjectId, ObjectKey};
+use landfall_core::model::{Event, Kind, Object, ObjectId, ObjectKey};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -73,10 +73,10 @@ impl Ignored {
 }
 
 /// Watches `kinds`. Errors are logged and retried with backoff, each kind on its own. Pods are watched only while there is
-/// an `EgressPolicy`.
+/// an `EgressPolicy`, or a `VirtualIP` that names one: flows of its pods outlive it.
 pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options, ignored: &Ignored) -> Source {
     let (sender, events) = mpsc::channel(1024);
-    let (policies, pods_wanted) = watch::channel(false);
+    let (named_by, pods_wanted) = watch::channel(HashSet::new());
     let mut tasks = JoinSet::new();
     for &kind in kinds {
         let follower = Follower {
@@ -85,7 +85,7 @@ pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options, ignored: &I
             options,
             sender: sender.clone(),
             ignored: ignored.clone(),
-            any: (kind == Kind::EgressPolicy).then(|| policies.clone()),
+            named_by: named_by.clone(),
         };
         match kind {
             Kind::Service => tasks.spawn(follower.follow::<Service>()),
@@ -114,8 +114,23 @@ struct Follower {
     options: Options,
     sender: mpsc::Sender<Event>,
     ignored: Ignored,
-    /// Told whether there is any object of the kind.
-    any: Option<watch::Sender<bool>>,
+    /// Told which objects are or name an egress policy.
+    named_by: watch::Sender<HashSet<ObjectId>>,
+}
+
+/// Whether pods matter because of an object.
+fn needs_pods(object: &Object) -> bool {
+    match object {
+        Object::EgressPolicy(_) => true,
+        Object::VirtualIp(vip) => !vip.egress_policies.is_empty(),
+        Object::Service(_)
+        | Object::EndpointSlice(_)
+        | Object::Node(_)
+        | Object::Namespace(_)
+        | Object::Pool(_)
+        | Object::Advertisement(_)
+        | Object::Pod(_) => false,
+    }
 }
 
 /// What of a kind is watched at all.
@@ -144,6 +159,19 @@ fn is_not_served(problem: &watcher::Error) -> bool {
     matches!(problem, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
 }
 
+/// Notes whether an object is or names an egress policy.
+fn note(named_by: &watch::Sender<HashSet<ObjectId>>, id: ObjectId, names: bool) {
+    named_by.send_if_modified(|ids| {
+        let was_empty = ids.is_empty();
+        if names {
+            ids.insert(id);
+        } else {
+            ids.remove(&id);
+        }
+        ids.is_empty() != was_empty
+    });
+}
+
 impl Follower {
     async fn follow<K>(self)
     where
@@ -155,7 +183,7 @@ impl Follower {
             options,
             sender,
             ignored,
-            any,
+            named_by,
         } = self;
         let seconds = u32::try_from(options.watch_timeout.as_secs()).unwrap_or(60);
         let mut config = watcher::Config::default()
@@ -173,11 +201,6 @@ impl Follower {
         let mut absent = false;
         loop {
             ignored.set::<K>(malformed.len());
-            if let Some(any) = &any {
-                any.send_if_modified(|was| {
-                    std::mem::replace(was, !known.is_empty()) == known.is_empty()
-                });
-            }
             let event = match stream.try_next().await {
                 Ok(Some(event)) => event,
                 Ok(None) => return,
@@ -211,6 +234,7 @@ impl Follower {
                     if let Some(object) = project(object) {
                         listed.insert(object.id());
                         known.insert(object.id());
+                        note(&named_by, object.id(), needs_pods(&object));
                         sender.send(Event::Apply(object)).await.is_ok()
                     } else {
                         malformed.extend(id);
@@ -222,6 +246,7 @@ impl Follower {
                     known = std::mem::take(&mut listed);
                     let mut sent = true;
                     for id in gone {
+                        note(&named_by, id.clone(), false);
                         sent &= sender.send(Event::Delete(id)).await.is_ok();
                     }
                     sent && sender.send(Event::Synced(kind)).await.is_ok()
@@ -231,6 +256,7 @@ impl Follower {
                     if let Some(object) = project(object) {
                         malformed.remove(&object.id());
                         known.insert(object.id());
+                        note(&named_by, object.id(), needs_pods(&object));
                         sender.send(Event::Apply(object)).await.is_ok()
                     } else {
                         malformed.extend(id);
@@ -241,6 +267,7 @@ impl Follower {
                     Some(id) => {
                         known.remove(&id);
                         malformed.remove(&id);
+                        note(&named_by, id.clone(), false);
                         sender.send(Event::Delete(id)).await.is_ok()
                     }
                     None => true,
@@ -253,14 +280,14 @@ impl Follower {
     }
 
     /// Follows while it is wanted, and says when it no longer does.
-    async fn follow_while<K>(self, mut wanted: watch::Receiver<bool>)
+    async fn follow_while<K>(self, mut wanted: watch::Receiver<HashSet<ObjectId>>)
     where
         K: Resource<DynamicType = ()> + Project + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        while wanted.wait_for(|wanted| *wanted).await.is_ok() {
+        while wanted.wait_for(|by| !by.is_empty()).await.is_ok() {
             tokio::select! {
                 () = self.clone().follow::<K>() => return,
-                unwanted = wanted.wait_for(|wanted| !*wanted) => if unwanted.is_err() {
+                unwanted = wanted.wait_for(HashSet::is_empty) => if unwanted.is_err() {
                     return;
                 },
             }

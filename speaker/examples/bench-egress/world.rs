@@ -230,6 +230,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
             bandwidth: None,
             hairpin: false,
             cuts: false,
+            addresses: BTreeSet::new(),
         };
         Egress {
             policies: (0..self.policies)
@@ -249,6 +250,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                             node,
                             tenant,
                             identity: 1,
+                            former: None,
                         },
                     )
                 })

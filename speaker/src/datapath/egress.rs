@@ -34,6 +34,7 @@ use std::sync::Arc;
 use landfall_core::model::NodeName;
 
 pub use gateway::{Gateway, GatewayConfig, State};
+pub use guard::{Earlier, Was, earlier, seed_of};
 pub use list::{Bound, State as FlowState};
 pub use plan::{Peer, PeerId, Surroundings, Uplink};
 pub use standing::{Licence, Standing};

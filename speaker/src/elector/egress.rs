@@ -20,6 +20,7 @@ use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
 use super::Speaker;
+use crate::datapath::egress::{Earlier, seed_of};
 use crate::datapath::{self, Change as Told, NodeId};
 use crate::egress::{Egress, Gateway, Pod, Policy, PolicyName, Tenant};
 use crate::node_rules::{self, TUNNEL};
@@ -40,6 +41,12 @@ pub(super) struct Plan {
     told: Option<Arc<datapath::Leaving>>,
     /// They were told anything.
     has_told: bool,
+    /// The policies with addresses where flows go on and none begins.
+    draining: BTreeSet<PolicyName>,
+    /// Pods of other nodes are known that are nobody's tenants.
+    knows_all: bool,
+    /// Whose tenants pods were by an earlier process's word.
+    earlier: Earlier,
 }
 
 impl Plan {
@@ -63,36 +70,93 @@ impl Plan {
         self.begun |= index.is_synced();
         let changed = index.reconcile();
         for policy in &changed.policies {
-            let spec = index.policy(policy).map(|policy| &policy.spec);
-            let Some(spec) = spec else {
-                self.wanted.policies.remove(policy);
-                continue;
-            };
-            let gateway = self.wanted.policies.remove(policy);
-            let wanted = Policy {
-                destinations: spec.destinations.clone(),
-                excluded: spec.excluded.clone(),
-                gateway: gateway.and_then(|before| before.gateway),
-                ports_per_pod: spec.ports_per_pod,
-                ports: spec.ports,
-                bandwidth: spec.bandwidth,
-                hairpin: spec.hairpin,
-                cuts: spec.on_appear == OldFlows::Cut,
+            let before = self.wanted.policies.remove(policy);
+            let gateway = before.and_then(|before| before.gateway);
+            let drains = index.draining(policy);
+            let addresses = index.addresses_of(policy).collect();
+            if drains.is_empty() {
+                self.draining.remove(policy);
+            } else {
+                self.draining.insert(policy.clone());
+            }
+            let wanted = match index.policy(policy).map(|policy| &policy.spec) {
+                Some(spec) => Policy {
+                    destinations: spec.destinations.clone(),
+                    excluded: spec.excluded.clone(),
+                    gateway,
+                    ports_per_pod: spec.ports_per_pod,
+                    ports: spec.ports,
+                    bandwidth: spec.bandwidth,
+                    hairpin: spec.hairpin,
+                    cuts: spec.on_appear == OldFlows::Cut,
+                    addresses,
+                },
+                None if drains.is_empty() => {
+                    self.forget_former(policy);
+                    continue;
+                }
+                None => Policy::gone(drains, gateway),
             };
             self.wanted.policies.insert(policy.clone(), wanted);
         }
-        for address in &changed.addresses {
+        let drains = !self.draining.is_empty();
+        let mut addresses = changed.addresses;
+        if drains && !std::mem::replace(&mut self.knows_all, drains) {
+            // Of all pods it matters where they are: whose flows go on is known at their node.
+            addresses.extend(index.judged().keys());
+        }
+        self.knows_all = drains;
+        self.inside_stale |= !addresses.is_empty();
+        let touched = !changed.policies.is_empty();
+        for address in &addresses {
             let before = self.wanted.pods.remove(address);
             self.count(before.as_ref(), false);
             let judged = index.judged().get(address);
-            let after = judged.and_then(|judged| pod(judged, me, before.is_some()));
+            let all = before.is_some() || drains || self.earlier.contains_key(address);
+            let mut after = judged.and_then(|judged| pod(judged, me, all));
+            if let Some(after) = &mut after {
+                after.former = self.former(before.as_ref(), after);
+            }
             self.count(after.as_ref(), true);
             if let Some(after) = after {
                 self.wanted.pods.insert(*address, after);
             }
         }
-        self.inside_stale |= !changed.addresses.is_empty();
-        !changed.policies.is_empty() || (self.inside_stale && !self.wanted.policies.is_empty())
+        if self.begun {
+            self.recall();
+        }
+        touched || (self.inside_stale && !self.wanted.policies.is_empty())
+    }
+
+    /// The policy by whose gateway a pod's flows from before go on, if it is not its tenant any more and that one's flows
+    /// go on.
+    fn former(&self, before: Option<&Pod>, now: &Pod) -> Option<PolicyName> {
+        let before = before.filter(|before| before.identity == now.identity)?;
+        let left = before.policy().filter(|was| now.policy() != Some(*was));
+        let former = left.or(before.former.as_ref())?;
+        self.wanted.policies.contains_key(former).then(|| former.clone())
+    }
+
+    /// The same of pods as they were by an earlier process's word.
+    fn recall(&mut self) {
+        let named = |hash: u64| {
+            let mut names = self.wanted.policies.keys();
+            names.find(|name| seed_of(name) == hash).cloned()
+        };
+        for (address, was) in std::mem::take(&mut self.earlier) {
+            let Some(pod) = self.wanted.pods.get_mut(&address) else {
+                continue;
+            };
+            let left = named(was.policy).filter(|left| pod.policy() != Some(left));
+            pod.former = left.or_else(|| named(was.former));
+        }
+    }
+
+    /// Flows of a policy go on no more.
+    fn forget_former(&mut self, policy: &PolicyName) {
+        for pod in self.wanted.pods.values_mut() {
+            pod.former.take_if(|former| former == policy);
+        }
     }
 
     /// A node's networks may have changed.
@@ -131,6 +195,7 @@ fn pod(judged: &Judged, me: &NodeName, had: bool) -> Option<Pod> {
         node,
         tenant,
         identity: judged.identity,
+        former: None,
     })
 }
 
@@ -170,6 +235,11 @@ impl Speaker {
                 around,
             }),
         })
+    }
+
+    /// What an earlier process has left of whose tenants pods were; before anything is listed.
+    pub fn recall(&mut self, earlier: Earlier) {
+        self.plan.earlier = earlier;
     }
 
     /// Tells the programs, if it is another thing than before.
@@ -222,7 +292,10 @@ impl Speaker {
 
     /// The group of a policy's addresses.
     fn group_of(&self, policy: &PolicyName) -> Option<(IpAddr, Arc<Group>)> {
-        let address = self.egress.addresses_of(policy).next()?;
+        // One that pods leave by goes before those that flows are left on.
+        let drains = self.egress.draining(policy);
+        let addresses = self.egress.addresses_of(policy);
+        let address = addresses.min_by_key(|address| drains.contains(address))?;
         let group = &self.index.virtual_ip(address)?.group;
         Some((address, self.index.groups().get(group)?.clone()))
     }

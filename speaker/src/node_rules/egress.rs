@@ -4,6 +4,7 @@
 //!  prerouting ─> egress-replies  frames of a gateway get the mark of their way: the reverse path is that
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
 //!                  forged ─> drop      answers ─> judged      unknown, and other nodes' ─> drop
+//!                  from before the pod was whose it is ─> that policy's egress-led-…, as egress, way
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
 //!                                               no gateway ─> drop, else: judged, egress, way
 //!                      one for other pods: judged
@@ -30,7 +31,7 @@ use landfall_core::ip::Family;
 
 use super::ruleset::{Element, TABLE, elements, replace};
 use super::{Config, Leaving, Rules};
-use crate::egress::{Policy, PolicyName, Tenant};
+use crate::egress::{Pod, Policy, PolicyName, Tenant};
 use ways::Way;
 pub(super) use ways::Ways;
 
@@ -58,6 +59,7 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     }
     elements(text, "add", "egress-sources", &sources(leaving));
     elements(text, "add", "egress-closed", &closed(leaving));
+    elements(text, "add", "egress-former", &formers(leaving));
     for (way, value) in ways {
         macs(text, "add", *value, &gateways(leaving, way));
     }
@@ -89,7 +91,9 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
         match before.get(name) {
             Some(known) if known == policy => continue,
             Some(_) => {
-                let _ = writeln!(text, "flush chain inet {TABLE} {}", chain(name));
+                for chain in [chain(name), former_chain(name)] {
+                    let _ = writeln!(text, "flush chain inet {TABLE} {chain}");
+                }
             }
             None => add_chain(text, name),
         }
@@ -97,6 +101,7 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     }
     replace(text, "egress-closed", &closed(old), &closed(new));
     replace(text, "egress-sources", &sources(old), &sources(new));
+    replace(text, "egress-former", &formers(old), &formers(new));
     for (way, value) in ways {
         let (old, new) = (gateways(old, way), gateways(new, way));
         macs(text, "delete", *value, &(&old - &new));
@@ -105,18 +110,20 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     for name in before.keys().filter(|name| !after.contains_key(*name)) {
         let _ = writeln!(
             text,
-            "delete chain inet {TABLE} {0}\ndelete counter inet {TABLE} {0}",
-            chain(name)
+            "delete chain inet {TABLE} {0}\ndelete counter inet {TABLE} {0}\ndelete chain inet {TABLE} {1}",
+            chain(name),
+            former_chain(name)
         );
     }
 }
 
-/// A policy's chain, and the counter of its packets that are dropped for want of a gateway or an address.
+/// A policy's chains, and the counter of its packets that are dropped for want of a gateway or an address.
 fn add_chain(text: &mut String, policy: &PolicyName) {
     let _ = writeln!(
         text,
-        "add chain inet {TABLE} {0}\nadd counter inet {TABLE} {0}",
-        chain(policy)
+        "add chain inet {TABLE} {0}\nadd counter inet {TABLE} {0}\nadd chain inet {TABLE} {1}",
+        chain(policy),
+        former_chain(policy)
     );
 }
 
@@ -133,6 +140,7 @@ fn skeleton(text: &mut String, leaving: &Leaving) {
         let _ = writeln!(
             text,
             "add map inet {TABLE} egress-sources{suffix} {{ type {kind} : verdict; }}
+add map inet {TABLE} egress-former{suffix} {{ type {kind} : verdict; }}
 add set inet {TABLE} egress-closed{suffix} {{ type {kind}; }}
 add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}
 add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
@@ -228,6 +236,17 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
     // its gateway's frame came is none: its connection bears the mark.
     rule(&format!(
         "egress-judge ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
+    ));
+    // A flow from before its pod was whose it is goes on by the gateway that it began with, or not at all.
+    let former = judged | egress;
+    let is_former = format!("ct mark and {former:#x} == {former:#x}");
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        rule(&format!(
+            "egress-judge {is_former} {family} saddr vmap @egress-former{suffix}"
+        ));
+    }
+    rule(&format!(
+        "egress-judge {is_former} counter name egress-translated drop"
     ));
     rule("egress-judge ip saddr vmap @egress-sources4");
     rule("egress-judge ip6 saddr vmap @egress-sources6");
@@ -344,20 +363,35 @@ fn verdict(
         .led_to()
         .and_then(|gateway| Way::to(gateway, &leaving.node))
         .and_then(|way| ways.get(&way));
-    match way {
+    let rest = !(judged | egress | config.mark_mask);
+    let led = match way {
         Some(value) => {
-            let rest = !(judged | egress | config.mark_mask);
             let mark = judged | egress | value;
             rule(&format!(
                 "meta mark set meta mark and {rest:#x} or {mark:#x} \
                  ct mark set ct mark and {:#x} or {egress:#x} accept",
                 !egress
             ));
+            // Without the mark of what is judged the guard leads it where flows from before go.
+            let mark = egress | value;
+            format!("meta mark set meta mark and {rest:#x} or {mark:#x} accept")
         }
-        None => rule(&format!(
-            "counter name {chain} counter name egress-no-gateway drop"
-        )),
-    }
+        None => {
+            let dropped = format!("counter name {chain} counter name egress-no-gateway drop");
+            rule(&dropped);
+            dropped
+        }
+    };
+    let _ = writeln!(
+        text,
+        "add rule inet {TABLE} {} {led}",
+        former_chain(name)
+    );
+}
+
+/// The chain of flows that began when their pods were a policy's tenants.
+fn former_chain(policy: &PolicyName) -> String {
+    chain(policy).replacen("egress-of-", "egress-led-", 1)
 }
 
 /// The chain of a policy. A long name is told by what it begins with and by its hash.
@@ -440,37 +474,50 @@ impl Element for Source {
 /// This node's pods.
 fn sources(leaving: &Leaving) -> BTreeSet<Source> {
     own(leaving)
-        .map(|(address, tenant)| Source {
+        .map(|(address, pod)| Source {
             address,
-            chain: match tenant {
+            chain: match pod.policy() {
                 None => "egress-plain".to_owned(),
-                Some(Tenant { policy, .. }) if leaving.egress.policies.contains_key(policy) => {
-                    chain(policy)
-                }
+                Some(policy) if leaving.egress.policies.contains_key(policy) => chain(policy),
                 Some(_) => "egress-nowhere".to_owned(),
             },
         })
         .collect()
 }
 
+/// Those of them that have flows from before they were whose they are.
+fn formers(leaving: &Leaving) -> BTreeSet<Source> {
+    let former = |(address, pod): (IpAddr, &Pod)| {
+        let policy = pod.former.as_ref()?;
+        let known = leaving.egress.policies.contains_key(policy);
+        known.then(|| Source {
+            address,
+            chain: former_chain(policy),
+        })
+    };
+    own(leaving).filter_map(former).collect()
+}
+
 /// Those of them that are tenants.
 pub(super) fn tenants(leaving: &Leaving) -> BTreeSet<IpAddr> {
     own(leaving)
-        .filter_map(|(address, tenant)| tenant.map(|_| address))
+        .filter(|(_, pod)| pod.tenant.is_some())
+        .map(|(address, _)| address)
         .collect()
 }
 
 /// Those of these that have no address to leave by.
 fn closed(leaving: &Leaving) -> BTreeSet<IpAddr> {
+    let is_closed = |tenant: &Tenant| tenant.egress_ip.is_none();
     own(leaving)
-        .filter(|(_, tenant)| tenant.is_some_and(|tenant| tenant.egress_ip.is_none()))
+        .filter(|(_, pod)| pod.tenant.as_ref().is_some_and(is_closed))
         .map(|(address, _)| address)
         .collect()
 }
 
-/// The addresses of this node's pods.
-pub(super) fn own(leaving: &Leaving) -> impl Iterator<Item = (IpAddr, Option<&Tenant>)> {
+/// This node's pods, by their addresses.
+pub(super) fn own(leaving: &Leaving) -> impl Iterator<Item = (IpAddr, &Pod)> {
     let pods = leaving.egress.pods.iter();
     pods.filter(|(_, pod)| pod.node == leaving.node)
-        .map(|(address, pod)| (*address, pod.tenant.as_ref()))
+        .map(|(address, pod)| (*address, pod))
 }

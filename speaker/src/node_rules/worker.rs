@@ -236,12 +236,13 @@ impl Worker {
         // What leaves is known by its port before it may leave.
         let loaded = self.ports.make(&rules).await;
         self.is_own(loaded);
+        let (first, then) = settling(self.before.as_ref(), &rules, &self.config);
+        settle(first).await;
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.is_own(Some(process));
         }
         let shrunk = stale::shrunk(self.written.as_ref(), &rules);
-        let settling = settling(self.before.as_ref(), &rules, &self.config);
         self.before = Some(match &rules.egress {
             Some(leaving) => Before::Armed(leaving.clone()),
             None => Before::Unarmed,
@@ -255,7 +256,7 @@ impl Worker {
         self.written = Some(rules);
         self.arrival_mark.send_replace(Some(arrival));
         end_flows(shrunk).await;
-        settle(settling).await;
+        settle(then).await;
         self.in_force.send_replace(egress.as_ref().into());
         self.boot.after(self.written.as_ref(), &self.config).await;
         left?;

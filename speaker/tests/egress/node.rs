@@ -244,6 +244,7 @@ impl Cluster {
             bandwidth: None,
             hairpin: false,
             cuts: false,
+            addresses: BTreeSet::new(),
         }
     }
 
@@ -264,6 +265,7 @@ impl Cluster {
                 node,
                 tenant,
                 identity: 1,
+                former: None,
             };
             egress.pods.insert(address, pod);
         }

@@ -87,6 +87,7 @@ fn pods_of_nodes_off_the_segment_leave_by_their_egress_address() {
                 node: "far".into(),
                 tenant: Some(tenant),
                 identity: 1,
+                former: None,
             },
         );
     }

@@ -460,6 +460,7 @@ fn mk_egress(uplink: u32) -> Egress {
         bandwidth: None,
         hairpin: false,
         cuts: false,
+        addresses: BTreeSet::new(),
     };
     let mut pods = BTreeMap::new();
     for place in 0..5 {
@@ -475,6 +476,7 @@ fn mk_egress(uplink: u32) -> Egress {
                     node: node.into(),
                     tenant: Some(tenant),
                     identity: 1,
+                    former: None,
                 },
             );
         }
@@ -491,6 +493,7 @@ fn mk_egress(uplink: u32) -> Egress {
         .map(|net| net.parse().unwrap())
         .into(),
     }
+    .with_addresses_of_tenants()
 }
 
 pub(super) fn mac_of(host: &Netns, interface: &str) -> [u8; 6] {

@@ -74,6 +74,8 @@ pub struct EgressState {
     pub flags: u32,
     /// Since when it leads it, in [`ticks`](super::binding::ticks), if it does.
     pub since: u32,
+    /// The policy that copies of bindings there are of, if their pods leave by another address by now; 0 if none is known.
+    pub policy: u32,
 }
 
 /// Flags of an [`EgressState`].
@@ -480,7 +482,7 @@ mod tests {
             4 * 4 + 16 + 16,
             4 + 16,
             6 * 4 + 4 + 4 + 4,
-            4 + 4,
+            4 + 4 + 4,
             9 * 8,
         ];
         assert_eq!(sizes, expected);

@@ -35,11 +35,16 @@ pub struct Pair {
 pub struct Tenant {
     /// The place of its policy's [`Gateway`].
     pub policy: u32,
+    /// The place of that of the policy whose tenant it was: its flows from then go there. [`NOBODY`] for none.
+    pub former: u32,
     /// [`tenant_flag`]s.
     pub flags: u32,
     /// The address it leaves by; all zero for none.
     pub address: VipKey,
 }
+
+/// No policy.
+pub const NOBODY: u32 = u32::MAX;
 
 /// Flags of a [`Tenant`].
 pub mod tenant_flag {
@@ -180,7 +185,7 @@ mod tests {
         ];
         assert_eq!(
             sizes,
-            [4 + 4 + 16, 8 + 4 + 4 + 4 + 6 + 6, 4 + 4 + 4, 16 + 16]
+            [4 + 4 + 4 + 16, 8 + 4 + 4 + 4 + 6 + 6, 4 + 4 + 4, 16 + 16]
         );
     }
 }

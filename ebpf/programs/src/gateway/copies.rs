@@ -105,9 +105,14 @@ fn clear<F: Family>() -> u32 {
     let Some(room) = F::room() else {
         return outcome::LATER;
     };
-    let Some(source) = maps::source(&VipKey(room.copy_out.local.mapped())) else {
+    let Some(mut source) = maps::source(&VipKey(room.copy_out.local.mapped())) else {
         return outcome::LATER;
     };
+    let egress = room.copy_in.local.mapped();
+    if source.egress != egress {
+        // The flow is older than what the pod leaves by now.
+        source.policy = maps::egress(&VipKey(egress)).policy as u16;
+    }
     let link = maps::policy(source.policy).map_or(0, |policy| policy.link);
     let hop = match maps::route(link, &room.copy_in.remote.mapped()) {
         Some(hop) if link != 0 && hop != 0 => hop,

@@ -407,7 +407,7 @@ impl Task {
         self.listen()?;
         let kept = self.keep(&plan)?;
         if plan.interfaces.is_empty() {
-            // Flows that began under a policy go on to their end.
+            // What it was is read once more: it has ended.
             if kept.is_some_and(|kept| kept.read == 0) {
                 self.unload();
                 return Ok(State::Idle);
@@ -493,7 +493,8 @@ impl Task {
         Ok(())
     }
 
-    /// Ends the flows of pods whose addresses are others' by now: these would leave by the address of those.
+    /// Ends the flows of pods whose addresses are others' by now, which would leave by the address of those, and of policies
+    /// whose flows are not to go on.
     fn end_orphans(&mut self, plan: &Plan) -> Result<(), GatewayError> {
         let orphaned = lock(&self.shared.tables)
             .as_ref()
@@ -505,7 +506,7 @@ impl Task {
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
         let ended = loaded.keeper.end_all(program, &orphaned)?;
         if ended > 0 {
-            tracing::debug!(ended, "flows of pods that are gone have ended");
+            tracing::debug!(ended, "flows of pods and policies that are gone have ended");
         }
         Ok(())
     }

@@ -2,25 +2,66 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use ipnet::IpNet;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::guard::{
-    Gateway, MAX_GATEWAYS, Marks, Tenant, gateway_flag, map, tenant_flag,
+    Gateway, MAX_GATEWAYS, Marks, NOBODY, Tenant, gateway_flag, map, tenant_flag,
 };
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 use xxhash_rust::xxh64::xxh64;
 
+use super::super::pins::Pins;
 use super::super::tables::{Nodes, Numbers, TablesError, forget, taken};
 use super::Leaving;
 use crate::egress::{Policy, PolicyName, marks};
 use crate::node_rules::TUNNEL;
 
 type Network = (u32, [u8; 16]);
+
+/// What a policy is known by in the maps.
+pub fn seed_of(policy: &str) -> u64 {
+    xxh64(policy.as_bytes(), 0).max(1)
+}
+
+/// The policies whose tenant a pod's address is and was, by their [`seed_of`]; 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Was {
+    /// Whose it is.
+    pub policy: u64,
+    /// Whose it was before.
+    pub former: u64,
+}
+
+/// What an earlier process has left of tenants.
+pub type Earlier = BTreeMap<IpAddr, Was>;
+
+/// Reads it from what is pinned in `pin_dir`; nothing, if nothing is.
+pub fn earlier(pin_dir: &Path) -> Earlier {
+    let read = || -> Option<Earlier> {
+        let pins = Pins::open(pin_dir).ok()?;
+        let tenants = MapData::from_pin(pins.map(map::TENANTS)).ok()?;
+        let tenants: HashMap<_, VipKey, Tenant> = Map::HashMap(tenants).try_into().ok()?;
+        let gateways = MapData::from_pin(pins.map(map::GATEWAYS)).ok()?;
+        let gateways: Array<_, Gateway> = Map::Array(gateways).try_into().ok()?;
+        let seed = |number: u32| {
+            let known = (number != NOBODY).then(|| gateways.get(&number, 0).ok());
+            known.flatten().map_or(0, |gateway| gateway.seed)
+        };
+        let was = |tenant: Tenant| Was {
+            policy: seed(tenant.policy),
+            former: seed(tenant.former),
+        };
+        let known = tenants.iter().flatten();
+        Some(known.map(|(key, tenant)| (key.address(), was(tenant))).collect())
+    };
+    read().unwrap_or_default()
+}
 
 /// The guard's maps, and what this process knows to be in them.
 pub(in super::super) struct Guard {
@@ -155,7 +196,7 @@ impl Guard {
             .collect();
         let mut numbers = BTreeMap::new();
         for (name, policy) in &leaving.egress.policies {
-            let seed = xxh64(name.as_bytes(), 0).max(1);
+            let seed = seed_of(name);
             let number = match by_seed.get(&seed) {
                 Some(number) => *number,
                 None => self
@@ -180,17 +221,23 @@ impl Guard {
     ) -> Result<(), TablesError> {
         let mut wanted = BTreeMap::new();
         for (address, pod) in &leaving.egress.pods {
-            let Some(tenant) = &pod.tenant else { continue };
-            let egress_ip = tenant.egress_ip;
+            let number = |policy: &PolicyName| numbers.get(policy).copied();
+            let former = pod.former.as_ref().and_then(number);
+            if pod.tenant.is_none() && former.is_none() {
+                continue;
+            }
+            let egress_ip = pod.tenant.as_ref().and_then(|tenant| tenant.egress_ip);
+            let policy = pod.policy().and_then(number);
             let mut flags = 0;
             if pod.node == leaving.node {
                 flags |= tenant_flag::HERE;
             }
-            if egress_ip.is_some() && numbers.contains_key(&tenant.policy) {
+            if egress_ip.is_some() && policy.is_some() {
                 flags |= tenant_flag::OPEN;
             }
             let tenant = Tenant {
-                policy: numbers.get(&tenant.policy).copied().unwrap_or(u32::MAX),
+                policy: policy.unwrap_or(NOBODY),
+                former: former.unwrap_or(NOBODY),
                 flags,
                 address: egress_ip.map_or(VipKey([0; 16]), VipKey::from_address),
             };

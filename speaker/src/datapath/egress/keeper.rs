@@ -83,14 +83,14 @@ impl Keeper {
         Ok(kept)
     }
 
-    /// Ends what is bound for these pods' addresses, in use or not; how many bindings that were.
+    /// Ends what is bound for these, in use or not; how many bindings that were.
     pub(in super::super) fn end_all(
         &self,
         program: &SchedClassifier,
-        pods: &BTreeSet<VipKey>,
+        orphaned: &Orphaned,
     ) -> io::Result<usize> {
-        let v4 = end_of::<V4>(&self.v4, 4, program, pods)?;
-        Ok(v4 + end_of::<V6>(&self.v6, 6, program, pods)?)
+        let v4 = end_of::<V4>(&self.v4, 4, program, orphaned)?;
+        Ok(v4 + end_of::<V6>(&self.v6, 6, program, orphaned)?)
     }
 
     fn look_at<A: Address>(
@@ -136,11 +136,27 @@ impl Keeper {
     }
 }
 
+/// Whose bindings are to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Orphaned {
+    /// Pods' addresses.
+    pub(super) pods: BTreeSet<VipKey>,
+    /// Policies, by their numbers.
+    pub(super) policies: BTreeSet<u16>,
+}
+
+impl Orphaned {
+    /// Whether nothing is to end.
+    pub(in super::super) fn is_empty(&self) -> bool {
+        self.pods.is_empty() && self.policies.is_empty()
+    }
+}
+
 fn end_of<A: Address>(
     map: &MapData,
     family: u8,
     program: &SchedClassifier,
-    pods: &BTreeSet<VipKey>,
+    orphaned: &Orphaned,
 ) -> io::Result<usize>
 where
     Key<A>: aya::Pod,
@@ -151,10 +167,11 @@ where
         map.fd().as_fd(),
         BATCH,
         |entries: &[(Key<A>, Binding<A>)]| {
-            let of_pods = entries.iter();
-            let of_pods =
-                of_pods.filter(|(_, binding)| pods.contains(&VipKey(binding.to.mapped())));
-            let keys: Vec<Key<A>> = of_pods.map(|(key, _)| *key).collect();
+            let ending = entries.iter().filter(|(_, binding)| {
+                orphaned.policies.contains(&binding.policy)
+                    || orphaned.pods.contains(&VipKey(binding.to.mapped()))
+            });
+            let keys: Vec<Key<A>> = ending.map(|(key, _)| *key).collect();
             for some in keys.chunks(keep::MOST) {
                 // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
                 // heard in between.

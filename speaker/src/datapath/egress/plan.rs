@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use landfall_core::model::NodeName;
 use landfall_ebpf_common::egress::pace::Pace;
 
-use crate::egress::{Egress, PolicyName};
+use crate::egress::{Egress, Pod, PolicyName};
 
 /// Where this node is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +94,8 @@ pub(in super::super) struct Plan {
     /// Which pods the addresses are of, tenants' or not: flows of another pod that had one are not its own.
     pub(super) owners: BTreeMap<IpAddr, u64>,
     pub(super) egress: BTreeSet<IpAddr>,
+    /// The policies that this node is gateway or standby of, by their addresses.
+    pub(super) of: BTreeMap<IpAddr, PolicyName>,
     pub(super) nodes: BTreeMap<PeerId, NodePlan>,
     pub(super) hops: BTreeMap<HopId, HopPlan>,
     /// By uplink and network; nothing for what is the cluster's own.
@@ -184,15 +186,21 @@ pub(in super::super) fn plan(
     plan.interfaces = around.uplinks.keys().copied().collect();
     for (name, policy) in &egress.policies {
         let gateway = policy.gateway.as_ref();
-        let Some(gateway) = gateway.filter(|gateway| gateway.node == around.node) else {
+        let is_here = gateway.is_some_and(|gateway| gateway.node == around.node);
+        if !is_here {
             plan.elsewhere.insert(name.clone());
+        }
+        let is_ours = is_here || !policy.addresses.is_disjoint(addresses);
+        let Some(gateway) = gateway.filter(|_| is_ours) else {
             continue;
         };
-        plan.policies.insert(
-            name.clone(),
-            PolicyPlan::of(policy, gateway.interface, gateway.interface),
-        );
-        plan.network(gateway.interface, egress, around);
+        let link = gateway.interface;
+        let uplink = if is_here { link } else { 0 };
+        let planned = PolicyPlan::of(policy, uplink, link);
+        plan.policies.insert(name.clone(), planned);
+        plan.network(link, egress, around);
+        let of = policy.addresses.iter();
+        plan.of.extend(of.map(|address| (*address, name.clone())));
     }
     for (address, pod) in &egress.pods {
         plan.owners.insert(*address, pod.identity);
@@ -267,21 +275,25 @@ impl Plan {
     fn pod(
         &mut self,
         address: IpAddr,
-        pod: &crate::egress::Pod,
+        pod: &Pod,
         egress: &Egress,
         around: &Surroundings,
         addresses: &BTreeSet<IpAddr>,
     ) {
-        let Some(tenant) = &pod.tenant else {
-            return;
-        };
-        let policy = egress.policies.get(&tenant.policy);
-        let Some((policy, gateway)) =
-            policy.and_then(|policy| Some((policy, policy.gateway.as_ref()?)))
-        else {
-            return;
-        };
+        let gateway_of = |policy: &PolicyName| egress.policies.get(policy)?.gateway.as_ref();
         let is_local = pod.node == around.node;
+        let found = pod.tenant.as_ref();
+        let found = found.and_then(|tenant| Some((tenant, gateway_of(&tenant.policy)?)));
+        let Some((tenant, gateway)) = found else {
+            // Of its flows from before there may be some here, or copies.
+            let ours = self.policies.values().map(|policy| policy.link).min();
+            let former = pod.former.as_ref().and_then(gateway_of);
+            let former = former.map(|gateway| gateway.interface);
+            if let Some(interface) = former.or(ours).filter(|_| !self.of.is_empty()) {
+                self.plain(address, pod, interface, around);
+            }
+            return;
+        };
         if gateway.node == around.node {
             let Some(egress_ip) = tenant.egress_ip else {
                 return;
@@ -304,12 +316,10 @@ impl Plan {
         }
         let standby = tenant.egress_ip.filter(|egress| addresses.contains(egress));
         if !is_local && standby.is_none() {
+            if !self.of.is_empty() {
+                self.plain(address, pod, gateway.interface, around);
+            }
             return;
-        }
-        if standby.is_some() && !self.policies.contains_key(&tenant.policy) {
-            let planned = PolicyPlan::of(policy, 0, gateway.interface);
-            self.policies.insert(tenant.policy.clone(), planned);
-            self.network(gateway.interface, egress, around);
         }
         let id = |node: &NodeName| PeerId {
             node: node.clone(),
@@ -332,6 +342,22 @@ impl Plan {
                 gateway: leads,
             },
         );
+    }
+
+    /// A pod of which nothing is to be known here but where it is.
+    fn plain(&mut self, address: IpAddr, pod: &Pod, interface: u32, around: &Surroundings) {
+        let is_local = pod.node == around.node;
+        let node = (!is_local).then(|| around.nearest(&pod.node, interface));
+        if let Some(node) = &node {
+            self.node(node, false, around);
+        }
+        let source = SourcePlan {
+            here: None,
+            standby: None,
+            node,
+            gateway: None,
+        };
+        self.sources.insert(address, source);
     }
 
     fn node(&mut self, id: &PeerId, is_gateway: bool, around: &Surroundings) {

@@ -52,6 +52,7 @@ impl Standing {
             Self::StandsBy => EgressState {
                 flags: egress_flag::STANDBY,
                 since: 0,
+                policy: 0,
             },
             Self::Leads { since, licence } => {
                 let ago = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -63,6 +64,7 @@ impl Standing {
                 EgressState {
                     flags: egress_flag::LED | more,
                     since: now().wrapping_sub(tick(ago)),
+                    policy: 0,
                 }
             }
         }

@@ -24,7 +24,7 @@ use xxhash_rust::xxh64::xxh64;
 use super::super::pins::Pins;
 use super::super::tables::{Numbers, TablesError, network, taken};
 use super::attach::is_attached;
-use super::keeper::Kept;
+use super::keeper::{Kept, Orphaned};
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
 use super::standing::States;
 use super::tally::Tally;
@@ -46,6 +46,8 @@ pub(in super::super) struct Tables {
     /// The addresses by which pods leave here, and what this node is to addresses.
     by: BTreeSet<VipKey>,
     states: States,
+    /// The numbers of the policies that addresses are of.
+    of: BTreeMap<VipKey, u32>,
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
     counts: PerCpuArray<MapData, PolicyCount>,
@@ -168,7 +170,13 @@ impl Tables {
         // As long as nothing else is said, this node is what it was: copies stay, and who was silent is.
         let states = egress.iter().flatten().filter_map(|(key, state)| {
             let flags = state.flags & !egress_flag::HERE;
-            (flags != 0).then_some((key, EgressState { flags, ..state }))
+            let policy = 0;
+            let state = EgressState {
+                flags,
+                policy,
+                ..state
+            };
+            (flags != 0).then_some((key, state))
         });
         Ok(Self {
             states: states.collect(),
@@ -195,6 +203,7 @@ impl Tables {
             filter: taken(ebpf, map::FILTER)?,
             planned: Box::new(Filter::EMPTY),
             by: BTreeSet::new(),
+            of: BTreeMap::new(),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
             counts: taken(ebpf, map::COUNTS)?,
@@ -246,21 +255,33 @@ impl Tables {
         for address in &self.by {
             wanted.entry(*address).or_default().flags |= egress_flag::HERE;
         }
+        for (address, state) in &mut wanted {
+            state.policy = self.of.get(address).copied().unwrap_or_default();
+        }
         sync(&mut self.egress, &wanted)?;
         let silent = |state: &EgressState| state.flags & egress_flag::SILENT != 0;
         self.flag(settings_flag::SILENT, wanted.values().any(silent))
     }
 
-    /// The addresses that are other pods' by now, or nobody's: what is bound for them is to end.
-    pub(in super::super) fn orphaned(&self, plan: &Plan) -> BTreeSet<VipKey> {
-        if !plan.knows_pods() {
-            return BTreeSet::new();
+    /// What is bound for whom, and is to end: for pods' addresses that are others' by now, or nobody's, and for policies
+    /// that are gone with all their flows.
+    pub(in super::super) fn orphaned(&self, plan: &Plan) -> Orphaned {
+        let known = plan.policies.keys().chain(&plan.elsewhere);
+        let known: BTreeSet<u64> = known.map(name_of_policy).collect();
+        let numbers = self.policies.numbers.iter();
+        let gone = numbers.filter(|(hash, _)| !known.contains(hash));
+        let mut orphaned = Orphaned {
+            pods: BTreeSet::new(),
+            policies: gone.map(|(_, found)| number(*found)).collect(),
+        };
+        if plan.knows_pods() {
+            let gone = self.owners.iter().filter(|(address, identity)| {
+                let now = plan.owners.get(&address.address());
+                now != Some(*identity)
+            });
+            orphaned.pods = gone.map(|(address, _)| *address).collect();
         }
-        let gone = self.owners.iter().filter(|(address, identity)| {
-            let now = plan.owners.get(&address.address());
-            now != Some(*identity)
-        });
-        gone.map(|(address, _)| *address).collect()
+        orphaned
     }
 
     /// Makes the maps hold what is planned, and nothing else. What bindings name goes first, what names it after.
@@ -291,6 +312,11 @@ impl Tables {
         self.by = egress
             .map(|address| VipKey::from_address(*address))
             .collect();
+        let of = plan.of.iter().filter_map(|(address, name)| {
+            let number = self.policies.numbers.get(&name_of_policy(name))?;
+            Some((VipKey::from_address(*address), *number))
+        });
+        self.of = of.collect();
         self.write_egress()?;
         let sources = plan
             .sources

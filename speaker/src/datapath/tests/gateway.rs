@@ -162,6 +162,7 @@ fn mk_policy(gateway: &str) -> Policy {
         bandwidth: None,
         hairpin: false,
         cuts: false,
+        addresses: BTreeSet::new(),
     }
 }
 
@@ -173,6 +174,7 @@ fn mk_pod(node: &str, policy: &str, egress_ip: IpAddr) -> Pod {
             egress_ip: Some(egress_ip),
         }),
         identity: 1,
+        former: None,
     }
 }
 
@@ -197,7 +199,7 @@ fn mk_egress() -> Egress {
             (world.away, mk_pod("here", "far", world.second)),
         ]);
     }
-    egress
+    egress.with_addresses_of_tenants()
 }
 
 impl Gate {

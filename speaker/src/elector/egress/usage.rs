@@ -12,6 +12,9 @@ use crate::egress::PolicyName;
 
 /// How often it is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How long no flow is to be found before none is left: nodes hear of a policy's end one after the other, and who has taken
+/// over may have copies to place.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// What was found at the last look.
 #[derive(Debug, Default)]
@@ -21,6 +24,10 @@ pub(in super::super) struct Uses {
     usage: BTreeMap<PolicyName, Usage>,
     /// Packets of this node's pods that were dropped for want of a gateway.
     dropped: BTreeMap<PolicyName, u64>,
+    /// Since when this node has found no flow of a policy on an address that it leads, where none begins any more.
+    quiet: BTreeMap<(IpAddr, PolicyName), Duration>,
+    /// When it was looked last.
+    looked: Duration,
     /// Somebody wants this node out of it: it hands over what it is the gateway of.
     handing_over: bool,
     /// It is out of it.
@@ -36,9 +43,44 @@ impl Speaker {
         self.uses.due = now + LOOK_EVERY;
         self.uses.usage = self.parts.datapath.usage();
         self.uses.dropped = self.parts.rules.egress_dropped();
+        self.look_what_drains(now);
         let led = self.election.leaderships();
         led.filter(|(id, _)| self.group(id).is_some_and(|group| !group.egress.is_empty()))
             .map(|(id, _)| id.clone())
+            .collect()
+    }
+
+    fn look_what_drains(&mut self, now: Duration) {
+        self.uses.looked = now;
+        let mut quiet = BTreeMap::new();
+        for policy in self.gateway_of() {
+            // Who cannot look cannot say.
+            let usage = self.uses.usage.get(&policy);
+            let looks = usage.is_some() || !self.treats_egress();
+            for address in self.egress.draining(&policy) {
+                let live = usage.and_then(|usage| usage.bindings.get(&address));
+                if looks && live.is_none_or(|it| it.live == 0) {
+                    let at = (address, policy.clone());
+                    let since = self.uses.quiet.get(&at).copied().unwrap_or(now);
+                    quiet.insert(at, since);
+                }
+            }
+        }
+        self.uses.quiet = quiet;
+    }
+
+    /// The policies whose flows on an address go on and none begins, and whether all have ended.
+    pub fn draining_on(&self, address: IpAddr) -> BTreeMap<PolicyName, bool> {
+        let vip = self.index.virtual_ip(address);
+        let named = vip.into_iter().flat_map(|vip| &vip.egress_policies);
+        let drains = |policy: &&PolicyName| self.egress.draining(policy).contains(&address);
+        let is_over = |policy: &PolicyName| {
+            let since = self.uses.quiet.get(&(address, policy.clone()));
+            since.is_some_and(|since| self.uses.looked.saturating_sub(*since) >= QUIET)
+        };
+        named
+            .filter(drains)
+            .map(|policy| (policy.clone(), is_over(policy)))
             .collect()
     }
 

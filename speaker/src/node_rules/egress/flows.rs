@@ -5,7 +5,9 @@
 //!   ended, if it goes where the policy is for, and the policy says so.
 //! - A tenant's policy is for other destinations: what the policy was not for when it began stays likewise, by the rules'
 //!   mark, and what left by the policy goes on so.
-//! - A pod is a tenant no more: what kept the pod's address by our word would leave with it, and is ended.
+//! - A pod is a tenant no more, or another policy's: what kept the pod's address by our word would leave with it, or by the
+//!   other's gateway. It is marked to be known for what began before, and goes on by the gateway of that; or is ended, if
+//!   the policy that is gone says so.
 //! - The table was gone for a while, or an address is a new pod's: what somebody else translated is ended.
 //!
 //! What is ended begins anew with its next packet. Meanwhile the rules drop it.
@@ -21,7 +23,7 @@ use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use super::super::{Config, Leaving, Rules};
 use super::{merged, own, tenants};
 use crate::conntrack::{CONNTRACK, DELETE, GET, NEW, Side, address_of, attribute};
-use crate::egress::Egress;
+use crate::egress::{Egress, Pod};
 use crate::netlink::{DUMP, NESTED, Requests, find, put};
 
 /// `IPS_SRC_NAT` (`linux/netfilter/nf_conntrack_common.h`): it has another source than its pod.
@@ -51,9 +53,15 @@ pub(in super::super) struct Settling {
     end: BTreeSet<IpAddr>,
     /// They are new pods': what was translated for who had them before ends, whatever it was.
     fresh: BTreeSet<IpAddr>,
-    /// What kept its address ends.
+    /// What kept its address is from before now.
+    part: BTreeSet<IpAddr>,
+    /// The same, and what was from before is not.
+    swap: BTreeSet<IpAddr>,
+    /// What kept its address, and is not from before, ends.
     free: BTreeSet<IpAddr>,
-    /// Of all pods.
+    /// What is from before ends.
+    free_former: BTreeSet<IpAddr>,
+    /// All that kept its address ends, of all pods.
     free_all: bool,
     inside: Vec<IpNet>,
     vips: BTreeSet<IpAddr>,
@@ -61,48 +69,92 @@ pub(in super::super) struct Settling {
     egress: u32,
 }
 
-/// What follows from a change.
+/// What follows from a change: what is to be done before the rules say so, and what after.
 pub(in super::super) fn settling(
     before: Option<&Before>,
     now: &Rules,
     config: &Config,
-) -> Settling {
+) -> (Settling, Settling) {
     let (judged, egress) = config.egress_marks();
-    let mut settling = Settling {
+    let mut first = Settling {
         judged,
         egress,
         vips: now.vips.clone(),
         ..Settling::default()
     };
     let Some(leaving) = &now.egress else {
-        settling.free_all = !matches!(before, Some(Before::Unarmed));
-        return settling;
+        let mut then = first.clone();
+        then.free_all = !matches!(before, Some(Before::Unarmed));
+        return (first, then);
     };
-    settling.inside = merged(&leaving.egress.inside);
-    settling.egress_now = leaving.egress.clone();
-    let tenants = tenants(leaving);
+    first.inside = merged(&leaving.egress.inside);
+    first.egress_now = leaving.egress.clone();
+    let mut then = first.clone();
     match before {
-        None | Some(Before::Unknown) => settling.end = tenants,
-        Some(Before::Unarmed) => settling.keep = tenants,
+        None | Some(Before::Unknown) => {
+            then.end = tenants(leaving);
+            for (address, pod) in own(leaving).filter(|(_, pod)| pod.tenant.is_none()) {
+                if pod.former.is_some() {
+                    first.part.insert(address);
+                } else {
+                    then.free.insert(address);
+                    then.free_former.insert(address);
+                }
+            }
+        }
+        Some(Before::Unarmed) => then.keep = tenants(leaving),
         Some(Before::Armed(old)) if Arc::ptr_eq(old, leaving) => {}
         Some(Before::Armed(old)) => {
-            let were = super::tenants(old);
-            let known: BTreeSet<IpAddr> = own(old).map(|(address, _)| address).collect();
-            for (address, tenant) in own(leaving) {
-                match (tenant.is_some(), known.contains(&address)) {
-                    (true, true) if !were.contains(&address) => settling.keep.insert(address),
-                    (true, true) if cuts_more(address, &old.egress, &leaving.egress) => {
-                        settling.cut.insert(address)
+            for (address, pod) in own(leaving) {
+                let was = old.egress.pods.get(&address);
+                match was.filter(|was| was.node == old.node) {
+                    Some(was) => {
+                        moved(address, was, pod, &mut first, &mut then);
+                        if was.tenant.is_some()
+                            && cuts_more(address, &old.egress, &leaving.egress)
+                        {
+                            then.cut.insert(address);
+                        }
                     }
-                    (true, false) => settling.fresh.insert(address),
-                    (false, true) if were.contains(&address) => settling.free.insert(address),
-                    (false, false) => settling.free.insert(address),
-                    (true | false, true) => false,
-                };
+                    None if pod.tenant.is_some() => {
+                        then.fresh.insert(address);
+                    }
+                    None => {
+                        then.free.insert(address);
+                        then.free_former.insert(address);
+                    }
+                }
             }
         }
     }
-    settling
+    (first, then)
+}
+
+/// What follows from a change of whose a pod is.
+fn moved(address: IpAddr, was: &Pod, is: &Pod, first: &mut Settling, then: &mut Settling) {
+    if was.tenant.is_none() && is.tenant.is_some() {
+        then.keep.insert(address);
+    }
+    if was.former.is_some() && is.former.is_none() {
+        then.free_former.insert(address);
+    }
+    let left = was.policy().filter(|left| is.policy() != Some(*left));
+    let Some(left) = left else { return };
+    if is.former.as_ref() != Some(left) {
+        then.free.insert(address);
+        return;
+    }
+    if was.former.is_some() && was.former.as_ref() == is.policy() {
+        first.swap.insert(address);
+        return;
+    }
+    // What began in between is not told from what begins now, and begins anew.
+    first.part.insert(address);
+    then.free.insert(address);
+    // There is room for one policy's flows from before.
+    if was.former.as_ref().is_some_and(|former| former != left) {
+        first.free_former.insert(address);
+    }
 }
 
 /// Whether a tenant's policy cuts what was there before, and is another one or for other destinations than it was.
@@ -120,7 +172,8 @@ fn cuts_more(address: IpAddr, old: &Egress, new: &Egress) -> bool {
 /// What is to be done with a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
-    Marked,
+    /// The mark of what was judged is set, or taken.
+    Marked(bool),
     Ended,
 }
 
@@ -144,15 +197,36 @@ impl Settling {
     }
 
     fn is_empty(&self) -> bool {
-        let sets = [&self.keep, &self.cut, &self.end, &self.fresh, &self.free];
+        let sets = [
+            &self.keep,
+            &self.cut,
+            &self.end,
+            &self.fresh,
+            &self.part,
+            &self.swap,
+            &self.free,
+            &self.free_former,
+        ];
         sets.iter().all(|set| set.is_empty()) && !self.free_all
     }
 
     fn fate(&self, known: &Known) -> Option<Fate> {
         let ours = known.mark & self.egress != 0;
-        let freed = |address| self.free_all || self.free.contains(address);
-        if ours && (freed(&known.from) || freed(&known.to)) {
-            return Some(Fate::Ended);
+        let is_former = known.mark & self.judged != 0;
+        let of = |set: &BTreeSet<IpAddr>| set.contains(&known.from) || set.contains(&known.to);
+        if ours {
+            let freed = if is_former {
+                &self.free_former
+            } else {
+                &self.free
+            };
+            return if self.free_all || of(freed) {
+                Some(Fate::Ended)
+            } else if of(&self.swap) || of(&self.part) && !is_former {
+                Some(Fate::Marked(!is_former))
+            } else {
+                None
+            };
         }
         if known.status & OTHER_SOURCE == 0 || self.is_inside(known.peer) {
             return None;
@@ -165,7 +239,7 @@ impl Settling {
         if ends {
             return Some(Fate::Ended);
         }
-        (is_of(&self.keep) && !is_kept).then_some(Fate::Marked)
+        (is_of(&self.keep) && !is_kept).then_some(Fate::Marked(true))
     }
 
     fn is_inside(&self, address: IpAddr) -> bool {
@@ -194,7 +268,7 @@ impl Settling {
         let mut ended = 0;
         for (fate, body) in orders {
             let kind = match fate {
-                Fate::Marked => NEW,
+                Fate::Marked(_) => NEW,
                 Fate::Ended => DELETE,
             };
             match requests.ask(CONNTRACK << 8 | kind, 0, &body, |_| {}) {
@@ -228,10 +302,10 @@ impl Settling {
             put(&mut body, attribute::ZONE, zone);
         }
         match fate {
-            Fate::Marked => {
-                let mark = self.judged.to_be_bytes();
-                put(&mut body, attribute::MARK, &mark);
-                put(&mut body, attribute::MARK_MASK, &mark);
+            Fate::Marked(set) => {
+                let mark = if set { self.judged } else { 0 };
+                put(&mut body, attribute::MARK, &mark.to_be_bytes());
+                put(&mut body, attribute::MARK_MASK, &self.judged.to_be_bytes());
             }
             Fate::Ended => {
                 if let Some(id) = find(attributes, attribute::ID) {
@@ -246,7 +320,7 @@ impl Settling {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::egress::{Pod, Policy, Tenant};
+    use crate::egress::{Policy, Tenant};
 
     const JUDGED: u32 = 0x1000_0000;
     const EGRESS: u32 = 0x2000_0000;
@@ -270,6 +344,7 @@ mod tests {
                     node,
                     tenant,
                     identity,
+                    former: None,
                 },
             )
         };
@@ -307,18 +382,19 @@ mod tests {
         let old = mk_rules(&[(1, true), (2, false), (3, true), (4, false)]);
         let new = mk_rules(&[(1, true), (2, true), (3, false), (5, true), (6, false)]);
         let before = Before::Armed(old.egress.clone().unwrap());
-        let change = settling(Some(&before), &new, &config);
+        let (_, change) = settling(Some(&before), &new, &config);
         assert_eq!(
             (change.keep, change.fresh, change.free),
             (set(&[2]), set(&[5]), set(&[3, 6]))
         );
-        let first = settling(Some(&Before::Unarmed), &new, &config);
+        let (_, first) = settling(Some(&Before::Unarmed), &new, &config);
         assert_eq!((first.keep, first.end), (set(&[1, 2, 5]), set(&[])));
-        let again = settling(Some(&Before::Unknown), &new, &config);
+        let (_, again) = settling(Some(&Before::Unknown), &new, &config);
         assert_eq!((again.keep, again.end), (set(&[]), set(&[1, 2, 5])));
-        let last = settling(Some(&before), &Rules::default(), &config);
+        let (_, last) = settling(Some(&before), &Rules::default(), &config);
         assert!(last.free_all);
-        assert!(settling(Some(&before), &old, &config).is_empty());
+        let (first, then) = settling(Some(&before), &old, &config);
+        assert!(first.is_empty() && then.is_empty());
     }
 
     #[test]
@@ -335,14 +411,15 @@ mod tests {
             bandwidth: None,
             hairpin: false,
             cuts: true,
+            addresses: BTreeSet::new(),
         };
         let egress = Arc::get_mut(&mut leaving.egress).unwrap();
         egress.policies.insert("mail".into(), policy);
-        let appears = settling(Some(&Before::Unarmed), &rules, &config);
+        let (_, appears) = settling(Some(&Before::Unarmed), &rules, &config);
         for (to, fate) in [
             ([198, 51, 100, 7], Fate::Ended),
-            ([198, 51, 100, 9], Fate::Marked),
-            ([203, 0, 113, 7], Fate::Marked),
+            ([198, 51, 100, 9], Fate::Marked(true)),
+            ([203, 0, 113, 7], Fate::Marked(true)),
         ] {
             let known = mk_known(1, to, OTHER_SOURCE, 0);
             assert_eq!(appears.fate(&known), Some(fate), "{to:?}");
@@ -402,12 +479,12 @@ mod tests {
         let outside = [198, 51, 100, 7];
         let config = Config::default();
         let new = mk_rules(&[(1, true)]);
-        let kept = settling(Some(&Before::Unarmed), &new, &config);
-        let ended = settling(Some(&Before::Unknown), &new, &config);
+        let (_, kept) = settling(Some(&Before::Unarmed), &new, &config);
+        let (_, ended) = settling(Some(&Before::Unknown), &new, &config);
         for (known, if_kept, if_ended) in [
             (
                 mk_known(1, outside, OTHER_SOURCE, 0),
-                Some(Fate::Marked),
+                Some(Fate::Marked(true)),
                 Some(Fate::Ended),
             ),
             (mk_known(1, outside, OTHER_SOURCE, JUDGED), None, None),
@@ -419,7 +496,7 @@ mod tests {
             assert_eq!(ended.fate(&known), if_ended, "{known:?}");
         }
         let before = Before::Armed(new.egress.unwrap());
-        let freed = settling(Some(&before), &Rules::default(), &config);
+        let (_, freed) = settling(Some(&before), &Rules::default(), &config);
         assert_eq!(
             freed.fate(&mk_known(1, outside, 0, EGRESS)),
             Some(Fate::Ended)

@@ -457,3 +457,39 @@ fn what_waits_is_bounded() {
     copies.keep(&BTreeSet::from([world.egress]), &HashSet::new());
     assert_eq!(copies.aside(), 0);
 }
+
+/// A policy is gone, and its pods are nobody's or another's: a node that knows them so from the beginning takes copies of
+/// their flows all the same, and goes on with them.
+#[test]
+fn flows_of_a_policy_that_is_gone_are_copied() {
+    let mut egress = mk_egress();
+    for world in WORLDS {
+        let nobodys = Pod {
+            tenant: None,
+            ..egress.pods[&world.pod].clone()
+        };
+        egress.pods.insert(world.pod, nobodys);
+        let shops = mk_pod("other", "shop", world.second);
+        egress.pods.insert(world.friend, shops);
+    }
+    let addresses = WORLDS.map(|world| world.egress).into();
+    let gone = Policy::gone(addresses, mk_policy("here").gateway);
+    egress.policies.insert("mail".into(), gone);
+    let mut gate = Gate::standby(egress.clone(), forever());
+    for world in WORLDS {
+        let pods = [(world.pod, 40_000), (world.friend, 40_001)];
+        gate.copies
+            .insert(pods.map(|(pod, port)| binding(world, pod, port, port)).into());
+    }
+    assert_eq!(gate.copies.aside(), 0);
+    assert_eq!((gate.used("mail"), gate.used("shop")), (4, 0));
+    gate.leads(&egress, Licence::Full);
+    gate.keep();
+    for world in WORLDS {
+        for (pod, port) in [(world.pod, 40_000), (world.friend, 40_001)] {
+            assert_eq!(gate.out(world, pod, port, ACK), SENT);
+            assert_eq!(gate.back(world, port, ACK), SENT);
+        }
+        gate.passes(&segment(world, world.pod, 41_000, SYN));
+    }
+}

@@ -67,6 +67,7 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
         bandwidth: None,
         hairpin: false,
         cuts: false,
+        addresses: BTreeSet::new(),
     };
     let mut egress = Egress {
         policies: [("mail".into(), policy)].into(),
@@ -90,6 +91,7 @@ fn mk_leaving(gateway: Option<Gateway>) -> Change {
                 node,
                 tenant,
                 identity: 1,
+                former: None,
             };
             egress.pods.insert(pod(family, last), pod_of);
         }
@@ -215,6 +217,53 @@ fn others_leave_when_they_are_judged() {
     for last in [TENANT, CLOSED, NOBODYS] {
         let left = program.guards(pod(0, last), client(VIPS[0]), NO_MARK, POD_LINK);
         assert_eq!(left, Left::Passed);
+    }
+}
+
+/// A pod that was a tenant of one policy and is another's, or nobody's: what it had goes where it went, what it begins does
+/// not, and what nobody has told apart goes nowhere.
+#[test]
+fn flows_from_before_go_to_the_gateway_that_they_began_with() {
+    const SECOND: [u8; 6] = [2, 0, 0, 0, 9, 7];
+    let remote = client(VIPS[0]);
+    let (moved, left) = (pod(0, TENANT), pod(0, CLOSED));
+    let mut program = Program::load();
+    let Change::Egress(Some(leaving)) = mk_leaving(Some(mk_gateway())) else {
+        panic!("it is what is made");
+    };
+    let mut egress = Egress::clone(&leaving.egress);
+    let second = Policy {
+        gateway: Some(Gateway {
+            mac: Some(SECOND),
+            ..mk_gateway()
+        }),
+        ..egress.policies["mail"].clone()
+    };
+    egress.policies.insert("shop".into(), second);
+    for (address, tenant) in [(moved, Some("shop")), (left, None)] {
+        let of = egress.pods.get_mut(&address).expect("it is there");
+        of.former = Some("mail".into());
+        of.tenant = tenant.map(|policy| Tenant {
+            policy: policy.into(),
+            egress_ip: Some(VIPS[0]),
+        });
+    }
+    program.change(&Change::Egress(Some(Arc::new(Leaving {
+        egress: Arc::new(egress),
+        ..Leaving::clone(&leaving)
+    }))));
+    let former = Left::Led([0; 6], GATEWAY);
+    for (source, mark, expected) in [
+        (moved, EGRESS, &former),
+        (moved, JUDGED | EGRESS, &Left::Led([0; 6], SECOND)),
+        (moved, NO_MARK, &Left::Dropped),
+        (left, EGRESS, &former),
+        (left, JUDGED, &Left::Passed),
+        (left, NO_MARK, &Left::Dropped),
+        (left, JUDGED | EGRESS, &Left::Dropped),
+    ] {
+        let went = program.guards(source, remote, mark, POD_LINK);
+        assert_eq!(went, *expected, "{source} with {mark:#x}");
     }
 }
 

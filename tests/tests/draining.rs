@@ -1,0 +1,219 @@
+//! A policy that is deleted: what its pods have open goes on by its address to its end, or is cut; the real control plane,
+//! controller and speakers.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use landfall_api::{EgressPolicy, VirtualIP};
+use landfall_core::ip::virtual_ip_name;
+use landfall_lab::server::{PodServer, TCP_PORT};
+use landfall_lab::{Fault, Lab, Network, Pod, Topology};
+use landfall_tests::flows::{self, Flow};
+use landfall_tests::tenants::{self, egress};
+use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE};
+use serde_json::json;
+
+/// How long a try to connect may take.
+const TRY: Duration = Duration::from_secs(3);
+
+#[test]
+fn flows_outlive_their_policy_and_their_gateway() {
+    with_flows(|cluster, mut flows| {
+        let lab = cluster.lab();
+        let gateway = leader(cluster);
+        // Nobody is there to see it go.
+        lab.stop(CONTROL_HOST, "controller");
+        delete(cluster);
+        leave_as_the_nodes(lab, &all(lab));
+        go_on(&mut flows);
+        cluster.start_controller("controller", &[])?;
+        let draining = "flows of EgressPolicy mail";
+        eventually("said to drain", || says(cluster, draining).then_some(()));
+        // A speaker that begins anew finds pods that are nobody's tenants, and a policy that is gone.
+        let other = lab.nodes().map(|node| node.name.clone());
+        let other = other.into_iter().find(|name| *name != gateway).unwrap();
+        lab.inject(&other, Fault::Kill).unwrap();
+        lab.heal_node(&other).unwrap();
+        go_on(&mut flows);
+        lab.inject(&gateway, Fault::PowerOff).unwrap();
+        flows.retain(|pod, _| !pod.starts_with(&gateway));
+        eventually("another gateway", || {
+            (leader(cluster) != gateway).then_some(())
+        });
+        go_on(&mut flows);
+        let left: Vec<&Pod> = lab.pods().filter(|pod| pod.node != gateway).collect();
+        leave_as_the_nodes(lab, &left);
+        assert!(egress().iter().all(|it| is_held(cluster, *it)));
+        drop(flows);
+        let begun = Instant::now();
+        eventually("free", || {
+            let held = egress().iter().any(|it| is_held(cluster, *it));
+            (!held).then_some(())
+        });
+        println!("the addresses rest {:?} after the last flow", begun.elapsed());
+        Ok(())
+    });
+}
+
+#[test]
+fn flows_end_with_a_policy_that_cuts() {
+    with_flows(|cluster, flows| {
+        let cuts = json!({"spec": {"onDelete": "Cut"}});
+        cluster.block_on(async {
+            let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
+            let patch = Patch::Merge(&cuts);
+            let params = PatchParams::default();
+            policies.patch("mail", &params, &patch).await.unwrap();
+        });
+        eventually("on record", || {
+            let terms = record(cluster, egress()[0])?.spec.egress_terms;
+            let cuts = |terms: &landfall_api::virtual_ip::EgressTerms| {
+                terms.on_delete == landfall_api::egress::OnDelete::Cut
+            };
+            terms.iter().any(cuts).then_some(())
+        });
+        delete(cluster);
+        let begun = Instant::now();
+        leave_as_the_nodes(cluster.lab(), &all(cluster.lab()));
+        eventually("free", || {
+            let held = egress().iter().any(|it| is_held(cluster, *it));
+            (!held).then_some(())
+        });
+        println!("free after {:?}", begun.elapsed());
+        for (pod, mut flows) in flows {
+            let number = flows.len();
+            let lost = flows::ask(&mut flows).expect_err("they have ended");
+            assert_eq!(lost.len(), number, "{pod}: {lost:?}");
+        }
+        Ok(())
+    });
+}
+
+/// Runs a cluster whose pods leave by the policy's addresses and have something open, by pod.
+fn with_flows(
+    work: impl FnOnce(&Cluster, BTreeMap<String, Vec<Flow>>) -> anyhow::Result<()>,
+) {
+    let topology = Topology {
+        nodes: 3,
+        pods_per_node: 2,
+        ..Topology::default()
+    };
+    Cluster::run(topology, |cluster| {
+        tenants::start(cluster)?;
+        let lab = cluster.lab();
+        let _near = PodServer::start(lab.client(), "near")?;
+        let _far = PodServer::start(lab.remote(), "far")?;
+        for pod in lab.pods() {
+            for server in outside() {
+                let by_policy = || egress().contains(&seen_from(pod, server)?).then_some(());
+                eventually("all leave by the policy", by_policy);
+            }
+        }
+        let open = |pod: &Pod| {
+            let servers = outside().into_iter();
+            let flows = servers.map(|server| Flow::open_within(&pod.netns, server, TRY).unwrap());
+            (pod.name.clone(), flows.collect())
+        };
+        let flows: BTreeMap<String, Vec<Flow>> = lab.pods().map(open).collect();
+        let seen = flows.values().flatten().map(|flow| flow.seen_from);
+        assert!(seen.into_iter().all(|from| egress().contains(&from)));
+        eventually("reported", || says(cluster, "").then_some(()));
+        work(cluster, flows)
+    });
+}
+
+/// The servers outside, of both families.
+fn outside() -> Vec<SocketAddr> {
+    let near = Network::Lan.both(100);
+    let far = Network::Remote.both(100);
+    [near, far]
+        .into_iter()
+        .flatten()
+        .map(|address| SocketAddr::new(address, TCP_PORT))
+        .collect()
+}
+
+fn all(lab: &Lab) -> Vec<&Pod> {
+    lab.pods().collect()
+}
+
+/// From where a pod is seen at a server, if it reaches it.
+fn seen_from(pod: &Pod, server: SocketAddr) -> Option<IpAddr> {
+    let flow = Flow::open_within(&pod.netns, server, TRY);
+    flow.ok().map(|flow| flow.seen_from)
+}
+
+/// Waits until what pods begin leaves by their nodes; until then it leaves by the policy, or not at all.
+fn leave_as_the_nodes(lab: &Lab, pods: &[&Pod]) {
+    let begun = Instant::now();
+    for pod in pods {
+        let node = lab.node(&pod.node).unwrap().addresses(Network::Lan);
+        for server in outside() {
+            eventually("all leave by their nodes", || {
+                let seen = seen_from(pod, server)?;
+                let by_node = node.contains(&seen);
+                assert!(by_node || egress().contains(&seen), "{}: {seen}", pod.name);
+                by_node.then_some(())
+            });
+        }
+    }
+    println!("all leave by their nodes after {:?}", begun.elapsed());
+}
+
+/// Each flow is answered, by who answered it before.
+fn go_on(flows: &mut BTreeMap<String, Vec<Flow>>) {
+    for (pod, flows) in flows {
+        let asked = flows::ask(flows);
+        assert!(asked.is_ok(), "{pod}: {asked:?}");
+    }
+}
+
+fn delete(cluster: &Cluster) {
+    cluster.block_on(async {
+        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
+        let gone = DeleteParams::default();
+        policies.delete("mail", &gone).await.unwrap();
+    });
+}
+
+fn record(cluster: &Cluster, address: IpAddr) -> Option<VirtualIP> {
+    cluster.block_on(async {
+        let records: Api<VirtualIP> = Api::all(cluster.client().await.unwrap());
+        let name = virtual_ip_name(address);
+        records.get_opt(&name).await.unwrap()
+    })
+}
+
+fn is_held(cluster: &Cluster, address: IpAddr) -> bool {
+    record(cluster, address).is_some_and(|it| !it.spec.egress_policies.is_empty())
+}
+
+/// Who leads the policy's address, as it is said on record.
+fn leader(cluster: &Cluster) -> String {
+    let status = record(cluster, egress()[0]).and_then(|it| it.status);
+    status.and_then(|status| status.leader).unwrap_or_default()
+}
+
+/// Whether a condition of the address says so.
+fn says(cluster: &Cluster, words: &str) -> bool {
+    let status = record(cluster, egress()[0]).and_then(|it| it.status);
+    let conditions = status.map(|status| status.conditions).unwrap_or_default();
+    conditions.iter().any(|it| it.message.contains(words))
+}
+
+fn eventually<T>(what: &str, mut come: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(it) = come() {
+            return it;
+        }
+        assert!(begun.elapsed() < 2 * PATIENCE, "{what}: not in time");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
