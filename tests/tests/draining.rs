@@ -36,10 +36,10 @@ fn flows_outlive_their_policy_and_their_gateway() {
         let draining = "flows of EgressPolicy mail";
         eventually("said to drain", || says(cluster, draining).then_some(()));
         // A speaker that begins anew finds pods that are nobody's tenants, and a policy that is gone.
-        let other = lab.nodes().map(|node| node.name.clone());
-        let other = other.into_iter().find(|name| *name != gateway).unwrap();
-        lab.inject(&other, Fault::Kill).unwrap();
-        lab.heal_node(&other).unwrap();
+        let other = lab.nodes().iter().find(|node| node.name != gateway);
+        let other = &other.unwrap().name;
+        lab.inject(other, Fault::Kill).unwrap();
+        lab.heal_node(other).unwrap();
         go_on(&mut flows);
         lab.inject(&gateway, Fault::PowerOff).unwrap();
         flows.retain(|pod, _| !pod.starts_with(&gateway));

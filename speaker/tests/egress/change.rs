@@ -221,6 +221,74 @@ fn is_for_others(change: impl Fn(&mut Policy, bool)) {
     cluster.assert_clean(&node);
 }
 
+/// A pod is nobody's tenant any more, then one of a policy that has no gateway, then the first one's again: what it began
+/// goes on all the while, until nobody remembers it.
+#[test]
+fn what_a_pod_began_goes_on_whose_ever_it_is() {
+    let mut cluster = Cluster::build(&Plan::default());
+    let (pod, outside) = (cluster.pod(0).netns.share(), cluster.lab.remote().share());
+    let (node, egress) = (cluster.node_ips(), cluster.egress_ips());
+    cluster.start();
+    cluster.apply();
+    cluster.await_armed();
+    let mut flows = remote().map(|remote| Pair::open(&pod, &outside, remote).unwrap());
+    let datagrams = remote().map(|remote| Datagrams::open(&pod, remote));
+    let mut go_on = |when: &str, cluster: &Cluster| {
+        for (flow, egress) in flows.iter_mut().zip(egress) {
+            assert_eq!(flow.seen_as, egress);
+            for _ in 0..3 {
+                flow.pod_speaks()
+                    .and_then(|()| flow.outside_speaks())
+                    .unwrap_or_else(|error| panic!("{when}: {error}\n{}", cluster.state()));
+            }
+        }
+        for (datagrams, egress) in datagrams.iter().zip(egress) {
+            let seen = datagrams.seen_as(Duration::from_secs(5));
+            assert_eq!(seen, Some(egress), "{when}");
+        }
+    };
+    go_on("as it began", &cluster);
+    let mut lacks_gateway = cluster.egress.policies[POLICY].clone();
+    lacks_gateway.gateway = None;
+    let second = "second".into();
+    cluster.egress.policies.insert(second, lacks_gateway);
+    let place = |cluster: &mut Cluster, policy: Option<&str>, former: Option<&str>| {
+        let mut placed = cluster.egress.clone();
+        cluster.place(&mut placed, 0, policy);
+        for address in cluster.pod(0).addresses {
+            let of = placed.pods.get_mut(&address).unwrap();
+            of.former = former.map(Into::into);
+        }
+        cluster.egress = placed;
+        cluster.apply();
+        let chain = policy.map_or("plain".to_owned(), |policy| format!("of-{policy}"));
+        for address in cluster.pod(0).addresses {
+            let told = format!("{address} : goto egress-{chain}");
+            until("it is told", || cluster.table().contains(&told));
+        }
+    };
+    place(&mut cluster, None, Some(POLICY));
+    go_on("nobody's", &cluster);
+    for (remote, node) in remote().into_iter().zip(node) {
+        assert_eq!(seen_as(&pod, remote), (Some(node), Some(node)));
+    }
+    place(&mut cluster, Some("second"), Some(POLICY));
+    go_on("another's", &cluster);
+    for remote in remote() {
+        assert_eq!(seen_as(&pod, remote), (None, None), "there is no gateway");
+    }
+    place(&mut cluster, Some(POLICY), Some("second"));
+    go_on("the first one's again", &cluster);
+    place(&mut cluster, None, None);
+    cluster.egress.policies.remove(POLICY);
+    cluster.apply();
+    for flow in &mut flows {
+        flow.wait_no_longer_than(Duration::from_millis(300));
+        until("it ends", || flow.pod_speaks().is_err());
+    }
+    cluster.assert_clean(&node);
+}
+
 #[test]
 fn a_flow_goes_on_whose_destination_is_excluded_or_not_any_more() {
     is_for_others(|policy, is_for| {
