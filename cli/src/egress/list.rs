@@ -128,9 +128,17 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
     let read = read(&args.api.client().await?).await?;
     let policies = read.index.policies();
     let mut rows: Vec<Row> = policies.map(|policy| Row::of(policy, &read)).collect();
-    let named = read.cluster.vips.values().flat_map(|vip| &vip.egress_policies);
+    let named = read
+        .cluster
+        .vips
+        .values()
+        .flat_map(|vip| &vip.egress_policies);
     let named: BTreeSet<_> = named.collect();
-    rows.extend(named.into_iter().filter_map(|name| Row::draining(name, &read)));
+    rows.extend(
+        named
+            .into_iter()
+            .filter_map(|name| Row::draining(name, &read)),
+    );
     match args.output {
         Format::Json => {
             let json = serde_json::json!({ "policies": rows });

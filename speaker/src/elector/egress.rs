@@ -134,7 +134,10 @@ impl Plan {
         let before = before.filter(|before| before.identity == now.identity)?;
         let left = before.policy().filter(|was| now.policy() != Some(*was));
         let former = left.or(before.former.as_ref())?;
-        self.wanted.policies.contains_key(former).then(|| former.clone())
+        self.wanted
+            .policies
+            .contains_key(former)
+            .then(|| former.clone())
     }
 
     /// The same of pods as they were by an earlier process's word.

@@ -382,11 +382,7 @@ fn verdict(
             dropped
         }
     };
-    let _ = writeln!(
-        text,
-        "add rule inet {TABLE} {} {led}",
-        former_chain(name)
-    );
+    let _ = writeln!(text, "add rule inet {TABLE} {} {led}", former_chain(name));
 }
 
 /// The chain of flows that began when their pods were a policy's tenants.

@@ -58,7 +58,11 @@ pub fn earlier(pin_dir: &Path) -> Earlier {
             former: seed(tenant.former),
         };
         let known = tenants.iter().flatten();
-        Some(known.map(|(key, tenant)| (key.address(), was(tenant))).collect())
+        Some(
+            known
+                .map(|(key, tenant)| (key.address(), was(tenant)))
+                .collect(),
+        )
     };
     read().unwrap_or_default()
 }

@@ -169,6 +169,7 @@ fn a_former_tenant_is_known_until_its_address_is_anothers() {
         former,
         Pod {
             tenant: None,
+            former: Some("mail".into()),
             ..tenant
         }
     );
@@ -239,6 +240,21 @@ fn programs_are_told_once_of_each_change_and_of_the_end() {
     for host in world.hosts.values_mut() {
         let policy = ObjectId::EgressPolicy("mail".into());
         host.speaker.source(Event::Delete(policy));
+    }
+    world.run(Duration::from_secs(1));
+    // Its flows go on for as long as the record of its address names it.
+    let drains = egress(&world, "n1").unwrap();
+    assert!(drains.policies["mail"].gateway.is_some());
+    assert!(drains.pods.values().all(|pod| pod.tenant.is_none()));
+    let formers = drains.pods.values().filter(|pod| pod.former.is_some());
+    assert_eq!(
+        formers.count(),
+        4 - 1,
+        "but for the one that never was its tenant"
+    );
+    for host in world.hosts.values_mut() {
+        let record = ObjectId::VirtualIp(VIP.parse().unwrap());
+        host.speaker.source(Event::Delete(record));
     }
     world.run(Duration::from_secs(1));
     assert_eq!(told(&world).last(), Some(&None));

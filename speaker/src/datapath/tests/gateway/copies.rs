@@ -478,8 +478,10 @@ fn flows_of_a_policy_that_is_gone_are_copied() {
     let mut gate = Gate::standby(egress.clone(), forever());
     for world in WORLDS {
         let pods = [(world.pod, 40_000), (world.friend, 40_001)];
-        gate.copies
-            .insert(pods.map(|(pod, port)| binding(world, pod, port, port)).into());
+        gate.copies.insert(
+            pods.map(|(pod, port)| binding(world, pod, port, port))
+                .into(),
+        );
     }
     assert_eq!(gate.copies.aside(), 0);
     assert_eq!((gate.used("mail"), gate.used("shop")), (4, 0));
