@@ -247,11 +247,7 @@ fn programs_are_told_once_of_each_change_and_of_the_end() {
     assert!(drains.policies["mail"].gateway.is_some());
     assert!(drains.pods.values().all(|pod| pod.tenant.is_none()));
     let formers = drains.pods.values().filter(|pod| pod.former.is_some());
-    assert_eq!(
-        formers.count(),
-        4 - 1,
-        "but for the one that never was its tenant"
-    );
+    assert_eq!(formers.count(), 2, "those that were its tenants");
     for host in world.hosts.values_mut() {
         let record = ObjectId::VirtualIp(VIP.parse().unwrap());
         host.speaker.source(Event::Delete(record));
