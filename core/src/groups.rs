@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 use crate::ip::Family;
 use crate::model::{
-    Advertisement, EndpointSlice, Event, Holder, Kind, Node, NodeName, Object, ObjectId, ObjectKey,
-    Pool, Protocol, Service, TrafficPolicy, VirtualIp,
+    Advertisement, EgressSpec, EndpointSlice, Event, Holder, Kind, Node, NodeName, Object,
+    ObjectId, ObjectKey, Pool, Protocol, Service, TrafficPolicy, VirtualIp,
 };
 use crate::selector::LabelSelector;
 use crate::steering::distribution;
@@ -170,7 +170,7 @@ impl GroupIndex {
                 }
             }
             Object::EgressPolicy(policy) => {
-                self.set_gateways(&policy.name, Some(policy.spec.gateways));
+                self.set_gateways(&policy.name, Some(&policy.spec));
             }
             Object::Namespace(_) | Object::Pod(_) => {}
         }
@@ -243,12 +243,13 @@ impl GroupIndex {
     }
 
     /// Notes whom a policy admits; nothing, if it is gone.
-    fn set_gateways(&mut self, policy: &Arc<str>, selector: Option<Option<LabelSelector>>) {
-        if self.gateways.get(policy) == selector.as_ref() {
+    fn set_gateways(&mut self, policy: &Arc<str>, spec: Option<&EgressSpec>) {
+        let admitted = spec.map(|spec| &spec.gateways);
+        if self.gateways.get(policy) == admitted {
             return;
         }
-        match selector {
-            Some(selector) => self.gateways.insert(policy.clone(), selector),
+        match admitted {
+            Some(admitted) => self.gateways.insert(policy.clone(), admitted.clone()),
             None => self.gateways.remove(policy),
         };
         let groups = self.groups_of.get(&Holder::EgressPolicy(policy.clone()));

@@ -15,8 +15,7 @@ use std::time::Duration;
 
 use landfall_api::conditions::{
     FLOWS_GO_ON, VIRTUAL_IP_ANNOUNCED, VIRTUAL_IP_DRAINING, VIRTUAL_IP_GATEWAY_READY,
-    VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED,
-    announced,
+    VIRTUAL_IP_SERVED, VIRTUAL_IP_STEERED, announced,
 };
 use landfall_core::election::Verdict;
 use landfall_core::groups::{Group, GroupId, GroupVip};

@@ -43,8 +43,6 @@ pub(super) struct Plan {
     has_told: bool,
     /// The policies with addresses where flows go on and none begins.
     draining: BTreeSet<PolicyName>,
-    /// Pods of other nodes are known that are nobody's tenants.
-    knows_all: bool,
     /// Whose tenants pods were by an earlier process's word.
     earlier: Earlier,
 }
@@ -68,6 +66,7 @@ impl Plan {
     /// Draws conclusions; whether anything came of it.
     fn reconcile(&mut self, index: &mut EgressIndex, me: &NodeName) -> bool {
         self.begun |= index.is_synced();
+        let knew_all = !self.draining.is_empty();
         let changed = index.reconcile();
         for policy in &changed.policies {
             let before = self.wanted.policies.remove(policy);
@@ -101,11 +100,10 @@ impl Plan {
         }
         let drains = !self.draining.is_empty();
         let mut addresses = changed.addresses;
-        if drains && !std::mem::replace(&mut self.knows_all, drains) {
+        if drains && !knew_all {
             // Of all pods it matters where they are: whose flows go on is known at their node.
             addresses.extend(index.judged().keys());
         }
-        self.knows_all = drains;
         self.inside_stale |= !addresses.is_empty();
         let touched = !changed.policies.is_empty();
         for address in &addresses {

@@ -348,8 +348,8 @@ fn verdict(
             }
         }
     }
-    // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source while this table was not
-    // there have no right to it.
+    // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source
+    // while this table was not there have no right to it.
     rule(&format!(
         "ct status snat ct mark and {judged:#x} == {judged:#x} goto egress-judged"
     ));
@@ -364,23 +364,20 @@ fn verdict(
         .and_then(|gateway| Way::to(gateway, &leaving.node))
         .and_then(|way| ways.get(&way));
     let rest = !(judged | egress | config.mark_mask);
-    let led = match way {
-        Some(value) => {
-            let mark = judged | egress | value;
-            rule(&format!(
-                "meta mark set meta mark and {rest:#x} or {mark:#x} \
-                 ct mark set ct mark and {:#x} or {egress:#x} accept",
-                !egress
-            ));
-            // Without the mark of what is judged the guard leads it where flows from before go.
-            let mark = egress | value;
-            format!("meta mark set meta mark and {rest:#x} or {mark:#x} accept")
-        }
-        None => {
-            let dropped = format!("counter name {chain} counter name egress-no-gateway drop");
-            rule(&dropped);
-            dropped
-        }
+    let led = if let Some(value) = way {
+        let mark = judged | egress | value;
+        rule(&format!(
+            "meta mark set meta mark and {rest:#x} or {mark:#x} \
+             ct mark set ct mark and {:#x} or {egress:#x} accept",
+            !egress
+        ));
+        // Without the mark of what is judged the guard leads it where flows from before go.
+        let mark = egress | value;
+        format!("meta mark set meta mark and {rest:#x} or {mark:#x} accept")
+    } else {
+        let dropped = format!("counter name {chain} counter name egress-no-gateway drop");
+        rule(&dropped);
+        dropped
     };
     let _ = writeln!(text, "add rule inet {TABLE} {} {led}", former_chain(name));
 }

@@ -8,7 +8,7 @@ use crate::groups::GroupId;
 use crate::model::NodeName;
 
 impl Elector {
-    /// Says of which of a group's egress policies, by [`super::policy_id`], this node can be the gateway.
+    /// Says of which of a group's egress policies, by [`policy_id`](crate::election::policy_id), this node can be the gateway.
     pub fn set_gates(&mut self, group: &GroupId, policies: BTreeSet<u64>) {
         let local = self.local.entry(group.clone()).or_default();
         if local.gates != policies {

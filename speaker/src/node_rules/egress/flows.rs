@@ -110,8 +110,7 @@ pub(in super::super) fn settling(
                 match was.filter(|was| was.node == old.node) {
                     Some(was) => {
                         moved(address, was, pod, &mut first, &mut then);
-                        if was.tenant.is_some()
-                            && cuts_more(address, &old.egress, &leaving.egress)
+                        if was.tenant.is_some() && cuts_more(address, &old.egress, &leaving.egress)
                         {
                             then.cut.insert(address);
                         }
@@ -440,8 +439,10 @@ mod tests {
                 gateway: None,
                 ports_per_pod: None,
                 ports: None,
+                bandwidth: None,
                 hairpin: false,
                 cuts,
+                addresses: BTreeSet::new(),
             };
             let egress = Arc::get_mut(&mut leaving.egress).unwrap();
             egress.policies.insert("mail".into(), policy);
@@ -450,7 +451,7 @@ mod tests {
         let (narrow, wide) = ("198.51.100.0/25", "198.51.100.0/24");
         let before = Before::Armed(mk(narrow, true).egress.unwrap());
         let to = |last| mk_known(1, [198, 51, 100, last], OTHER_SOURCE, JUDGED);
-        let wider = settling(Some(&before), &mk(wide, true), &config);
+        let (_, wider) = settling(Some(&before), &mk(wide, true), &config);
         assert_eq!(wider.fate(&to(200)), Some(Fate::Ended));
         assert_eq!(
             wider.fate(&mk_known(1, [203, 0, 113, 7], OTHER_SOURCE, JUDGED)),
@@ -458,8 +459,10 @@ mod tests {
         );
         let own = mk_known(1, [198, 51, 100, 200], 0, EGRESS);
         assert_eq!(wider.fate(&own), None, "what left by it goes on");
-        assert!(settling(Some(&before), &mk(wide, false), &config).is_empty());
-        assert!(settling(Some(&before), &mk(narrow, true), &config).is_empty());
+        for (net, cuts) in [(wide, false), (narrow, true)] {
+            let (first, then) = settling(Some(&before), &mk(net, cuts), &config);
+            assert!(first.is_empty() && then.is_empty());
+        }
     }
 
     /// Flows of who had the address before are not the new pod's, also those that were to stay.
@@ -467,7 +470,7 @@ mod tests {
     fn nothing_stays_for_a_new_pod() {
         let config = Config::default();
         let before = Before::Armed(mk_rules(&[]).egress.unwrap());
-        let new = settling(Some(&before), &mk_rules(&[(1, true)]), &config);
+        let (_, new) = settling(Some(&before), &mk_rules(&[(1, true)]), &config);
         for mark in [0, JUDGED] {
             let known = mk_known(1, [198, 51, 100, 7], OTHER_SOURCE, mark);
             assert_eq!(new.fate(&known), Some(Fate::Ended));
