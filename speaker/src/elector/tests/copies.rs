@@ -81,13 +81,16 @@ fn the_next_in_rank_copies_from_the_gateway_and_goes_on_as_it() {
     assert!(epoch > led.epoch);
     assert_eq!(copying(&world).len(), 2, "the third copies now");
 
-    // Without a policy there is nothing to copy.
-    for host in world.hosts.values_mut() {
-        let policy = ObjectId::EgressPolicy("mail".into());
-        host.speaker.source(Event::Delete(policy));
+    // Flows may outlive their policy, but not the record of their address.
+    let policy = ObjectId::EgressPolicy("mail".into());
+    let record = ObjectId::VirtualIp(VIP.parse().unwrap());
+    for (gone, copying_then) in [(policy, 2), (record, 0)] {
+        for host in world.hosts.values_mut() {
+            host.speaker.source(Event::Delete(gone.clone()));
+        }
+        world.run(Duration::from_secs(1));
+        assert_eq!(copying(&world).len(), copying_then, "{gone:?}");
     }
-    world.run(Duration::from_secs(1));
-    assert_eq!(copying(&world), BTreeMap::new());
 }
 
 /// Of three, one alone may have been cut off: it begins nothing at once, and ends what it has when its lease is over.
