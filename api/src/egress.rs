@@ -234,14 +234,14 @@ pub struct Bandwidth {
     )]
     pub rate: String,
     /// Bits that may go at once after a pause, such as `10M`; at least `12k`, a full frame. Without it what the rate
-    /// passes in 100 ms, and no less than that.
+    /// passes in 250 ms, and no less than that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 20))]
     #[x_kube(
         validation = Rule::new(format!("self.matches('{}')", crate::quantity::PATTERN))
             .message("spec.bandwidth.burst must be bits as a whole number with one of k, M, G, T, Ki, Mi, Gi, Ti or none, such as 10M"),
         validation = Rule::new(format!("!self.matches('{}') || (quantity(self).compareTo(quantity('12k')) >= 0 && quantity(self).compareTo(quantity('10T')) <= 0)", crate::quantity::PATTERN))
-            .message("spec.bandwidth.burst must be 12k bits, one full frame, to 10T; leave it out for what the rate passes in 100 ms"),
+            .message("spec.bandwidth.burst must be 12k bits, one full frame, to 10T; leave it out for what the rate passes in 250 ms"),
     )]
     pub burst: Option<String>,
 }

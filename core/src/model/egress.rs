@@ -102,14 +102,14 @@ impl EgressSource {
 pub struct Bandwidth {
     /// Bits a second.
     pub rate: u64,
-    /// Bits that may go at once after a pause; nothing said means what the rate passes in 100 ms.
+    /// Bits that may go at once after a pause; nothing said means what the rate passes in 250 ms.
     pub burst: Option<u64>,
 }
 
 impl Bandwidth {
     /// Bits that may go at once, said or not: one full frame at least.
     pub fn burst(&self) -> u64 {
-        self.burst.unwrap_or_else(|| (self.rate / 10).max(12_000))
+        self.burst.unwrap_or_else(|| (self.rate / 4).max(12_000))
     }
 }
 

@@ -19,13 +19,10 @@ const RATE: u64 = 20_000_000;
 const LONG: Duration = Duration::from_secs(6);
 const MEASURED: Duration = Duration::from_secs(5);
 
-/// So many bits a second, and at once what they are in a quarter of a second: the remote is so near that what TCP loses
-/// is only found out by its timer, and that takes a fifth.
+/// So many bits a second, and at once what goes without saying: the remote is so near that what TCP loses is only found out
+/// by its timer, and that takes a fifth of a second.
 fn at(rate: u64) -> Bandwidth {
-    Bandwidth {
-        rate,
-        burst: Some(rate / 4),
-    }
+    Bandwidth { rate, burst: None }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

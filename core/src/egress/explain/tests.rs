@@ -331,7 +331,7 @@ fn the_bandwidth_is_told() {
         (
             100_000_000,
             None,
-            "100M bits a second in each direction, 10M at once",
+            "100M bits a second in each direction, 25M at once",
         ),
         (
             1_500_000,
