@@ -252,7 +252,7 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         },
     };
     if maps::is_silent(&packet.to.address) {
-        return drop(Reason::Silent);
+        return drop_of(found.policy, Reason::Silent);
     }
     let Some(policy) = policy_of(&found) else {
         // The guard has sent on what is a pod's of this node.
@@ -370,7 +370,7 @@ fn begin<F: Family>(
         return Err(drop_of(source.policy, Reason::Unknown));
     }
     if state.flags & egress_flag::FROZEN != 0 {
-        return Err(drop(Reason::Frozen));
+        return Err(drop_of(source.policy, Reason::Frozen));
     }
     let Some(hop) = maps::route(uplink, &destination) else {
         return Err(drop_of(source.policy, Reason::NoWay));
@@ -465,7 +465,7 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         return unbound(context, packet, readable);
     };
     if maps::is_silent(&packet.flow.vip.0) {
-        return drop(Reason::Silent);
+        return drop_of(found.policy, Reason::Silent);
     }
     let Some(policy) = policy_of(&found) else {
         return drop_of(found.policy, Reason::NotGateway);

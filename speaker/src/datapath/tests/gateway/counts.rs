@@ -4,7 +4,7 @@ use super::*;
 use crate::datapath::egress::Usage;
 
 impl Gate {
-    fn usage(&self, policy: &str) -> Usage {
+    pub(super) fn usage(&self, policy: &str) -> Usage {
         self.maps.usage()[policy].clone()
     }
 }

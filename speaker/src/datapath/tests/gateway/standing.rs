@@ -176,6 +176,7 @@ fn a_frozen_gateway_binds_nothing() {
         let frame = mk_tcp(40_003, 443, SYN);
         let (action, _) = gate.leaves(&mk(OWN, world.local, world.remote, 6, 64, &frame));
         assert_eq!((action, gate.count(Reason::Frozen)), (DROPPED, 4));
+        assert_eq!(gate.usage("mail").count.others, 4);
         // Other addresses are not concerned.
         let frame = mk_tcp(40_000, 443, SYN);
         let frame = mk(OTHER, world.stranger, world.remote, 6, 64, &frame);
@@ -229,6 +230,7 @@ fn a_silent_gateway_translates_nothing() {
         );
         assert_eq!(gate.leaves(&fresh).0, DROPPED);
         assert_eq!(gate.count(Reason::Silent), 6);
+        assert_eq!(gate.usage("mail").count.others, 6);
         let frame = mk_tcp(40_000, 443, SYN);
         let frame = mk(OTHER, world.stranger, world.remote, 6, 64, &frame);
         assert_eq!(source(&gate.comes(&frame).1), world.second);
