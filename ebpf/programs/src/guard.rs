@@ -49,6 +49,14 @@ struct Told {
     here: u32,
 }
 
+/// Whether an address is that of a pod of this node which is a policy's tenant, or was when flows began.
+#[inline(always)]
+pub(crate) fn is_own(address: &VipKey) -> bool {
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    let tenant = unsafe { TENANTS.get(address) };
+    tenant.is_some_and(|tenant| tenant.flags & tenant_flag::HERE != 0)
+}
+
 /// What becomes of a frame that is about to leave.
 #[inline(always)]
 pub(crate) fn guard(context: &TcContext) -> i32 {

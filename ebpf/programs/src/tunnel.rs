@@ -7,7 +7,7 @@ use landfall_ebpf_common::{PeerKey, TUNNEL_ID, Verdict, VipKey, tunnel_mac, vip_
 
 use crate::context::Context;
 use crate::packet::Frame;
-use crate::{DROP, is_ours, maps, steer};
+use crate::{DROP, NEXT, guard, is_ours, maps, steer};
 
 /// The tunnel's TTL, or hop limit.
 const TTL: u8 = 64;
@@ -58,7 +58,8 @@ pub(crate) fn lead(skb: *mut __sk_buff, address: &[u8; 16]) -> Option<()> {
     (outcome == 0).then_some(())
 }
 
-/// What comes out of the tunnel: packets to VIPs, from nodes that are known, and nothing else.
+/// What comes out of the tunnel: packets to VIPs, and what a gateway hands back to this node's tenants, from nodes that are
+/// known, and nothing else.
 #[inline(always)]
 pub(crate) fn leave(context: &TcContext) -> i32 {
     enters(context).unwrap_or_else(|| {
@@ -73,14 +74,17 @@ fn enters(context: &TcContext) -> Option<i32> {
         return None;
     }
     let frame = Frame::of(context)?;
-    let vip = maps::vip(&frame.vip)?;
     let from = PeerKey {
         interface: context.interface(),
         mac: context.at(6)?,
         zero: [0; 2],
     };
-    if vip.flags & vip_flag::STEER == 0 || !maps::is_peer(&from) {
+    if !maps::is_peer(&from) {
         return None;
     }
-    Some(steer::steer(context, &frame, &vip))
+    match maps::vip(&frame.vip) {
+        Some(vip) if vip.flags & vip_flag::STEER != 0 => Some(steer::steer(context, &frame, &vip)),
+        None if guard::is_own(&frame.vip) => Some(NEXT),
+        _ => None,
+    }
 }

@@ -175,7 +175,7 @@ impl Speaker {
 
 impl Speaker {
     /// Whether a node itself says, by another way, that the interface at which it was heard is down.
-    fn says_down(&self, id: &NodeId) -> bool {
+    pub(super) fn says_down(&self, id: &NodeId) -> bool {
         let (Some(mac), Some(register)) = (self.macs.get(id), self.election.register(&id.name))
         else {
             return false;

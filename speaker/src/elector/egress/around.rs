@@ -24,7 +24,9 @@ impl Speaker {
             .filter(|interface| uplinks.contains(&interface.index))
             .map(|interface| (interface.index, self.way(interface)))
             .collect();
-        let peers = self.macs.iter().map(|(id, mac)| {
+        // Who has lost its place on the segment is reached by the tunnel.
+        let near = self.macs.iter().filter(|(id, _)| !self.says_down(id));
+        let peers = near.map(|(id, mac)| {
             let peer = Peer {
                 mac: mac.0,
                 address: None,

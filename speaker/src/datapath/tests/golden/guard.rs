@@ -27,12 +27,12 @@ const OUTSIDE: u32 = 9;
 const GATEWAY: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
 /// The last numbers of pods' addresses.
-const TENANT: u8 = 10;
+pub(super) const TENANT: u8 = 10;
 const CLOSED: u8 = 11;
-const ELSEWHERE: u8 = 12;
-const NOBODYS: u8 = 13;
+pub(super) const ELSEWHERE: u8 = 12;
+pub(super) const NOBODYS: u8 = 13;
 
-fn pod(family: usize, last: u8) -> IpAddr {
+pub(super) fn pod(family: usize, last: u8) -> IpAddr {
     match family {
         0 => Ipv4Addr::new(10, 244, 1, last).into(),
         _ => Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, last.into()).into(),
@@ -46,7 +46,7 @@ fn inside(family: usize) -> IpAddr {
     }
 }
 
-fn mk_gateway() -> Gateway {
+pub(super) fn mk_gateway() -> Gateway {
     Gateway {
         node: "other".into(),
         uplink: "lo".into(),
@@ -57,7 +57,7 @@ fn mk_gateway() -> Gateway {
     }
 }
 
-fn mk_leaving(gateway: Option<Gateway>) -> Change {
+pub(super) fn mk_leaving(gateway: Option<Gateway>) -> Change {
     let policy = Policy {
         destinations: BTreeSet::new(),
         excluded: BTreeSet::new(),

@@ -3,6 +3,7 @@
 use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
+use super::guard::{ELSEWHERE, NOBODYS, TENANT, mk_gateway, mk_leaving, pod};
 use super::*;
 
 /// The tunnel's interface; the test device stands for it where frames come out.
@@ -85,4 +86,23 @@ fn only_known_nodes_packets_to_vips_come_out_of_it() {
     }
     let arp = mk_frame(0x0806, &[0; 28]);
     assert_eq!(program.run(TUNNEL_INGRESS, &arp).0, 2, "no IP");
+}
+
+/// A gateway hands back to the nodes of its pods what is for them, by the tunnel too.
+#[test]
+fn what_is_for_this_nodes_tenants_comes_out_of_it() {
+    let mut program = Program::load();
+    program.change(&mk_far("third", INTERFACE));
+    program.change(&mk_leaving(Some(mk_gateway())));
+    for (family, remote) in VIPS.map(client).into_iter().enumerate() {
+        for (last, action) in [(TENANT, u32::MAX), (ELSEWHERE, 2), (NOBODYS, 2)] {
+            let to = pod(family, last);
+            let answer = mk_ip(remote, to, 6, 63, &mk_tcp(25, 4000, SYN | ACK));
+            let from = |mac| mk_frame_from(mac, ethertype(remote), &answer);
+            let known = from(tunnel_mac(seed(&"third".into())));
+            assert_eq!(program.run(TUNNEL_INGRESS, &known), (action, known), "{to}");
+            let stranger = from([2, 0, 0, 0, 0, 99]);
+            assert_eq!(program.run(TUNNEL_INGRESS, &stranger).0, 2, "{to}: dropped");
+        }
+    }
 }
