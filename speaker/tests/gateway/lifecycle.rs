@@ -1,6 +1,5 @@
 //! What is in the kernel, and for how long.
 
-use landfall_lab::Netns;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,9 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_ebpf_common::tcx;
+use landfall_lab::Netns;
 use landfall_lab::server::WHO_AM_I;
 use landfall_speaker::datapath::egress::{FlowState, State};
 use landfall_speaker::datapath::{self, Change, DataPath as _};
+use landfall_speaker::egress::Policy;
 use prometheus_client::registry::Registry;
 
 use super::world::{EGRESS, LINES, PATIENCE, REMOTE, SERVER, World, connect, ip, say, tcp_seen_as};
@@ -32,7 +33,8 @@ fn map_of(world: &World) -> PathBuf {
     world.pin_dir().join(layout).join("GATE_OUT_V4")
 }
 
-/// Without a policy there is nothing; with one there is; when it goes, everything does, once its flows have ended.
+/// Without a policy there is nothing; with one there is; one that is gone has its flows, and when nobody knows of it any more
+/// they end, and everything goes.
 #[test]
 fn it_is_there_while_there_is_a_policy() {
     let mut world = World::bare();
@@ -50,15 +52,26 @@ fn it_is_there_while_there_is_a_policy() {
     assert_eq!(programs(&world.gw), 2);
     let stream = connect(&world.pods[0], SocketAddr::new(ip(SERVER[0]), LINES)).unwrap();
 
-    world.egress.policies.clear();
-    world.egress.pods.clear();
+    for policy in world.egress.policies.values_mut() {
+        *policy = Policy::gone(policy.addresses.clone(), policy.gateway.clone());
+    }
+    for pod in world.egress.pods.values_mut() {
+        pod.former = pod.tenant.take().map(|tenant| tenant.policy);
+    }
     world.tell();
     // The flow goes on as it was.
     for _ in 0..20 {
         assert_eq!(ip(&say(&stream, WHO_AM_I).unwrap()), ip(EGRESS[0]));
         thread::sleep(Duration::from_millis(100));
     }
-    drop(stream);
+    world.egress.policies.clear();
+    world.egress.pods.clear();
+    world.tell();
+    let begun = Instant::now();
+    while say(&stream, WHO_AM_I).is_ok() {
+        assert!(begun.elapsed() < PATIENCE, "it does not end");
+        thread::sleep(Duration::from_millis(100));
+    }
     world.await_state(|state| *state == State::Idle);
     assert_eq!(programs(&world.gw), 0);
     assert!(!map_of(&world).exists());
