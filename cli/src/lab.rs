@@ -136,13 +136,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Command::Down) => play::down(),
         None => {
             landfall_lab::tool::preflight()?;
-            interrupt::clean_up_on_signals()?;
-            show::run(args.size)
+            interrupt::cleaned_up(|| show::run(args.size))
         }
         Some(Command::Failover(args)) => {
             landfall_lab::tool::preflight()?;
-            interrupt::clean_up_on_signals()?;
-            failover::run(&args)
+            interrupt::cleaned_up(|| failover::run(&args))
         }
         Some(Command::Up(size)) => {
             landfall_lab::tool::preflight()?;
@@ -150,8 +148,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Some(Command::Hold(size)) => {
             landfall_lab::tool::preflight()?;
-            interrupt::clean_up_on_signals()?;
-            hold::hold(size)
+            interrupt::cleaned_up(|| hold::hold(size))
         }
     }
 }

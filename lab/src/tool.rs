@@ -1,6 +1,7 @@
 //! Calls `ip`, `nft` and the like, and says what failed.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -88,6 +89,8 @@ pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Result<Strin
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // A Ctrl-C at the terminal is for this process, which cleans up.
+        .process_group(0)
         .spawn()
         .context(|| format!("starting `{line}`"))?;
     if let Some(mut stdin) = child.stdin.take() {

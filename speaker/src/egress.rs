@@ -85,7 +85,7 @@ pub struct Tenant {
 }
 
 /// A policy, as far as packets go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// Destinations that it is for; none named: all.
     pub destinations: BTreeSet<IpNet>,
@@ -116,15 +116,9 @@ impl Policy {
     /// Of one that is gone, whose flows go on.
     pub fn gone(addresses: BTreeSet<IpAddr>, gateway: Option<Gateway>) -> Self {
         Self {
-            destinations: BTreeSet::new(),
-            excluded: BTreeSet::new(),
             gateway,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            hairpin: false,
-            cuts: false,
             addresses,
+            ..Self::default()
         }
     }
 

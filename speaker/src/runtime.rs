@@ -435,13 +435,7 @@ impl Loop {
                         speaker.membership(event, now);
                     }
                 }
-                _ = announcer.recv_many(&mut facts, BATCH) => {
-                    let now = self.now();
-                    let mut speaker = self.shared.lock();
-                    for event in facts.drain(..) {
-                        speaker.announcer(event, now);
-                    }
-                }
+                _ = announcer.recv_many(&mut facts, BATCH) => {}
                 () = called(calls.as_mut(), &mut asked) => {
                     let now = self.now();
                     let mut speaker = self.shared.lock();
@@ -463,12 +457,6 @@ impl Loop {
                 }
                 _ = beat.tick() => {
                     let now = self.now();
-                    // After a pause of this process: what came meanwhile is heard before silence is concluded from.
-                    let mut speaker = self.shared.lock();
-                    for event in std::iter::from_fn(|| announcer.try_recv().ok()).take(BATCH) {
-                        speaker.announcer(event, now);
-                    }
-                    drop(speaker);
                     if self.probes.asks_hosts(now) {
                         let endpoints = self.shared.lock().host_questions();
                         self.probes.ask_hosts(endpoints, now);
@@ -491,6 +479,9 @@ impl Loop {
                     self.shared.lock().leave();
                 }
             }
+            // However much there is to do: what has come is heard before silence is concluded from.
+            facts.extend(std::iter::from_fn(|| announcer.try_recv().ok()).take(BATCH));
+            self.hear(facts.drain(..));
             self.settle();
             if let Some(since) = stopping {
                 let waited = self.now().saturating_sub(since);
@@ -501,6 +492,14 @@ impl Loop {
                     return;
                 }
             }
+        }
+    }
+
+    fn hear(&self, facts: impl Iterator<Item = AnnouncerEvent>) {
+        let now = self.now();
+        let mut speaker = self.shared.lock();
+        for fact in facts {
+            speaker.announcer(fact, now);
         }
     }
 

@@ -1,29 +1,38 @@
 //! A cluster whose pods leave by addresses of their own: one policy for all of them, of a pool of its own.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
-use kube::api::PostParams;
-use landfall_lab::{Netns, Network};
+use kube::api::{DeleteParams, PostParams};
+use landfall_api::EgressPolicy;
+use landfall_lab::measure::neighbours::who_answers;
+use landfall_lab::server::TCP_PORT;
+use landfall_lab::{Lab, Netns, Network};
 
-use crate::{Cluster, chart};
+use crate::{Cluster, PATIENCE, chart};
 
-const OBJECTS: &str = "
+/// A pool for this purpose, and the policy whose pods leave by these addresses of it.
+fn objects(purpose: &str, egress_ips: &str) -> String {
+    format!(
+        "
 apiVersion: landfall.dev/v1alpha1
 kind: IPAddressPool
-metadata: {name: out}
+metadata: {{name: out}}
 spec:
-  purpose: Egress
+  purpose: {purpose}
   addresses: [10.88.0.230-10.88.0.239, 'fd00:88::230-fd00:88::239']
 ---
 apiVersion: landfall.dev/v1alpha1
 kind: EgressPolicy
-metadata: {name: mail}
+metadata: {{name: mail}}
 spec:
-  podSelector: {matchLabels: {app: echo}}
-  egressIPs: {pool: out, ipFamilies: [IPv4, IPv6]}
-";
+  podSelector: {{matchLabels: {{app: echo}}}}
+  egressIPs: {egress_ips}
+"
+    )
+}
 
 /// The policy's addresses.
 pub fn egress() -> [IpAddr; 2] {
@@ -32,24 +41,11 @@ pub fn egress() -> [IpAddr; 2] {
 
 /// Starts Landfall with egress policies in effect, on nodes whose CNI masquerades what pods send outside.
 pub fn start(cluster: &Cluster) -> anyhow::Result<()> {
-    start_with(cluster, OBJECTS)
+    start_with(
+        cluster,
+        &objects("Egress", "{pool: out, ipFamilies: [IPv4, IPv6]}"),
+    )
 }
-
-const OF_SERVICE: &str = "
-apiVersion: landfall.dev/v1alpha1
-kind: IPAddressPool
-metadata: {name: both}
-spec:
-  purpose: Both
-  addresses: [10.88.0.230-10.88.0.239, 'fd00:88::230-fd00:88::239']
----
-apiVersion: landfall.dev/v1alpha1
-kind: EgressPolicy
-metadata: {name: mail}
-spec:
-  podSelector: {matchLabels: {app: echo}}
-  egressIPs: {fromService: {namespace: default, name: mail}}
-";
 
 /// The same with a Service `mail`, by whose addresses its pods leave.
 pub fn start_with_service(cluster: &Cluster, service: &Service) -> anyhow::Result<()> {
@@ -58,7 +54,8 @@ pub fn start_with_service(cluster: &Cluster, service: &Service) -> anyhow::Resul
         services.create(&PostParams::default(), service).await?;
         anyhow::Ok(())
     })?;
-    start_with(cluster, OF_SERVICE)
+    let ips = "{fromService: {namespace: default, name: mail}}";
+    start_with(cluster, &objects("Both", ips))
 }
 
 fn start_with(cluster: &Cluster, objects: &str) -> anyhow::Result<()> {
@@ -71,6 +68,52 @@ fn start_with(cluster: &Cluster, objects: &str) -> anyhow::Result<()> {
         cluster.start_speaker(&node.name, &["--egress"])?;
     }
     Ok(())
+}
+
+/// Servers on the segment, of both families: the lab's client has to serve there.
+pub fn near() -> [SocketAddr; 2] {
+    servers(Network::Lan)
+}
+
+/// Servers behind the router, likewise.
+pub fn far() -> [SocketAddr; 2] {
+    servers(Network::Remote)
+}
+
+/// All of them.
+pub fn outside() -> impl Iterator<Item = SocketAddr> {
+    near().into_iter().chain(far())
+}
+
+fn servers(network: Network) -> [SocketAddr; 2] {
+    network
+        .both(100)
+        .map(|address| SocketAddr::new(address, TCP_PORT))
+}
+
+/// The node that answers for an address, once it is one.
+///
+/// # Panics
+/// If nobody does for long, or several do.
+pub fn gateway(lab: &Lab, address: IpAddr) -> String {
+    let begun = Instant::now();
+    loop {
+        let answers = who_answers(lab, address, Duration::from_secs(1));
+        let answers = answers.expect("the lab asks who has an address");
+        if let [gateway] = answers.keys().collect::<Vec<_>>()[..] {
+            return gateway.clone();
+        }
+        assert!(begun.elapsed() < PATIENCE, "{answers:?} for {address}");
+    }
+}
+
+/// Deletes a policy.
+pub fn delete(cluster: &Cluster, policy: &str) -> anyhow::Result<()> {
+    cluster.block_on(async {
+        let policies: Api<EgressPolicy> = Api::all(cluster.client().await?);
+        policies.delete(policy, &DeleteParams::default()).await?;
+        Ok(())
+    })
 }
 
 /// As a CNI does it: what its pods send outside leaves with the node's address.

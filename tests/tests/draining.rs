@@ -9,18 +9,20 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
 use landfall_api::{EgressPolicy, VirtualIP};
 use landfall_core::ip::virtual_ip_name;
-use landfall_lab::server::{PodServer, TCP_PORT};
+use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::tenants::{self, egress};
+use landfall_tests::tenants::{self, egress, outside};
 use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE};
 use serde_json::json;
 
 /// How long a try to connect may take.
 const TRY: Duration = Duration::from_secs(3);
+/// How old news has to be to be known at another gateway in any case.
+const AGE: Duration = Duration::from_secs(1);
 
 #[test]
 fn flows_outlive_their_policy_and_their_gateway() {
@@ -29,7 +31,7 @@ fn flows_outlive_their_policy_and_their_gateway() {
         let gateway = leader(cluster);
         // Nobody is there to see it go.
         lab.stop(CONTROL_HOST, "controller");
-        delete(cluster);
+        tenants::delete(cluster, "mail")?;
         leave_as_the_nodes(lab, &all(lab));
         go_on(&mut flows);
         cluster.start_controller("controller", &[])?;
@@ -43,6 +45,7 @@ fn flows_outlive_their_policy_and_their_gateway() {
         go_on(&mut flows);
         // Its own pods' would not end for a day: nobody says so.
         flows.retain(|pod, _| !pod.starts_with(&gateway));
+        thread::sleep(AGE);
         go_on(&mut flows);
         lab.inject(&gateway, Fault::PowerOff).unwrap();
         eventually("another gateway", || {
@@ -83,7 +86,7 @@ fn flows_end_with_a_policy_that_cuts() {
             };
             terms.iter().any(cuts).then_some(())
         });
-        delete(cluster);
+        tenants::delete(cluster, "mail")?;
         let begun = Instant::now();
         leave_as_the_nodes(cluster.lab(), &all(cluster.lab()));
         eventually("free", || {
@@ -119,7 +122,7 @@ fn with_flows(work: impl FnOnce(&Cluster, BTreeMap<String, Vec<Flow>>) -> anyhow
             }
         }
         let open = |pod: &Pod| {
-            let servers = outside().into_iter();
+            let servers = outside();
             let flows = servers.map(|server| Flow::open_within(&pod.netns, server, TRY).unwrap());
             (pod.name.clone(), flows.collect())
         };
@@ -129,17 +132,6 @@ fn with_flows(work: impl FnOnce(&Cluster, BTreeMap<String, Vec<Flow>>) -> anyhow
         eventually("reported", || says(cluster, "").then_some(()));
         work(cluster, flows)
     });
-}
-
-/// The servers outside, of both families.
-fn outside() -> Vec<SocketAddr> {
-    let near = Network::Lan.both(100);
-    let far = Network::Remote.both(100);
-    [near, far]
-        .into_iter()
-        .flatten()
-        .map(|address| SocketAddr::new(address, TCP_PORT))
-        .collect()
 }
 
 fn all(lab: &Lab) -> Vec<&Pod> {
@@ -175,14 +167,6 @@ fn go_on(flows: &mut BTreeMap<String, Vec<Flow>>) {
         let asked = flows::ask(flows);
         assert!(asked.is_ok(), "{pod}: {asked:?}");
     }
-}
-
-fn delete(cluster: &Cluster) {
-    cluster.block_on(async {
-        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
-        let gone = DeleteParams::default();
-        policies.delete("mail", &gone).await.unwrap();
-    });
 }
 
 fn record(cluster: &Cluster, address: IpAddr) -> Option<VirtualIP> {

@@ -10,14 +10,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kube::Api;
-use kube::api::DeleteParams;
-use landfall_api::EgressPolicy;
 use landfall_lab::measure::neighbours::who_answers;
-use landfall_lab::server::{PodServer, TCP_PORT};
+use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
-use landfall_tests::tenants::{self, egress};
+use landfall_tests::tenants::{self, egress, outside};
 use landfall_tests::{Cluster, PATIENCE};
 
 /// How long a try to connect may take.
@@ -42,21 +39,10 @@ fn tenants() {
         cli::names_what_is_dropped(cluster);
         let pods = the_gateway_loses_power(lab);
         follow(lab, &pods, By::Policy, By::Policy);
-        delete_policy(cluster);
+        tenants::delete(cluster, "mail")?;
         follow(lab, &pods, By::Policy, By::Node);
         Ok(())
     });
-}
-
-/// The servers outside, of both families.
-fn outside() -> Vec<SocketAddr> {
-    let near = Network::Lan.both(100);
-    let far = Network::Remote.both(100);
-    [near, far]
-        .into_iter()
-        .flatten()
-        .map(|address| SocketAddr::new(address, TCP_PORT))
-        .collect()
 }
 
 /// What pods leave by.
@@ -109,18 +95,6 @@ fn the_gateway_loses_power(lab: &Lab) -> Vec<&Pod> {
     println!("{gateway} is the gateway, and loses its power");
     lab.inject(gateway, Fault::PowerOff).unwrap();
     lab.pods().filter(|pod| pod.node != *gateway).collect()
-}
-
-fn delete_policy(cluster: &Cluster) {
-    delete(cluster, "mail");
-}
-
-fn delete(cluster: &Cluster, policy: &str) {
-    cluster.block_on(async {
-        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
-        let gone = DeleteParams::default();
-        policies.delete(policy, &gone).await.unwrap();
-    });
 }
 
 /// From where a pod is seen at a server, once it can reach it.

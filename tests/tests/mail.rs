@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
-use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::packets::{Raw, segment};
 use landfall_lab::server::{PodServer, TCP_PORT, WHO_AM_I};
 use landfall_lab::{Fault, Lab, Netns, Network, Pod, Topology};
@@ -205,22 +204,11 @@ fn a_port_becomes_a_services(cluster: &Cluster, vip: IpAddr) {
     assert_eq!(who_am_i(&mut stream), vip);
 }
 
-fn gateway(lab: &Lab, vip: IpAddr) -> String {
-    let begun = Instant::now();
-    loop {
-        let answers = who_answers(lab, vip, Duration::from_secs(1)).unwrap();
-        if let [gateway] = answers.keys().collect::<Vec<_>>()[..] {
-            return gateway.clone();
-        }
-        assert!(begun.elapsed() < PATIENCE, "{answers:?} for {vip}");
-    }
-}
-
 /// The node loses its power by which mail comes in and goes out: one other node leads both ways, and what is not that node's
 /// own goes on.
 fn one_fail_over(lab: &Lab, vips: [IpAddr; 2]) {
-    let was = gateway(lab, vips[0]);
-    assert_eq!(gateway(lab, vips[1]), was);
+    let was = tenants::gateway(lab, vips[0]);
+    assert_eq!(tenants::gateway(lab, vips[1]), was);
     let mut inbound = Vec::new();
     let mut outbound = Vec::new();
     let pods: Vec<&Pod> = lab.pods().filter(|pod| pod.node != was).collect();
@@ -249,7 +237,7 @@ fn one_fail_over(lab: &Lab, vips: [IpAddr; 2]) {
     let went_out = flows::ask(&mut outbound);
     println!("in {came_in:?}, out {went_out:?}");
     assert!(came_in.is_ok() && went_out.is_ok());
-    let leads = vips.map(|vip| gateway(lab, vip));
+    let leads = vips.map(|vip| tenants::gateway(lab, vip));
     assert_eq!(leads[0], leads[1]);
     assert_ne!(leads[0], was);
     for vip in vips {

@@ -8,11 +8,10 @@ use std::process::Command;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use landfall_lab::measure::neighbours::who_answers;
-use landfall_lab::server::{PodServer, TCP_PORT};
+use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
-use landfall_tests::tenants::{self, egress};
+use landfall_tests::tenants::{self, egress, far, outside};
 use landfall_tests::{Cluster, PATIENCE};
 
 /// How long a try to connect may take.
@@ -31,7 +30,7 @@ fn whatever_lies_in_between() {
         for pod in &pods {
             await_egress(pod);
         }
-        let gateway = gateway(lab);
+        let gateway = tenants::gateway(lab, egress()[0]);
         let (own, others): (Vec<&Pod>, Vec<&Pod>) =
             pods.iter().partition(|pod| pod.node == gateway);
         println!("{gateway} is the gateway");
@@ -61,28 +60,17 @@ fn whatever_lies_in_between() {
         println!("{} loses its uplink", off.node);
         lab.inject(&off.node, Fault::UplinkDown)?;
         await_egress(off);
-        for to in far().into_iter().chain(near()) {
+        for to in outside() {
             exchange(off, to, 20_000_000);
         }
         Ok(())
     });
 }
 
-fn near() -> [SocketAddr; 2] {
-    Network::Lan
-        .both(100)
-        .map(|address| SocketAddr::new(address, TCP_PORT))
-}
-
-fn far() -> [SocketAddr; 2] {
-    let both = Network::Remote.both(100);
-    both.map(|address| SocketAddr::new(address, TCP_PORT))
-}
-
 /// Until the pod leaves by the policy's addresses; it may leave by its node's before the policy is known there.
 fn await_egress(pod: &Pod) {
     let begun = Instant::now();
-    for to in near().into_iter().chain(far()) {
+    for to in outside() {
         loop {
             let seen = Flow::open_within(&pod.netns, to, TRY).map(|flow| flow.seen_from);
             if seen.as_ref().is_ok_and(|seen| egress().contains(seen)) {
@@ -91,13 +79,6 @@ fn await_egress(pod: &Pod) {
             assert!(begun.elapsed() < PATIENCE, "{} at {to}: {seen:?}", pod.name);
         }
     }
-}
-
-fn gateway(lab: &Lab) -> String {
-    let answers = who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
-    let who: Vec<&String> = answers.keys().collect();
-    assert_eq!(who.len(), 1, "{who:?} answer for {}", egress()[0]);
-    who[0].clone()
 }
 
 /// Who lets a pod's echo request expire, behind its own node, and who answers at last.

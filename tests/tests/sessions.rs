@@ -11,7 +11,7 @@ mod sessions {
     use std::time::{Duration, Instant};
 
     use landfall_lab::fault::SPEAKER;
-    use landfall_lab::measure::neighbours::who_answers;
+
     use landfall_lab::server::PodServer;
     use landfall_lab::{Fault, Lab, Pod, Topology};
     use landfall_tests::mta::Mta;
@@ -90,21 +90,6 @@ mod sessions {
         }
     }
 
-    fn gateway(lab: &Lab) -> String {
-        let begun = Instant::now();
-        loop {
-            let answers = who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
-            if let [gateway] = answers.keys().collect::<Vec<_>>()[..] {
-                return gateway.clone();
-            }
-            assert!(
-                begun.elapsed() < PATIENCE,
-                "{answers:?} for {}",
-                egress()[0]
-            );
-        }
-    }
-
     /// Opens sessions from all pods that are there, lets these things happen to the gateway, one after the other, and
     /// sees which of the sessions go on: those of pods whose node nothing has happened to.
     fn live_through(lab: &Lab, what: &str, faults: &[Fault], heal: bool) {
@@ -115,7 +100,7 @@ mod sessions {
         thread::sleep(AGE);
         let mut struck = BTreeSet::new();
         for fault in faults {
-            let gateway = gateway(lab);
+            let gateway = tenants::gateway(lab, egress()[0]);
             println!("{gateway} is the gateway: {what}");
             lab.inject(&gateway, *fault).unwrap();
             if matches!(fault, Fault::PowerOff | Fault::UplinkDown) {

@@ -63,17 +63,19 @@ fn is_far(packet: &Packet, flow: &Flow) -> bool {
     has_sequence(packet) && !flow.is_near(packet.sequence)
 }
 
-/// Notes a flow as heard, and where its client is.
+/// Notes a flow as heard, and where its client is; whether that has gone on.
 #[inline(always)]
-fn hear(packet: &Packet, flow: &mut Flow) {
+fn hear(packet: &Packet, flow: &mut Flow) -> bool {
     let now = now();
     if now.wrapping_sub(flow.seen) > TOUCH {
         flow.seen = now;
     }
-    if has_sequence(packet) && flow.is_ahead(packet.sequence) {
+    let goes_on = has_sequence(packet) && flow.is_ahead(packet.sequence);
+    if goes_on {
         flow.sequence = packet.sequence;
         flow.heard = 1;
     }
+    goes_on
 }
 
 /// Takes in a FIN or RST. An endpoint may know better than this node that it is none of the flow's: then the client goes on.
@@ -140,12 +142,9 @@ fn remember(packet: &mut Packet) -> Option<()> {
             enter(packet);
         } else if packet.tcp & (FIN | RST) != 0 {
             close(packet, flow);
-        } else {
-            if has_sequence(packet) && flow.is_ahead(packet.sequence) {
-                // Nobody sends anything behind the end.
-                flow.state = flow_state::ESTABLISHED;
-            }
-            hear(packet, flow);
+        } else if hear(packet, flow) {
+            // Nobody sends anything behind the end.
+            flow.state = flow_state::ESTABLISHED;
         }
         return Some(());
     }

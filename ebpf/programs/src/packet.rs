@@ -311,10 +311,16 @@ impl Packet {
         Some(())
     }
 
+    /// How long the TCP header is.
+    #[inline(always)]
+    pub(crate) fn tcp_header(&self) -> u32 {
+        u32::from(self.offset >> 4) * 4
+    }
+
     /// The sequence number of what its sender sends next, if nothing was sent before.
     #[inline(always)]
     pub(crate) fn next_sequence(&self) -> u32 {
-        let header = self.transport as u32 + u32::from(self.offset >> 4) * 4;
+        let header = self.transport as u32 + self.tcp_header();
         let payload = self.end.saturating_sub(header);
         let fin = u32::from(self.tcp & FIN != 0);
         self.sequence.wrapping_add(payload).wrapping_add(fin)

@@ -216,7 +216,6 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
         let name = |policy: u32| PolicyName::from(format!("policy-{policy}"));
         let policy = Policy {
             destinations: [ipnet::Ipv4Net::default().into()].into(),
-            excluded: BTreeSet::new(),
             gateway: Some(egress::Gateway {
                 node: "here".into(),
                 uplink: "eth0".into(),
@@ -225,12 +224,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
                 epoch: 1,
                 settled: true,
             }),
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            hairpin: false,
-            cuts: false,
-            addresses: BTreeSet::new(),
+            ..Policy::default()
         };
         Egress {
             policies: (0..self.policies)

@@ -230,7 +230,6 @@ impl Cluster {
     pub(super) fn mk_policy(&self) -> egress::Policy {
         egress::Policy {
             destinations: ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap()).into(),
-            excluded: BTreeSet::new(),
             gateway: Some(Gateway {
                 node: GATEWAY.into(),
                 uplink: self.nic.name().into(),
@@ -239,12 +238,7 @@ impl Cluster {
                 epoch: 1,
                 settled: true,
             }),
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            hairpin: false,
-            cuts: false,
-            addresses: BTreeSet::new(),
+            ..egress::Policy::default()
         }
     }
 

@@ -11,7 +11,7 @@
 //! The node sends what its pods send outside to the gateway, by a plain route. Nobody has a route to the pods but the two
 //! nodes; whatever comes from a pod's own address anywhere else is counted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::PathBuf;
@@ -445,8 +445,6 @@ fn plug(switch: &Netns, host: &Netns, port: &str, number: u8) {
 
 fn mk_egress(uplink: u32) -> Egress {
     let policy = Policy {
-        destinations: BTreeSet::new(),
-        excluded: BTreeSet::new(),
         gateway: Some(egress::Gateway {
             node: "gw".into(),
             uplink: "eth0".into(),
@@ -455,12 +453,7 @@ fn mk_egress(uplink: u32) -> Egress {
             epoch: 1,
             settled: true,
         }),
-        ports_per_pod: None,
-        ports: None,
-        bandwidth: None,
-        hairpin: false,
-        cuts: false,
-        addresses: BTreeSet::new(),
+        ..Policy::default()
     };
     let mut pods = BTreeMap::new();
     for place in 0..5 {

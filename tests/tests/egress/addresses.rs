@@ -238,16 +238,12 @@ pub(crate) async fn of_a_service(env: &Env) {
 }
 
 pub(crate) async fn rest(env: &Env) {
-    env.pool(
-        "out",
-        json!({"addresses": ["192.0.2.0/32"], "purpose": "Egress", "quarantine": "10s"}),
-    )
-    .await;
+    let pool = |quarantine: &str| json!({"addresses": ["192.0.2.0/32"], "purpose": "Egress", "quarantine": quarantine});
+    env.pool("out", pool("1h")).await;
     let controller = env.controller(&[]);
     env.policy("first", json!({"pool": "out"}), json!({})).await;
     env.expect_egress("first", &["192.0.2.0"]).await;
     env.delete_policy("first").await;
-    let freed = Instant::now();
     env.policy("second", json!({"pool": "out"}), json!({}))
         .await;
     env.expect_policy("second", "Ready", "False PoolExhausted")
@@ -264,7 +260,18 @@ pub(crate) async fn rest(env: &Env) {
     let _controller = env.controller(&[]);
     env.policy("first", json!({"pool": "out"}), json!({})).await;
     env.expect_egress("first", &["192.0.2.0"]).await;
+    env.pool("out", pool("10s")).await;
+    let seen = async || {
+        let pool = env.pools().get("out").await.unwrap();
+        let ready = pool.status.and_then(|it| it.conditions.into_iter().next());
+        (
+            ready.and_then(|it| it.observed_generation),
+            pool.metadata.generation,
+        )
+    };
+    eventually("the shorter rest", seen, |(seen, is)| seen == is).await;
     env.delete_policy("first").await;
+    let freed = Instant::now();
     env.expect_egress("second", &["192.0.2.0"]).await;
-    assert!(freed.elapsed() > Duration::from_secs(10));
+    assert!(freed.elapsed() > Duration::from_secs(9));
 }

@@ -1,6 +1,6 @@
 //! One Service on a cluster, struck by faults while clients use it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread;
@@ -203,6 +203,7 @@ impl<'a> Scene<'a> {
                 self.report_pods(&node.name, false)?;
             }
         }
+        self.lead_to(|node| (node == leader_before) != moves);
         thread::sleep(PROXY);
         self.served();
         let echo = |vip| SocketAddr::new(vip, UDP_PORT);
@@ -275,6 +276,7 @@ impl<'a> Scene<'a> {
         for node in self.lab().nodes() {
             self.report_pods(&node.name, true)?;
         }
+        self.lead_to(|_| true);
         thread::sleep(PROXY);
         for node in self.lab().nodes() {
             let begun = Instant::now();
@@ -291,6 +293,33 @@ impl<'a> Scene<'a> {
         thread::sleep(Duration::from_secs(2));
         self.served();
         Ok(())
+    }
+
+    /// Waits until all nodes lead new flows to those that serve, and to no other.
+    fn lead_to(&self, serves: impl Fn(&str) -> bool) {
+        let nodes = self.lab().nodes().iter().map(|node| node.name.as_str());
+        let wanted: BTreeSet<&str> = nodes.filter(|node| serves(node)).collect();
+        let port = SocketAddr::new(self.vips[0], TCP_PORT);
+        for node in self.lab().nodes() {
+            let begun = Instant::now();
+            loop {
+                let state = self.lab().speaker_state(&node.name).unwrap_or_default();
+                let table = &state["steering"]["ports"][format!("{port}/TCP")];
+                let table = table.as_object().into_iter().flatten();
+                if table
+                    .map(|(node, _)| node.as_str())
+                    .eq(wanted.iter().copied())
+                {
+                    break;
+                }
+                assert!(
+                    begun.elapsed() < PATIENCE,
+                    "{} does not lead to {wanted:?}",
+                    node.name
+                );
+                thread::sleep(Duration::from_millis(50));
+            }
+        }
     }
 
     /// How many speakers take part as a speaker sees it, itself included.

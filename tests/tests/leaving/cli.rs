@@ -11,10 +11,11 @@ use kube::Api;
 use kube::api::ListParams;
 use landfall_lab::{Lab, Pod, Program};
 use landfall_tests::flows::Flow;
+use landfall_tests::tenants::{self, near};
 use landfall_tests::{Cluster, PATIENCE, chart};
 use serde_json::Value;
 
-use super::{By, TRY, delete, egress, follow, outside};
+use super::{By, TRY, egress, follow, outside};
 
 /// The command, as it runs in a speaker's pod: with that one's rights.
 struct Cli<'a> {
@@ -125,7 +126,7 @@ pub(super) fn says_what_is(cluster: &Cluster) {
 
 /// A flow that is open is shown at its gateway, and counted in the status.
 fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
-    let server: SocketAddr = outside()[0];
+    let server: SocketAddr = near()[0];
     let _flow = Flow::open_within(&pod.netns, server, TRY).unwrap();
     let name = format!("default/{}", pod.name);
     let of_pod = ["bindings", "--pod", &name, "-o", "json"];
@@ -206,7 +207,7 @@ spec:
         pod.name
     );
     chart::apply(cluster.plane(), &policy).unwrap();
-    let server = outside()[0];
+    let server = near()[0];
     eventually("the policy without gateway", || {
         let (code, text) = cli.explains(pod, server.ip());
         (code == 1 && text.contains("not selected by the EgressPolicy's gateways.nodeSelector"))
@@ -224,7 +225,7 @@ spec:
     });
     println!("{note}");
     assert!(note.starts_with(&format!("node {} dropped ", pod.node)));
-    delete(cluster, "nowhere");
+    tenants::delete(cluster, "nowhere").unwrap();
     follow(lab, &[pod], By::Policy, By::Policy);
 }
 

@@ -7,7 +7,6 @@ use landfall_ebpf_common::egress::gateway::Policy;
 use landfall_ebpf_common::egress::pace::moment;
 
 use super::{maps, word};
-use crate::context::Context as _;
 use crate::packet::{ETH_HEADER, Packet, TCP};
 
 /// Whether the packet at hand is one too many for its policy, in a direction: [`OUT`](maps::OUT) or [`IN`](maps::IN).
@@ -54,9 +53,7 @@ pub(super) fn lengths(context: &TcContext, packet: &Packet) -> (u32, u32) {
         return (whole, whole);
     }
     let header = if packet.protocol == TCP {
-        context
-            .load::<u8>(packet.transport + 12)
-            .map_or(20, |word| u32::from(word >> 4) * 4)
+        packet.tcp_header()
     } else {
         8
     };

@@ -147,8 +147,6 @@ fn mk_around() -> Surroundings {
 
 fn mk_policy(gateway: &str) -> Policy {
     Policy {
-        destinations: BTreeSet::new(),
-        excluded: BTreeSet::new(),
         gateway: Some(Gateway {
             node: gateway.into(),
             uplink: "lo".into(),
@@ -157,12 +155,7 @@ fn mk_policy(gateway: &str) -> Policy {
             epoch: 1,
             settled: true,
         }),
-        ports_per_pod: None,
-        ports: None,
-        bandwidth: None,
-        hairpin: false,
-        cuts: false,
-        addresses: BTreeSet::new(),
+        ..Policy::default()
     }
 }
 

@@ -404,13 +404,8 @@ mod tests {
         let policy = Policy {
             destinations: ["198.51.100.0/24".parse().unwrap()].into(),
             excluded: ["198.51.100.9/32".parse().unwrap()].into(),
-            gateway: None,
-            ports_per_pod: None,
-            ports: None,
-            bandwidth: None,
-            hairpin: false,
             cuts: true,
-            addresses: BTreeSet::new(),
+            ..Policy::default()
         };
         let egress = Arc::get_mut(&mut leaving.egress).unwrap();
         egress.policies.insert("mail".into(), policy);
@@ -435,14 +430,8 @@ mod tests {
             let leaving = Arc::get_mut(rules.egress.as_mut().unwrap()).unwrap();
             let policy = Policy {
                 destinations: [destination.parse().unwrap()].into(),
-                excluded: BTreeSet::new(),
-                gateway: None,
-                ports_per_pod: None,
-                ports: None,
-                bandwidth: None,
-                hairpin: false,
                 cuts,
-                addresses: BTreeSet::new(),
+                ..Policy::default()
             };
             let egress = Arc::get_mut(&mut leaving.egress).unwrap();
             egress.policies.insert("mail".into(), policy);

@@ -39,8 +39,6 @@ fn mk_around() -> Surroundings {
 
 fn mk_policy(gateway: Option<&str>) -> Policy {
     Policy {
-        destinations: BTreeSet::new(),
-        excluded: BTreeSet::new(),
         gateway: gateway.map(|node| Gateway {
             node: node.into(),
             uplink: "eth0".into(),
@@ -50,11 +48,7 @@ fn mk_policy(gateway: Option<&str>) -> Policy {
             settled: true,
         }),
         ports_per_pod: Some(10),
-        ports: None,
-        bandwidth: None,
-        hairpin: false,
-        cuts: false,
-        addresses: BTreeSet::new(),
+        ..Policy::default()
     }
 }
 

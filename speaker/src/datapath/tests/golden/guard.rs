@@ -59,15 +59,8 @@ pub(super) fn mk_gateway() -> Gateway {
 
 pub(super) fn mk_leaving(gateway: Option<Gateway>) -> Change {
     let policy = Policy {
-        destinations: BTreeSet::new(),
-        excluded: BTreeSet::new(),
         gateway,
-        ports_per_pod: None,
-        ports: None,
-        bandwidth: None,
-        hairpin: false,
-        cuts: false,
-        addresses: BTreeSet::new(),
+        ..Policy::default()
     };
     let mut egress = Egress {
         policies: [("mail".into(), policy)].into(),
