@@ -27,6 +27,9 @@ mod maps;
 const RETRY: Duration = Duration::from_secs(10);
 /// How often it is looked which flows are in buckets of others, while there are any.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long a bucket that has come home still counts as held: in a flurry of changes it may be another's again before this
+/// node could say that it holds flows of it.
+const AT_HOME: Duration = Duration::from_secs(10);
 /// Changes of the tables are gathered for so long.
 const GATHER: Duration = Duration::from_millis(50);
 /// What the thread is told, and what it tells.
@@ -76,6 +79,7 @@ impl Flows {
             compare,
             compare_at: Instant::now(),
             look_at: Instant::now(),
+            away: BTreeMap::new(),
         };
         let thread = thread::Builder::new()
             .name("flows".to_owned())
@@ -172,6 +176,8 @@ struct Task {
     compare: Duration,
     compare_at: Instant,
     look_at: Instant,
+    /// When buckets of which this node holds flows were another's last.
+    away: BTreeMap<(PortId, u32), Instant>,
 }
 
 impl Task {
@@ -245,9 +251,11 @@ impl Task {
         state.compared = true;
     }
 
-    /// Looks which flows are in buckets of other nodes.
+    /// Looks which flows are in buckets of other nodes, or were just now.
     fn look(&mut self, maps: &FlowMaps) {
-        self.look_at = Instant::now() + LOOK;
+        let now = Instant::now();
+        self.look_at = now + LOOK;
+        self.away.retain(|_, last| now - *last < AT_HOME);
         let flows: Vec<FlowKey> = maps.flows.keys().flatten().collect();
         let mut state = lock(&self.shared.state);
         let Some(here) = state.here.clone() else {
@@ -264,7 +272,11 @@ impl Task {
                 continue;
             };
             let bucket = bucket_of(&flow, port);
-            if steering::first(&port.nodes, bucket) != Some(&here) {
+            let is_home = steering::first(&port.nodes, bucket) == Some(&here);
+            if !is_home {
+                self.away.insert((id, bucket), now);
+            }
+            if !is_home || self.away.contains_key(&(id, bucket)) {
                 held.entry(id).or_default().insert(bucket);
             }
         }

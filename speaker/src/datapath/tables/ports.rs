@@ -23,14 +23,23 @@ use super::{TablesError, taken};
 
 /// How long earlier spreads are asked after the last change: long enough for the holders to speak.
 pub(super) const HISTORY: Duration = Duration::from_secs(5);
+/// How long after a change those whose buckets it took have said which flows they hold, on a busy machine too.
+const SPOKEN: Duration = Duration::from_millis(2_500);
+
+/// An earlier spread's time as the table.
+#[derive(Clone, Copy, Debug)]
+struct Reign {
+    lasted: Duration,
+    ended: Instant,
+}
 
 /// A port as it is in the maps.
 #[derive(Clone, Debug)]
 struct Known {
     port: Port,
     history: History,
-    /// How long each of the earlier spreads was the table.
-    reigns: [Duration; MAX_HISTORY],
+    /// Those of the earlier spreads.
+    reigns: [Reign; MAX_HISTORY],
     changed: Instant,
     /// Where the nodes are reached; not known of what an earlier process has left.
     reach: Reach,
@@ -65,13 +74,17 @@ impl Ports {
             wide.join(&port.spread);
             history.spreads.iter().for_each(|spread| wide.join(spread));
             let changed = Instant::now();
+            // Not known: at least as long as any since.
+            let reign = Reign {
+                lasted: Duration::MAX,
+                ended: changed,
+            };
             known.insert(
                 key,
                 Known {
                     port,
                     history,
-                    // Not known: at least as long as any since.
-                    reigns: [Duration::MAX; MAX_HISTORY],
+                    reigns: [reign; MAX_HISTORY],
                     changed,
                     reach: Reach::default(),
                 },
@@ -158,35 +171,50 @@ impl Ports {
             spread,
         };
         self.map.insert(key, port, 0)?;
+        let changed = Instant::now();
+        let reign = Reign {
+            lasted: Duration::ZERO,
+            ended: changed,
+        };
         let known = Known {
             port,
             history: History::default(),
-            reigns: [Duration::ZERO; MAX_HISTORY],
-            changed: Instant::now(),
+            reigns: [reign; MAX_HISTORY],
+            changed,
             reach: state.reach.clone(),
         };
         self.known.insert(key, known);
         Ok(())
     }
 
-    /// Before a spread is replaced, it is where those who look for a flow can find it. Where there is not room for all, that
-    /// which was the table for the shortest time is forgotten: in a flurry of changes few flows began under it.
+    /// Before a spread is replaced, it is where those who look for a flow can find it. Where there is not room for all, one
+    /// is forgotten whose end is long past: who holds flows of it has said so. Else that which was the table for the shortest
+    /// time: in a flurry of changes few flows began under it.
     fn remember(&mut self, known: &mut Known, before: Spread) -> Result<(), TablesError> {
-        let mut past = vec![(before, known.changed.elapsed())];
+        let now = Instant::now();
+        let reign = Reign {
+            lasted: now - known.changed,
+            ended: now,
+        };
+        let mut past = vec![(before, reign)];
         for (earlier, reign) in known.history.spreads.into_iter().zip(known.reigns) {
             if earlier.count == 0 {
                 continue;
             }
-            if let Some((_, longest)) = past.iter_mut().find(|it| same_nodes(&it.0, &earlier)) {
-                *longest = reign.max(*longest);
+            if let Some((_, last)) = past.iter_mut().find(|it| same_nodes(&it.0, &earlier)) {
+                last.lasted = reign.lasted.max(last.lasted);
                 self.wide.leave(&earlier);
             } else {
                 past.push((earlier, reign));
             }
         }
         if past.len() > MAX_HISTORY {
-            let shortest = (0..past.len()).min_by_key(|place| past[*place].1);
-            let (forgotten, _) = past.remove(shortest.expect("there are some"));
+            let needed = |place: &usize| {
+                let reign = past[*place].1;
+                (now - reign.ended < SPOKEN, reign.lasted)
+            };
+            let least = (0..past.len()).min_by_key(needed);
+            let (forgotten, _) = past.remove(least.expect("there are some"));
             self.wide.leave(&forgotten);
         }
         let mut spreads = [Spread::default(); MAX_HISTORY];

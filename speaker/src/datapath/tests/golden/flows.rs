@@ -456,14 +456,42 @@ fn in_a_flurry_of_changes_the_table_that_lasted_is_remembered() {
         }
         program.port(vip, Protocol::Tcp, 80, mk_port(&["here"]));
         let port = port_of(vip, &[("here", &["here"])]);
-        let data = mk(vip, 6, &mk_tcp(port, 80, ACK));
+        let asked = program.asked_about(vip, port);
+        assert!(asked.contains(&"other"), "{asked:?}");
+    }
+}
+
+impl Program {
+    /// Who is asked for a flow that this node does not know.
+    fn asked_about(&mut self, vip: IpAddr, port: u16) -> Vec<&'static str> {
         let mut asked = Vec::new();
-        let mut fate = program.fate(&data);
+        let mut fate = self.fate(&mk(vip, 6, &mk_tcp(port, 80, ACK)));
         while let Fate::HandedOn(node, ttl) = fate {
             asked.push(node);
-            fate = program.fate(&mk_from(node, ttl - 1, vip, 6, &mk_tcp(port, 80, ACK)));
+            fate = self.fate(&mk_from(node, ttl - 1, vip, 6, &mk_tcp(port, 80, ACK)));
         }
+        asked
+    }
+}
+
+/// Those who held flows under tables that ended seconds ago have said so; who was first a moment ago has not.
+#[test]
+fn the_last_table_is_remembered_before_those_of_long_ago() {
+    let mut program = Program::load();
+    for vip in VIPS {
+        for number in 0..MAX_HISTORY {
+            let name = format!("old-{number}");
+            program.port(vip, Protocol::Tcp, 80, mk_port(&[&name, "third"]));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["third"]));
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["other"]));
+        program.port(vip, Protocol::Tcp, 80, mk_port(&["here"]));
+        let port = port_of(vip, &[("here", &["here"])]);
+        let asked = program.asked_about(vip, port);
         assert!(asked.contains(&"other"), "{asked:?}");
+        assert!(asked.contains(&"third"), "{asked:?}");
     }
 }
 
