@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::Flow;
@@ -30,6 +31,8 @@ fn whatever_lies_in_between() {
         for pod in &pods {
             await_egress(pod);
         }
+        let answers = who_answers(lab, egress()[0], Duration::from_secs(1))?;
+        assert_eq!(answers.len(), 1, "{answers:?} for {}", egress()[0]);
         let gateway = tenants::gateway(lab, egress()[0]);
         let (own, others): (Vec<&Pod>, Vec<&Pod>) =
             pods.iter().partition(|pod| pod.node == gateway);

@@ -11,7 +11,6 @@ mod sessions {
     use std::time::{Duration, Instant};
 
     use landfall_lab::fault::SPEAKER;
-
     use landfall_lab::server::PodServer;
     use landfall_lab::{Fault, Lab, Pod, Topology};
     use landfall_tests::mta::Mta;

@@ -272,11 +272,10 @@ impl Task {
                 continue;
             };
             let bucket = bucket_of(&flow, port);
-            let is_home = steering::first(&port.nodes, bucket) == Some(&here);
-            if !is_home {
+            if steering::first(&port.nodes, bucket) != Some(&here) {
                 self.away.insert((id, bucket), now);
             }
-            if !is_home || self.away.contains_key(&(id, bucket)) {
+            if self.away.contains_key(&(id, bucket)) {
                 held.entry(id).or_default().insert(bucket);
             }
         }

@@ -33,6 +33,14 @@ struct Reign {
     ended: Instant,
 }
 
+impl Reign {
+    /// Of one that is over now.
+    fn over(lasted: Duration) -> Self {
+        let ended = Instant::now();
+        Self { lasted, ended }
+    }
+}
+
 /// A port as it is in the maps.
 #[derive(Clone, Debug)]
 struct Known {
@@ -74,17 +82,13 @@ impl Ports {
             wide.join(&port.spread);
             history.spreads.iter().for_each(|spread| wide.join(spread));
             let changed = Instant::now();
-            // Not known: at least as long as any since.
-            let reign = Reign {
-                lasted: Duration::MAX,
-                ended: changed,
-            };
             known.insert(
                 key,
                 Known {
                     port,
                     history,
-                    reigns: [reign; MAX_HISTORY],
+                    // Not known: at least as long as any since.
+                    reigns: [Reign::over(Duration::MAX); MAX_HISTORY],
                     changed,
                     reach: Reach::default(),
                 },
@@ -171,16 +175,11 @@ impl Ports {
             spread,
         };
         self.map.insert(key, port, 0)?;
-        let changed = Instant::now();
-        let reign = Reign {
-            lasted: Duration::ZERO,
-            ended: changed,
-        };
         let known = Known {
             port,
             history: History::default(),
-            reigns: [reign; MAX_HISTORY],
-            changed,
+            reigns: [Reign::over(Duration::ZERO); MAX_HISTORY],
+            changed: Instant::now(),
             reach: state.reach.clone(),
         };
         self.known.insert(key, known);
@@ -191,12 +190,7 @@ impl Ports {
     /// is forgotten whose end is long past: who holds flows of it has said so. Else that which was the table for the shortest
     /// time: in a flurry of changes few flows began under it.
     fn remember(&mut self, known: &mut Known, before: Spread) -> Result<(), TablesError> {
-        let now = Instant::now();
-        let reign = Reign {
-            lasted: now - known.changed,
-            ended: now,
-        };
-        let mut past = vec![(before, reign)];
+        let mut past = vec![(before, Reign::over(known.changed.elapsed()))];
         for (earlier, reign) in known.history.spreads.into_iter().zip(known.reigns) {
             if earlier.count == 0 {
                 continue;
@@ -211,7 +205,7 @@ impl Ports {
         if past.len() > MAX_HISTORY {
             let needed = |place: &usize| {
                 let reign = past[*place].1;
-                (now - reign.ended < SPOKEN, reign.lasted)
+                (reign.ended.elapsed() < SPOKEN, reign.lasted)
             };
             let least = (0..past.len()).min_by_key(needed);
             let (forgotten, _) = past.remove(least.expect("there are some"));
