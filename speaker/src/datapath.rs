@@ -11,6 +11,7 @@
 //! Everything stays in the kernel when the process ends, and is adopted by the next one;
 //! [`uninstall`] is what removes it.
 
+mod attached;
 mod driver;
 pub mod egress;
 mod flows;

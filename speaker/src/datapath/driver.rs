@@ -15,9 +15,10 @@ use landfall_ebpf_common::{Driver, UPLINK_DRIVER, map, offload};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 
+use super::attached::{Restored, interface_name};
 use super::pins::{Pins, remove_link};
 use super::tables::{self, TablesError};
-use super::uplink::{Restored, UplinkError, chain, interface_name};
+use super::uplink::{UplinkError, chain};
 
 /// What its links' pins are called after.
 const PLACE: &str = "xdp";

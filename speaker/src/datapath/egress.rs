@@ -41,6 +41,7 @@ pub use standing::{Licence, Standing};
 pub use tally::Bindings;
 pub use usage::Usage;
 
+pub(super) use attach::Side;
 pub(super) use landfall_ebpf_common::egress::gateway::map::CHANGES;
 pub(super) use layout::SHAPES;
 #[cfg(test)]

@@ -15,14 +15,15 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
 use aya::programs::tc::qdisc_detach_program;
-use landfall_ebpf_common::LAYOUT;
 use landfall_ebpf_common::link::Link;
+use landfall_ebpf_common::{LAYOUT, tcx};
 use nix::net::if_::if_nameindex;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::attached::{Side, attach_type};
 use super::layout::{SHAPES, Shape};
 use super::qdisc;
-use super::uplink::Side;
+use super::{egress, uplink};
 
 /// Why the pins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -130,9 +131,9 @@ pub fn uninstall(pin_dir: &Path) -> io::Result<Removed> {
     }
     for interface in &if_nameindex()? {
         let name = interface.name().to_string_lossy();
-        for side in Side::ALL {
+        for (hook, program) in programs::<uplink::Side>().chain(programs::<egress::Side>()) {
             // An interface without our filter answers with an error of one kind or another.
-            if qdisc_detach_program(&name, side.attach_type(), side.program()).is_ok() {
+            if qdisc_detach_program(&name, attach_type(hook), program).is_ok() {
                 removed.filters += 1;
             }
         }
@@ -151,6 +152,11 @@ pub fn uninstall(pin_dir: &Path) -> io::Result<Removed> {
         }
         _ => Ok(removed),
     }
+}
+
+/// An object's programs, by their hooks.
+fn programs<S: Side>() -> impl Iterator<Item = (tcx::Hook, &'static str)> {
+    S::ALL.iter().map(|side| (side.hook(), side.program()))
 }
 
 fn remove_layout(layout: &Path, removed: &mut Removed) -> io::Result<()> {

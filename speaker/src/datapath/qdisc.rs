@@ -3,12 +3,13 @@
 //! It may be there already, and others may come to use one that this program has made. So it is remembered beside the pins
 //! which it has made, and those go with it that nobody else has a filter on.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::programs::tc::qdisc_add_clsact;
-
+use landfall_ebpf_common::tcx;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
 use super::pins::entries;
@@ -36,6 +37,32 @@ pub(super) fn ensure(root: &Path, interface: u32, name: &str) {
     if let Err(error) = fs::create_dir_all(&mark) {
         tracing::debug!(mark = %mark.display(), %error, "the clsact qdisc will not be removed");
     }
+}
+
+/// The filters at a hook, by preference and handle.
+pub(super) fn filters(interface: u32, hook: tcx::Hook) -> io::Result<BTreeSet<(u16, u32)>> {
+    let parent = match hook {
+        tcx::Hook::Ingress => SIDES[0],
+        tcx::Hook::Egress => SIDES[1],
+    };
+    let mut filters = BTreeSet::new();
+    ask(
+        GET_FILTER,
+        DUMP,
+        interface.cast_signed(),
+        parent,
+        |filter| {
+            let word = |at: usize| {
+                let bytes = filter.get(at..at + 4)?;
+                bytes.try_into().ok().map(u32::from_ne_bytes)
+            };
+            // `struct tcmsg`: handle and info; the upper half of that is the preference.
+            if let (Some(handle), Some(info)) = (word(8), word(16)) {
+                filters.insert(((info >> 16) as u16, handle));
+            }
+        },
+    )?;
+    Ok(filters)
 }
 
 /// Removes the qdiscs that [`ensure`] has made and nobody uses; how many that were. It forgets the others.

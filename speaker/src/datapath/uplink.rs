@@ -1,42 +1,26 @@
-//! The programs at the uplinks: loading them, attaching each in front of all others, and keeping them there.
-//!
-//! With TCX the pinned link is the attachment. With clsact (kernels below 6.6) it is a filter of preference 1
-//! with a handle of our own, by which a later process knows it for ours; no other filter is ever replaced.
+//! The programs at the uplinks: loading them, and where each has its place.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::path::Path;
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use aya::maps::MapType;
-use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
-};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::links::LinkError;
+use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use landfall_ebpf_common::egress::guard;
-use landfall_ebpf_common::link::Link;
 use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
-use nix::errno::Errno;
-use nix::net::if_::if_indextoname;
 
+use super::attached::{self, Attached, Restored, Side as _};
 use super::driver::{DriverError, Drivers};
 use super::flows::FlowMaps;
 use super::layout::SHAPES;
-use super::pins::{Pins, remove_link};
+use super::pins::Pins;
 use super::tables::{Tables, TablesError};
 use super::worker::lock;
-use super::{Attachment, Config, Delivery, Hook, egress, qdisc};
+use super::{Attachment, Config, Delivery, egress};
 
 /// The object that the build script has compiled.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LANDFALL_UPLINK_OBJECT"));
-
-/// The clsact filter's place and name: "LF", 1.
-const CLSACT_PRIORITY: u16 = 1;
-/// The guard's.
-const CLSACT_SECOND: u16 = 2;
-const CLSACT_HANDLE: TcHandle = TcHandle::new(0x4c46, 1);
 
 /// Why the program is not loaded or attached.
 #[derive(Debug, thiserror::Error)]
@@ -71,15 +55,6 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What had happened to an attachment that is there again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Restored {
-    /// Somebody had removed it.
-    Removed,
-    /// Somebody had gone in front.
-    Overtaken,
-}
-
 /// Where at an interface a program is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Side {
@@ -94,18 +69,19 @@ pub(super) enum Side {
 }
 
 impl Side {
-    pub(super) const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::Tunnel, Self::Guard];
-
     /// Those that have something to do.
     const fn wanted(delivery: Delivery) -> &'static [Self] {
         match delivery {
             Delivery::KubeProxy => &[Self::Ingress, Self::Tunnel, Self::Guard],
-            Delivery::Native => &Self::ALL,
+            Delivery::Native => Self::ALL,
         }
     }
+}
 
-    /// The name of its program.
-    pub(super) const fn program(self) -> &'static str {
+impl attached::Side for Side {
+    const ALL: &'static [Self] = &[Self::Ingress, Self::Egress, Self::Tunnel, Self::Guard];
+
+    fn program(self) -> &'static str {
         match self {
             Self::Ingress => UPLINK_INGRESS,
             Self::Egress => UPLINK_EGRESS,
@@ -114,29 +90,21 @@ impl Side {
         }
     }
 
-    pub(super) const fn attach_type(self) -> TcAttachType {
-        match self {
-            Self::Ingress | Self::Tunnel => TcAttachType::Ingress,
-            Self::Egress | Self::Guard => TcAttachType::Egress,
-        }
-    }
-
-    const fn priority(self) -> u16 {
-        match self {
-            Self::Ingress | Self::Egress | Self::Tunnel => CLSACT_PRIORITY,
-            Self::Guard => CLSACT_SECOND,
-        }
-    }
-
-    const fn hook(self) -> tcx::Hook {
+    fn hook(self) -> tcx::Hook {
         match self {
             Self::Ingress | Self::Tunnel => tcx::Hook::Ingress,
             Self::Egress | Self::Guard => tcx::Hook::Egress,
         }
     }
 
-    /// The pins of those that go before it.
-    const fn ahead(self) -> &'static [&'static str] {
+    fn priority(self) -> u16 {
+        match self {
+            Self::Egress => 1,
+            Self::Ingress | Self::Tunnel | Self::Guard => 2,
+        }
+    }
+
+    fn ahead(self) -> &'static [&'static str] {
         match self {
             Self::Ingress | Self::Tunnel => &["gateway"],
             Self::Egress => &[],
@@ -144,7 +112,7 @@ impl Side {
         }
     }
 
-    pub(super) const fn word(self) -> &'static str {
+    fn word(self) -> &'static str {
         match self {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
@@ -154,55 +122,12 @@ impl Side {
     }
 }
 
-/// A program at an interface.
-type Place = (u32, Side);
-
-/// Of our programs that are to go before another, by their pins, those that go before all others: in their order.
-pub(super) fn ahead(
-    pins: &Pins,
-    interface: u32,
-    ours: &[&'static str],
-    programs: &[u32],
-) -> Vec<&'static str> {
-    let known: Vec<(u32, &'static str)> = ours
-        .iter()
-        .filter_map(|word| {
-            let link = Link::open(&pins.link(interface, word)).ok()?;
-            Some((link.program().ok()?, *word))
-        })
-        .collect();
-    let words = programs.iter().map_while(|program| {
-        let mut of_ours = known.iter();
-        of_ours.find(|(id, _)| id == program).map(|(_, word)| *word)
-    });
-    words.collect()
-}
-
-/// The place behind those, good for as long as the link is there that comes with it. They were there when the programs
-/// were listed; if the last went meanwhile, that is an error, and the next look finds the place anew.
-pub(super) fn behind(
-    pins: &Pins,
-    interface: u32,
-    ahead: &[&'static str],
-) -> Result<(LinkOrder, Option<SchedClassifierLink>), UplinkError> {
-    let Some(last) = ahead.last() else {
-        return Ok((LinkOrder::first(), None));
-    };
-    let link: FdLink = PinnedLink::from_pin(pins.link(interface, last))?.into();
-    let link = SchedClassifierLink::try_from(link)?;
-    Ok((LinkOrder::after_link(&link)?, Some(link)))
-}
-
 /// The programs, loaded.
 #[derive(Debug)]
 pub(super) struct Uplink {
     ebpf: Ebpf,
     pins: Pins,
-    hook: Hook,
-    /// The programs' ids, of those that are wanted.
-    ids: BTreeMap<Side, u32>,
-    /// Where they were attached, by this process or an earlier one.
-    attached: BTreeSet<Place>,
+    attached: Attached<Side>,
     drivers: Drivers,
 }
 
@@ -213,40 +138,14 @@ impl Uplink {
         let mut ebpf = object(Some(pins))?;
         let mut drivers = Drivers::adopt(&mut ebpf)?;
         drivers.inherit(&mut ebpf, pins, &config.xdp);
-        let mut ids = BTreeMap::new();
-        for side in Side::wanted(config.delivery) {
-            let program = classifier(&mut ebpf, side.program())?;
-            program.load()?;
-            ids.insert(*side, program.info()?.id());
-        }
-        let mut uplink = Self {
+        let wanted = Side::wanted(config.delivery);
+        let attached = Attached::adopt(&mut ebpf, pins, config.hook, wanted)?;
+        Ok(Self {
             ebpf,
             pins: pins.clone(),
-            hook: config.hook,
-            ids,
-            attached: BTreeSet::new(),
+            attached,
             drivers,
-        };
-        for side in Side::ALL {
-            for interface in pins.linked(side.word()) {
-                let place = (interface, side);
-                if !uplink.ids.contains_key(&side) {
-                    uplink.detach_from(place);
-                    continue;
-                }
-                match uplink.adopt(place) {
-                    Ok(()) => {
-                        uplink.attached.insert(place);
-                    }
-                    Err(error) => {
-                        // The interface is gone, and its index may be another's by now.
-                        tracing::debug!(interface, %error, "a pinned link is of no use");
-                        remove(&pins.link(interface, side.word()));
-                    }
-                }
-            }
-        }
-        Ok(uplink)
+        })
     }
 
     /// The maps, to be taken once.
@@ -261,20 +160,12 @@ impl Uplink {
 
     /// The interfaces that carry programs, as far as this process knows; the guard apart.
     pub(super) fn attached(&self) -> BTreeSet<u32> {
-        let places = self.attached.iter();
-        places
-            .filter(|(_, side)| *side != Side::Guard)
-            .map(|(interface, _)| *interface)
-            .collect()
+        self.attached.interfaces(|side| side != Side::Guard)
     }
 
     /// The interfaces that carry the guard.
     pub(super) fn guarded(&self) -> BTreeSet<u32> {
-        let places = self.attached.iter();
-        places
-            .filter(|(_, side)| *side == Side::Guard)
-            .map(|(interface, _)| *interface)
-            .collect()
+        self.attached.interfaces(|side| side == Side::Guard)
     }
 
     /// Sees to it that the guard is at the interface, in front of all programs but ours.
@@ -282,12 +173,12 @@ impl Uplink {
         &mut self,
         interface: u32,
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        self.ensure_at((interface, Side::Guard))
+        self.attached.ensure(&mut self.ebpf, interface, Side::Guard)
     }
 
     /// Takes it off.
     pub(super) fn unguard(&mut self, interface: u32) {
-        self.detach_from((interface, Side::Guard));
+        self.attached.detach(interface, Side::Guard);
     }
 
     /// Sees to it that the programs are attached to the interface, each in front of all others.
@@ -297,40 +188,20 @@ impl Uplink {
         is_tunnel: bool,
     ) -> Result<(Attachment, Option<Restored>), UplinkError> {
         let sides: Vec<Side> = self
-            .ids
-            .keys()
-            .copied()
+            .attached
+            .sides()
             .filter(|side| *side != Side::Guard && (*side == Side::Tunnel) == is_tunnel)
             .collect();
         // An earlier process may have wanted more; a filter is known only where it is looked for.
         if !self.attached().contains(&interface) && !sides.contains(&Side::Egress) {
-            self.detach_from((interface, Side::Egress));
+            self.attached.detach(interface, Side::Egress);
         }
         let mut outcome = (Attachment::Tcx, None);
         for side in sides {
-            let (attachment, restored) = self.ensure_at((interface, side))?;
+            let (attachment, restored) = self.attached.ensure(&mut self.ebpf, interface, side)?;
             outcome = (attachment, restored.or(outcome.1));
         }
         Ok(outcome)
-    }
-
-    fn ensure_at(&mut self, place: Place) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        let (interface, side) = place;
-        if self.hook == Hook::Clsact {
-            return self.ensure_clsact(place);
-        }
-        match tcx::programs(interface, side.hook()) {
-            Ok(programs) => self.ensure_tcx(place, &programs),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.ensure_clsact(place),
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
-                self.detach_from(place);
-                Err(UplinkError::NoInterface(interface))
-            }
-            Err(error) => Err(UplinkError::Attach(
-                interface_name(interface)?,
-                error.to_string(),
-            )),
-        }
     }
 
     /// The interfaces whose drivers carry the other program, as far as this process knows.
@@ -354,101 +225,8 @@ impl Uplink {
     /// Takes the programs off the interface.
     pub(super) fn detach(&mut self, interface: u32) {
         for side in [Side::Ingress, Side::Egress, Side::Tunnel] {
-            self.detach_from((interface, side));
+            self.attached.detach(interface, side);
         }
-    }
-
-    fn detach_from(&mut self, place: Place) {
-        let (interface, side) = place;
-        remove(&self.pins.link(interface, side.word()));
-        if let Ok(name) = interface_name(interface)
-            && let Ok(link) = clsact_link(&name, side)
-        {
-            // Dropping the link deletes the filter; it is an error if there is none.
-            drop(link);
-        }
-        self.attached.remove(&place);
-    }
-
-    fn ensure_tcx(
-        &mut self,
-        place: Place,
-        programs: &[u32],
-    ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        let (interface, side) = place;
-        let id = self.ids.get(&side);
-        let ahead = ahead(&self.pins, interface, side.ahead(), programs);
-        let restored = match programs.iter().position(|other| Some(other) == id) {
-            Some(there) if there == ahead.len() => {
-                self.attached.insert(place);
-                return Ok((Attachment::Tcx, None));
-            }
-            Some(_) => Some(Restored::Overtaken),
-            None if self.attached.contains(&place) => Some(Restored::Removed),
-            None => None,
-        };
-        let name = interface_name(interface)?;
-        let pin = self.pins.link(interface, side.word());
-        // A program can be at a hook once only: out first, then in again, some microseconds later.
-        remove(&pin);
-        let (order, _last) = behind(&self.pins, interface, &ahead)?;
-        let options = TcAttachOptions::TcxOrder(order);
-        let program = classifier(&mut self.ebpf, side.program())?;
-        let id = program
-            .attach_with_options(&name, side.attach_type(), options)
-            .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;
-        taken(program, id)?
-            .pin(&pin)
-            .map_err(|error| UplinkError::Attach(name, chain(&error)))?;
-        self.attached.insert(place);
-        Ok((Attachment::Tcx, restored))
-    }
-
-    fn ensure_clsact(
-        &mut self,
-        place: Place,
-    ) -> Result<(Attachment, Option<Restored>), UplinkError> {
-        let (interface, side) = place;
-        let name = interface_name(interface)?;
-        qdisc::ensure(self.pins.root(), interface, &name);
-        let program = classifier(&mut self.ebpf, side.program())?;
-        let options = TcAttachOptions::Netlink(NlOptions {
-            priority: side.priority(),
-            handle: CLSACT_HANDLE,
-            classid: None,
-        });
-        let made = program.attach_with_options(&name, side.attach_type(), options);
-        let known = self.attached.contains(&place);
-        match made {
-            Ok(id) => {
-                keep(program.take_link(id)?);
-                self.attached.insert(place);
-                Ok((Attachment::Clsact, known.then_some(Restored::Removed)))
-            }
-            // The filter with our handle is there: this process's, or an earlier one's that is to be replaced.
-            Err(error) if exists(&error) => {
-                if !known {
-                    let link = clsact_link(&name, side)
-                        .map_err(|error| UplinkError::Attach(name.clone(), error.to_string()))?;
-                    let id = program
-                        .attach_to_link(link)
-                        .map_err(|error| UplinkError::Attach(name.clone(), chain(&error)))?;
-                    keep(program.take_link(id)?);
-                    self.attached.insert(place);
-                }
-                Ok((Attachment::Clsact, None))
-            }
-            Err(error) => Err(UplinkError::Attach(name, chain(&error))),
-        }
-    }
-
-    /// Puts the program in the place of the one that the pinned link holds.
-    fn adopt(&mut self, (interface, side): Place) -> Result<(), UplinkError> {
-        let link: FdLink = PinnedLink::from_pin(self.pins.link(interface, side.word()))?.into();
-        let link = SchedClassifierLink::try_from(link)?;
-        let program = classifier(&mut self.ebpf, side.program())?;
-        let id = program.attach_to_link(link)?;
-        taken(program, id).map(drop)
     }
 }
 
@@ -488,45 +266,4 @@ pub(super) fn classifier<'a>(
         .program_mut(name)
         .ok_or(UplinkError::Missing(name))?
         .try_into()?)
-}
-
-/// A link out of aya's hands: dropping what it returns closes a descriptor, and no more if the link is pinned.
-pub(super) fn taken(
-    program: &mut SchedClassifier,
-    id: SchedClassifierLinkId,
-) -> Result<FdLink, UplinkError> {
-    let link = program.take_link(id)?;
-    Ok(FdLink::try_from(link)?)
-}
-
-/// Leaves a clsact filter where it is: it belongs to the kernel, not to this process.
-fn keep(link: SchedClassifierLink) {
-    std::mem::forget(link);
-}
-
-fn clsact_link(name: &str, side: Side) -> io::Result<SchedClassifierLink> {
-    SchedClassifierLink::attached(
-        name,
-        side.attach_type(),
-        side.priority(),
-        CLSACT_HANDLE,
-        None,
-    )
-}
-
-/// Whether an attachment failed because there is one already.
-fn exists(error: &ProgramError) -> bool {
-    chain(error).contains(Errno::EEXIST.desc())
-}
-
-pub(super) fn interface_name(interface: u32) -> Result<String, UplinkError> {
-    if_indextoname(interface)
-        .map(|name| name.to_string_lossy().into_owned())
-        .map_err(|_| UplinkError::NoInterface(interface))
-}
-
-fn remove(path: &Path) {
-    if let Err(error) = remove_link(path) {
-        tracing::warn!(path = %path.display(), %error, "cannot remove a pinned link");
-    }
 }

@@ -13,12 +13,13 @@ use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
+use super::attached::Restored;
 use super::egress::{self, Gateway, Standing};
 use super::flows::Flows;
 use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
 use super::tables::{Tables, TablesError};
-use super::uplink::{Restored, Uplink};
+use super::uplink::Uplink;
 use super::{
     Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
     NodeState, PortId, PortState, VipCount, VipState,

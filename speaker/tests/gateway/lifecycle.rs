@@ -10,7 +10,7 @@ use landfall_ebpf_common::tcx;
 use landfall_lab::Netns;
 use landfall_lab::server::WHO_AM_I;
 use landfall_speaker::datapath::egress::{FlowState, State};
-use landfall_speaker::datapath::{self, Change, DataPath as _};
+use landfall_speaker::datapath::{self, Change, DataPath as _, Hook};
 use landfall_speaker::egress::Policy;
 use prometheus_client::registry::Registry;
 
@@ -123,6 +123,48 @@ fn disarmed_it_is_gone_at_once() {
         assert!(begun.elapsed() < PATIENCE);
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// On kernels without TCX: as filters. They outlive the process, come back when somebody takes them away, and go with the
+/// gateway.
+#[test]
+fn by_clsact_too() {
+    let filters = |world: &World| {
+        let shown = ["ingress", "egress"].map(|side| {
+            let line = format!("tc filter show dev eth0 {side}");
+            world.gw.exec(&line).expect("iproute2 has it")
+        });
+        shown.map(|shown| shown.contains("landfall_gateway"))
+    };
+    let eventually = |world: &World, wanted: [bool; 2]| {
+        let begun = Instant::now();
+        while filters(world) != wanted {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", filters(world));
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let mut world = World::bare();
+    world.config.hook = Hook::Clsact;
+    world.start();
+    assert_eq!((filters(&world), programs(&world.gw)), ([true; 2], 0));
+    let stream = connect(&world.pods[0], SocketAddr::new(ip(SERVER[0]), LINES)).unwrap();
+    let seen_as = || ip(&say(&stream, WHO_AM_I).unwrap());
+    assert_eq!(seen_as(), ip(EGRESS[0]));
+    world.stop();
+    assert_eq!(seen_as(), ip(EGRESS[0]));
+    world.start();
+    assert_eq!(seen_as(), ip(EGRESS[0]));
+    for (side, preference) in [("ingress", 1), ("egress", 3)] {
+        let line = format!("tc filter del dev eth0 {side} pref {preference}");
+        world.gw.exec(&line).expect("it is there");
+        eventually(&world, [true; 2]);
+        assert_eq!(seen_as(), ip(EGRESS[0]));
+    }
+    // A process that is told so takes them away that another has left.
+    world.stop();
+    world.launch();
+    world.gateway().disarm(true);
+    eventually(&world, [false; 2]);
 }
 
 /// There is room for as many bindings as is said; what is pinned keeps its room, and its flows.

@@ -19,11 +19,13 @@ use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, Reason};
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
+use super::super::Hook;
+use super::super::attached::{Attached, Side as _};
 use super::super::layout::SHAPES as SHARED;
 use super::super::pins::Pins;
 use super::super::uplink::{classifier, load};
 use super::super::worker::lock;
-use super::attach::Attached;
+use super::attach::{self, Side};
 use super::changes::{Changes, QUEUE, Source, Told, listener};
 use super::copies::{Copies, Kernel, Seam};
 use super::error::GatewayError;
@@ -59,6 +61,8 @@ pub struct GatewayConfig {
     pub errors: u32,
     /// How often bindings are looked through, and attachments checked.
     pub watch: Duration,
+    /// By which hook to attach.
+    pub hook: Hook,
 }
 
 impl GatewayConfig {
@@ -72,6 +76,7 @@ impl GatewayConfig {
             arrival_mark: 0,
             errors: 1000,
             watch: Duration::from_secs(1),
+            hook: Hook::Auto,
         }
     }
 }
@@ -283,7 +288,7 @@ impl Drop for Gateway {
 struct Loaded {
     ebpf: Ebpf,
     pins: Pins,
-    attached: Attached,
+    attached: Attached<Side>,
     keeper: Keeper,
     /// What happens to bindings, until somebody wants to know it.
     unread: Option<Source>,
@@ -417,9 +422,7 @@ impl Task {
         let Some(loaded) = &mut self.loaded else {
             return Ok(State::Idle);
         };
-        loaded
-            .attached
-            .ensure(&mut loaded.ebpf, &loaded.pins, &plan.interfaces)?;
+        attach::ensure(&mut loaded.attached, &mut loaded.ebpf, &plan.interfaces)?;
         Ok(State::Armed(plan.interfaces))
     }
 
@@ -459,7 +462,7 @@ impl Task {
         }
         tables.write(wanted, self.config.arrival_mark)?;
         *lock(&self.shared.tables) = Some(tables);
-        let attached = Attached::adopt(&mut ebpf, &pins)?;
+        let attached = Attached::adopt(&mut ebpf, &pins, self.config.hook, Side::ALL)?;
         self.shared.copies.adopt(Some(kernel));
         self.shared.copies.try_again(AGAIN);
         self.loaded = Some(Loaded {
@@ -553,7 +556,7 @@ impl Task {
         let Some(mut loaded) = self.loaded.take() else {
             return;
         };
-        loaded.attached.detach_all(&loaded.pins);
+        attach::detach_all(&mut loaded.attached);
         self.shared.copies.adopt(None);
         *lock(&self.shared.tables) = None;
         for shape in SHAPES {

@@ -11,6 +11,7 @@ use aya::programs::tc::TcAttachOptions;
 use landfall_ebpf_common::tcx;
 use prometheus_client::registry::Registry;
 
+use super::super::attached::{Side as _, attach_type};
 use super::super::uplink::{Side, classifier, object};
 use super::super::{Attachment, Change, Config, DataPath as _, Delivery, Hook, Leaving, Worker};
 use super::lifecycle::{Bpffs, Segment, attached, eventually};
@@ -64,7 +65,7 @@ fn it_is_behind_ours_and_in_front_of_others() {
         let program = classifier(&mut other, Side::Tunnel.program()).expect("the object holds it");
         program.load().expect("the verifier accepts it");
         let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let egress = Side::Egress.attach_type();
+        let egress = attach_type(Side::Egress.hook());
         program
             .attach_with_options("up0", egress, options)
             .expect("the kernel has TCX");

@@ -12,6 +12,7 @@ use aya::sys::{Stats, enable_stats};
 use landfall_core::model::Protocol;
 use landfall_ebpf_common::tcx;
 
+use super::super::attached::{Side as _, attach_type};
 use super::super::uplink::{Side, classifier, object};
 use super::super::{
     Attachment, Change, Config, DataPath as _, Delivery, Native, NodeId, NodeState, PortId,
@@ -41,7 +42,7 @@ impl Foreign {
             program.load().expect("the verifier accepts it");
             let options = TcAttachOptions::TcxOrder(order);
             program
-                .attach_with_options("up0", side.attach_type(), options)
+                .attach_with_options("up0", attach_type(side.hook()), options)
                 .expect("the kernel has TCX");
             Self { ebpf, side }
         })
