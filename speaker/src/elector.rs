@@ -478,7 +478,7 @@ impl Speaker {
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();
         }
-        self.check_licence(tick.all, now);
+        self.check_licence(&changed, tick.all, now);
         self.look_who_is_hindered(tick.all, now);
         self.held_pages.extend(tick.held);
         if self.told.is_complete() && !self.held_pages.is_empty() {

@@ -21,7 +21,7 @@ pub(super) struct Copies {
     roles: Roles,
     /// Since when this node leads a group of egress addresses.
     led_since: BTreeMap<GroupId, Instant>,
-    /// The nodes whose speakers were heard in this run, as long as they are nodes.
+    /// The nodes whose speakers were heard in this run, or who have led by an address's record, as long as they are nodes.
     voters: BTreeSet<NodeName>,
     /// Since when less than half of them are.
     lonely_since: Option<Duration>,
@@ -139,13 +139,35 @@ impl Speaker {
         }
     }
 
+    /// Who leads these groups' egress addresses and stands by, as it was said on record.
+    fn on_record(&self, groups: &BTreeSet<GroupId>) -> BTreeSet<NodeName> {
+        let groups = groups.iter().filter_map(|id| self.index.groups().get(id));
+        let vips = groups
+            .filter(|group| !group.egress.is_empty())
+            .flat_map(|group| &group.vips)
+            .filter_map(|vip| self.index.virtual_ip(vip.address));
+        vips.flat_map(|vip| vip.leader.iter().chain(&vip.standby))
+            .cloned()
+            .collect()
+    }
+
     /// Looks what this node may do as a gateway, if nodes came or went or it may do less by now.
-    pub(super) fn check_licence(&mut self, nodes_changed: bool, now: Duration) {
-        let copies = &mut self.copies;
-        let is_due = nodes_changed || copies.lonely_since.is_some();
-        if self.identity.egress_mark.is_none() || !is_due {
+    pub(super) fn check_licence(
+        &mut self,
+        changed: &BTreeSet<GroupId>,
+        nodes_changed: bool,
+        now: Duration,
+    ) {
+        if self.identity.egress_mark.is_none() {
             return;
         }
+        // A process that begins where it hears nobody may know from the API server who there is.
+        let recorded = self.on_record(changed);
+        let copies = &mut self.copies;
+        if !nodes_changed && recorded.is_empty() && copies.lonely_since.is_none() {
+            return;
+        }
+        copies.voters.extend(recorded);
         for node in self.election.known() {
             if self.election.is_alive(node) && !copies.voters.contains(node) {
                 copies.voters.insert(node.clone());

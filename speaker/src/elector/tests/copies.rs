@@ -124,6 +124,36 @@ fn a_minority_begins_nothing_and_ends_what_it_has() {
     assert_eq!(licence(&world, &leader(&world)), Some(Licence::Full));
 }
 
+/// A node that begins anew and hears nobody knows from the record that others have led.
+#[test]
+fn who_led_by_the_record_counts() {
+    for recorded in [false, true] {
+        let mut world = mk_world();
+        tell_policy(&mut world);
+        world.run(Duration::from_secs(2));
+        for node in ["n1", "n2", "n3"] {
+            kill(&mut world, node);
+        }
+        if recorded {
+            let address: IpAddr = VIP.parse().unwrap();
+            world.tell(&Object::VirtualIp(VirtualIp {
+                egress_policies: vec!["mail".into()],
+                leader: Some("n2".into()),
+                standby: Some("n3".into()),
+                ..VirtualIp::unheld(address, "out".into(), VIP.into())
+            }));
+        }
+        world.boot(1, 9);
+        world.run(Duration::from_secs(5));
+        let expected = if recorded {
+            Licence::Frozen
+        } else {
+            Licence::Full
+        };
+        assert_eq!(licence(&world, "n1"), Some(expected), "{recorded}");
+    }
+}
+
 /// Nodes that are gone for good have no say.
 #[test]
 fn who_is_no_node_any_more_does_not_count() {
