@@ -26,6 +26,7 @@ mod matching;
 mod namespaces;
 #[cfg(test)]
 mod properties;
+mod shadow;
 #[cfg(test)]
 mod tests;
 
@@ -46,6 +47,7 @@ pub use explain::{Cluster, Explanation, Outcome, Topic};
 pub use inside::inside;
 use judge::Offers;
 use lookup::{Carriers, Seekers};
+pub use shadow::{shadow, shadow_nets, shadows};
 
 /// The label that every namespace carries: its name.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";

@@ -99,7 +99,7 @@ pub struct Policy {
     pub ports: Option<u32>,
     /// How fast its pods may be together, in each direction.
     pub bandwidth: Option<Bandwidth>,
-    /// Flows are translated to nothing and go by the gateway also to VIPs of this cluster.
+    /// It is for VIPs of this cluster too, but for its own.
     pub hairpin: bool,
     /// Flows of its pods to its destinations that were there before it are cut; else they keep their source to their end.
     pub cuts: bool,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{EgressIndex, PodState, inside};
+use super::{EgressIndex, PodState, inside, shadows};
 use crate::ip::Family;
 use crate::model::{Condition, EgressPolicy, Node, NodeName, ObjectKey, VirtualIp, bits};
 
@@ -166,17 +166,35 @@ impl EgressIndex {
             let text = format!("{} selects it too, and is less specific", other.name);
             step(Topic::OtherPolicy, text);
         }
-        if is_inside {
-            if policy.spec.hairpin && cluster.vips.contains_key(&to) {
-                let text = "spec.hairpin is true, and has no effect yet";
-                step(Topic::Policy, text.to_owned());
-            }
+        let vip = cluster.vips.get(&to).filter(|_| policy.spec.hairpin);
+        let is_own = vip.is_some_and(|vip| vip.egress_policies.contains(name));
+        if is_own {
+            let text = format!("spec.hairpin of {name} is not for its own addresses");
+            step(Topic::Policy, text);
+        }
+        let shadows = vip.map(|_| shadows(cluster.vips.keys(), &self.inside(cluster)));
+        let has_none = shadows.is_some_and(|shadows| !shadows.contains_key(&to));
+        if has_none {
+            let text = format!(
+                "spec.hairpin of {name} cannot be for {to}: another VIP, or pods' addresses, differ from it in the first \
+                 four bits only; give its Service another address"
+            );
+            step(Topic::Policy, text);
+        }
+        if is_inside && (vip.is_none() || is_own || has_none) {
             return Outcome::Stays;
         }
+        let plain = if vip.is_some() {
+            let text = format!("spec.hairpin of {name}: to VIPs, too, by the gateway");
+            step(Topic::Policy, text);
+            Outcome::Stays
+        } else {
+            Outcome::Plain
+        };
         if let Some(net) = holding(&policy.spec.excluded, to) {
             let text = format!("{net} is among spec.excludedCIDRs of {name}");
             step(Topic::Destination, text);
-            return Outcome::Plain;
+            return plain;
         }
         match holding(&policy.spec.destinations, to) {
             Some(net) if net.prefix_len() > 0 => {
@@ -186,7 +204,7 @@ impl EgressIndex {
             None if !policy.spec.destinations.is_empty() => {
                 let text = format!("spec.destinationCIDRs of {name} do not hold it");
                 step(Topic::Destination, text);
-                return Outcome::Plain;
+                return plain;
             }
             Some(_) | None => {}
         }
@@ -288,11 +306,14 @@ impl EgressIndex {
         if let Some(node) = nodes.find(|node| node.addresses.contains(&to)) {
             return (format!("node {}", node.name), true);
         }
-        let inside = inside(cluster.nodes.values(), self.judged.keys().copied());
-        match holding(&inside, to) {
+        match holding(&self.inside(cluster), to) {
             Some(net) => (format!("in {net}, which is the cluster's own"), true),
             None => ("outside the cluster".to_owned(), false),
         }
+    }
+
+    fn inside(&self, cluster: &Cluster) -> BTreeSet<IpNet> {
+        inside(cluster.nodes.values(), self.judged.keys().copied())
     }
 
     fn why_no_address(&self, policy: &EgressPolicy, pod: &ObjectKey, family: Family) -> String {

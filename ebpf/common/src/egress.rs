@@ -6,3 +6,4 @@ pub mod gateway;
 pub mod guard;
 pub mod pace;
 pub mod ports;
+pub mod shadow;

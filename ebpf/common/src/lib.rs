@@ -39,7 +39,7 @@ pub use port::{
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
-pub const LAYOUT: u32 = 7;
+pub const LAYOUT: u32 = 8;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
@@ -160,6 +160,8 @@ impl Verdict {
 pub mod map {
     /// From [`VipKey`](crate::VipKey) to [`Vip`](crate::Vip).
     pub const VIPS: &str = "VIPS";
+    /// From the shadow of a VIP to the VIP, both as [`VipKey`](crate::VipKey)s.
+    pub const SHADOWS: &str = "SHADOWS";
     /// [`VipCount`](crate::VipCount) by CPU, at the place of a VIP's number.
     pub const COUNTS: &str = "COUNTS";
     /// From [`PortKey`](crate::PortKey) to [`Port`](crate::Port).
@@ -284,7 +286,7 @@ mod tests {
     /// A change here is a change of the number. The sizes are the sums of the fields': there is no padding.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(LAYOUT, 7);
+        assert_eq!(LAYOUT, 8);
         let sizes = [
             size_of::<VipKey>(),
             size_of::<Vip>(),

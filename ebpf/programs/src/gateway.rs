@@ -22,12 +22,12 @@ mod pace;
 mod tell;
 mod word;
 
-use aya_ebpf::bindings::{__sk_buff, bpf_redir_neigh};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::egress::binding::{V6, ticks};
 use landfall_ebpf_common::egress::gateway::{
-    Filter, Hop, Policy, RESUME, Reason, egress_flag, source_flag,
+    Filter, Hop, NOWHERE, Policy, RESUME, Reason, egress_flag, policy_flag, source_flag,
 };
 use landfall_ebpf_common::{PortKey, VipKey, vip_flag};
 
@@ -67,19 +67,77 @@ pub(crate) fn enter(context: &TcContext) -> i32 {
 }
 
 /// A frame that leaves by an uplink: what of it is a pod's of this node, and this node is its gateway, is translated. The
-/// packets that are to be are told by their mark, where there is one.
+/// packets that are to be are told by their mark, where there is one. What is to one of the addresses that pods leave by
+/// here comes in: nobody else would answer for it.
 #[inline(always)]
 pub(crate) fn leave(context: &TcContext) -> i32 {
     let mark = maps::mark();
     // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
-    if mark != 0 && unsafe { (*context.skb.skb).mark } & mark != mark {
+    let may_be_pods = mark == 0 || unsafe { (*context.skb.skb).mark } & mark == mark;
+    let nowhere = context.at(0) == Some(NOWHERE);
+    if !may_be_pods && !nowhere {
         return NEXT;
     }
-    if landfall_gateway_look(context.skb.skb) & OF_POD == 0 {
+    let of_interest = landfall_gateway_look(context.skb.skb);
+    if may_be_pods && of_interest & OF_POD != 0 {
+        let action = landfall_gateway_outward(context.skb.skb, LEAVES);
+        if action != NOT_OURS {
+            return action;
+        }
+    }
+    if nowhere && of_interest & TO_US != 0 {
+        return landfall_gateway_return(context.skb.skb);
+    }
+    NEXT
+}
+
+/// Lets a frame come in that would leave, unless a pod of this node has sent it under its own address.
+///
+/// A global function: verified once, whoever calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_return(skb: *mut __sk_buff) -> i32 {
+    // What was read before may have been another packet: an error's inner one.
+    landfall_gateway_look(skb);
+    let of_pod =
+        crate::maps::packet().is_none_or(|packet| maps::source(&VipKey(packet.source)).is_some());
+    if of_pod {
         return NEXT;
     }
-    let action = landfall_gateway_outward(context.skb.skb, LEAVES);
-    if action == NOT_OURS { NEXT } else { action }
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+    let here = unsafe { (*skb).ifindex };
+    come_in(&TcContext::new(skb), here, None)
+}
+
+/// Lets a frame come in by an interface with this Ethernet address, as from a client; by the one that it would leave by, if
+/// none is said.
+#[inline(always)]
+fn come_in(context: &TcContext, interface: u32, mac: Option<&[u8; 6]>) -> i32 {
+    let own = match mac {
+        Some(mac) => Some(*mac),
+        None => context.load(6).ok(),
+    };
+    let Some(own) = own else { return DROP };
+    let stored = context.skb.store(0, &own, 0).is_ok() && context.skb.store(6, &own, 0).is_ok();
+    if !stored {
+        return DROP;
+    }
+    // It was of the way that ends here.
+    context.set_mark(0);
+    // SAFETY: it takes numbers only.
+    unsafe { bpf_redirect(interface, u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+/// Whether a VIP is at the uplink of this hop: what is for it comes in there, and is steered, whoever leads the VIP.
+#[inline(always)]
+fn is_at(packet: &Packet, hop: &Hop) -> bool {
+    let near = if packet.v6 {
+        words(&hop.via_v6) == [0; 4]
+    } else {
+        hop.via_v4 == 0
+    };
+    let vip = crate::maps::vip(&packet.flow.vip);
+    near && vip.is_some_and(|vip| vip.flags & vip_flag::STEER != 0)
 }
 
 /// What [`landfall_gateway_look`] finds: its destination may be an egress address, or a pod of this node.
@@ -236,6 +294,17 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     let Some(packet) = crate::maps::packet() else {
         return NOT_OURS;
     };
+    let hairpin = packet.flow.vip.may_be_shadow(packet.v6);
+    if hairpin {
+        let Some(vip) = crate::maps::shadowed(&packet.flow.vip) else {
+            return if leaves {
+                NOT_OURS
+            } else {
+                drop(Reason::NoWay)
+            };
+        };
+        set_words(&mut packet.flow.vip.0, words(&vip.0));
+    }
     let readable = readable && complete(packet);
     // An error's own sender has to be the pod that it is about.
     let readable = readable && words(&packet.flow.client) == words(&packet.source);
@@ -246,7 +315,7 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     };
     let found = match found {
         Some(found) => found,
-        None => match begin::<F>(context, packet, leaves, readable) {
+        None => match begin::<F>(context, packet, leaves, readable, hairpin) {
             Ok(found) => found,
             Err(action) => return action,
         },
@@ -275,14 +344,21 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     if pace::is_over(context, policy, found.policy, maps::OUT) {
         return drop_of(found.policy, Reason::Bandwidth);
     }
-    set_words(&mut packet.from.address, words(&packet.flow.client));
-    packet.from.port = packet.flow.client_port;
     if leaves {
-        if landfall_translate(context.skb.skb, SOURCE) != 0 {
+        if translate_out(context, packet, hairpin).is_none() {
             return drop_of(found.policy, Reason::Unreadable);
         }
         passed(context, found.policy, Reason::Out);
-        return NEXT;
+        if !hairpin {
+            return NEXT;
+        }
+        // The kernel knows no way to a shadow.
+        let hop = maps::route(policy.uplink, &packet.flow.vip.0).and_then(maps::hop);
+        return match hop {
+            Some(hop) if is_at(packet, hop) => come_in(context, policy.uplink, None),
+            Some(hop) => forward(packet, hop),
+            None => drop_of(found.policy, Reason::NoWay),
+        };
     }
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
         return drop_of(found.policy, Reason::NoWay);
@@ -296,11 +372,55 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
     }
-    if landfall_translate(context.skb.skb, SOURCE) != 0 || lower(context, packet).is_none() {
+    if translate_out(context, packet, hairpin).is_none() || lower(context, packet).is_none() {
         return drop_of(found.policy, Reason::Unreadable);
     }
     passed(context, found.policy, Reason::Out);
+    if hairpin && is_at(packet, hop) {
+        return come_in(context, hop.interface, Some(&hop.mac));
+    }
     forward(packet, hop)
+}
+
+/// Translates a pod's packet to what was found, one to a shadow to its VIP too.
+#[inline(always)]
+fn translate_out(context: &TcContext, packet: &mut Packet, hairpin: bool) -> Option<()> {
+    if hairpin {
+        let (address, port) = (words(&packet.to.address), packet.to.port);
+        let vip = words(&packet.flow.vip.0);
+        let shadow = packet.flow.vip.shadow(packet.v6);
+        readdress(context, packet, DESTINATION, words(&shadow.0), vip)?;
+        set_words(&mut packet.to.address, address);
+        packet.to.port = port;
+    }
+    set_words(&mut packet.from.address, words(&packet.flow.client));
+    packet.from.port = packet.flow.client_port;
+    (landfall_translate(context.skb.skb, SOURCE) == 0).then_some(())
+}
+
+/// Translates an address of the packet at hand, and no port.
+#[inline(always)]
+fn readdress(context: &TcContext, packet: &mut Packet, side: u32, from: V6, to: V6) -> Option<()> {
+    set_words(&mut packet.from.address, from);
+    set_words(&mut packet.to.address, to);
+    (packet.from.port, packet.to.port) = (0, 0);
+    (landfall_translate(context.skb.skb, side) == 0).then_some(())
+}
+
+/// Translates a remote's packet to what was found; a VIP becomes its shadow, which the pod's node knows it by.
+#[inline(always)]
+fn translate_in(context: &TcContext, packet: &mut Packet, hairpin: bool) -> Option<()> {
+    set_words(&mut packet.from.address, words(&packet.flow.vip.0));
+    packet.from.port = packet.flow.port;
+    if landfall_translate(context.skb.skb, DESTINATION) != 0 {
+        return None;
+    }
+    if hairpin {
+        let shadow = VipKey(packet.flow.client).shadow(packet.v6);
+        let vip = words(&packet.flow.client);
+        readdress(context, packet, SOURCE, vip, words(&shadow.0))?;
+    }
+    Some(())
 }
 
 /// A flow's policy, if this node is its gateway.
@@ -316,9 +436,18 @@ fn begin<F: Family>(
     packet: &mut Packet,
     leaves: bool,
     readable: bool,
+    hairpin: bool,
 ) -> Result<Found, i32> {
+    // Of what comes nobody else knows what to do with a packet to a shadow. What leaves the guard has sent on.
+    let refused = || {
+        if hairpin && !leaves {
+            drop(Reason::NotGateway)
+        } else {
+            NOT_OURS
+        }
+    };
     let Some(source) = maps::source(&VipKey(packet.source)) else {
-        return Err(NOT_OURS);
+        return Err(refused());
     };
     if source.flags & source_flag::HERE == 0 || leaves != (source.node == 0) {
         // One that claims to come from here, and comes from outside, is nobody's.
@@ -326,16 +455,21 @@ fn begin<F: Family>(
         return Err(if forged {
             drop(Reason::Forged)
         } else {
-            NOT_OURS
+            refused()
         });
     }
-    let uplink = maps::policy(source.policy).map_or(0, |policy| policy.uplink);
+    let policy = maps::policy(source.policy);
+    let uplink = policy.map_or(0, |policy| policy.uplink);
     let destination = packet.flow.vip.0;
-    if maps::route(uplink, &destination) == Some(0)
-        || crate::maps::vip(&VipKey(destination)).is_some()
-    {
-        // The cluster's own.
-        return Err(NOT_OURS);
+    // To a VIP a pod comes by the shadow that its node has given that; by its address it goes on as if there were no policy.
+    let is_own = if hairpin {
+        let is_for_vips = policy.is_some_and(|policy| policy.flags & policy_flag::HAIRPIN != 0);
+        !is_for_vips || words(&packet.flow.vip.0) == words(&source.egress)
+    } else {
+        crate::maps::vip(&VipKey(destination)).is_some()
+    };
+    if is_own || maps::route(uplink, &destination) == Some(0) {
+        return Err(refused());
     }
     if !leaves && maps::node(source.node).is_none_or(|node| node.mac != packet.mac) {
         return Err(drop(Reason::Forged));
@@ -473,10 +607,9 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     if pace::is_over(context, policy, found.policy, maps::IN) {
         return drop_of(found.policy, Reason::Bandwidth);
     }
-    set_words(&mut packet.from.address, words(&packet.flow.vip.0));
-    packet.from.port = packet.flow.port;
+    let hairpin = found.node != 0;
     if found.hop == 0 {
-        if landfall_translate(context.skb.skb, DESTINATION) != 0 {
+        if translate_in(context, packet, hairpin).is_none() {
             return drop_of(found.policy, Reason::Unreadable);
         }
         // So that the check of its way back finds the way that the pod's packets go.
@@ -497,7 +630,7 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         maps::note_of(found.policy, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | node.mtu << 16, 0);
     }
-    let translated = landfall_translate(context.skb.skb, DESTINATION) == 0
+    let translated = translate_in(context, packet, hairpin).is_some()
         && lower(context, packet).is_some()
         && context.skb.store(0, &node.mac, 0).is_ok()
         && context.skb.store(6, &node.own, 0).is_ok();

@@ -16,6 +16,8 @@ use crate::packet::Packet;
 #[map]
 static VIPS: HashMap<VipKey, Vip> = HashMap::with_max_entries(MAX_VIPS, BPF_F_NO_PREALLOC);
 #[map]
+static SHADOWS: HashMap<VipKey, VipKey> = HashMap::with_max_entries(MAX_VIPS, BPF_F_NO_PREALLOC);
+#[map]
 static COUNTS: PerCpuArray<VipCount> = PerCpuArray::with_max_entries(MAX_VIPS, 0);
 #[map]
 static PORTS: HashMap<PortKey, Port> = HashMap::with_max_entries(MAX_PORTS, BPF_F_NO_PREALLOC);
@@ -82,6 +84,13 @@ pub(crate) fn packet() -> Option<&'static mut Packet> {
 pub(crate) fn vip(key: &VipKey) -> Option<Vip> {
     // SAFETY: entries are replaced whole; a reader may at worst see the one before.
     unsafe { VIPS.get(key) }.copied()
+}
+
+/// The VIP whose shadow an address is.
+#[inline(always)]
+pub(crate) fn shadowed(shadow: &VipKey) -> Option<&'static VipKey> {
+    // SAFETY: as above.
+    unsafe { SHADOWS.get(shadow) }
 }
 
 /// Counts a frame to a VIP: as so many packets as it was put together from, if it was.

@@ -92,7 +92,7 @@ impl<S: Side> Attached<S> {
             places: BTreeSet::new(),
         };
         for side in S::ALL {
-            for interface in pins.linked(side.word()) {
+            for interface in left(pins, *side) {
                 if !attached.ids.contains_key(side) {
                     attached.detach(interface, *side);
                     continue;
@@ -103,7 +103,7 @@ impl<S: Side> Attached<S> {
                     }
                     Err(error) => {
                         // The interface is gone, and its index may be another's by now.
-                        tracing::debug!(interface, %error, "a pinned link is of no use");
+                        tracing::debug!(interface, %error, "what an earlier process has attached is of no use");
                         remove(&pins.link(interface, side.word()));
                     }
                 }
@@ -220,21 +220,9 @@ impl<S: Side> Attached<S> {
             }
             // The filter with our handle is there: this process's, or an earlier one's that is to be replaced.
             Err(error) if exists(&error) => {
-                if is_new {
-                    let attach = |error: &dyn std::error::Error| {
-                        UplinkError::Attach(name.clone(), chain(error))
-                    };
-                    let replaced = clsact_link(&name, side)
-                        .map_err(|error| attach(&error))
-                        .and_then(|link| program.attach_to_link(link).map_err(|it| attach(&it)))
-                        .and_then(|id| Ok(program.take_link(id)?));
-                    match replaced {
-                        Ok(link) => keep(link),
-                        Err(error) => {
-                            self.places.remove(&(interface, side));
-                            return Err(error);
-                        }
-                    }
+                if is_new && let Err(error) = replace_clsact(ebpf, interface, side) {
+                    self.places.remove(&(interface, side));
+                    return Err(error);
                 }
                 Ok((Attachment::Clsact, None))
             }
@@ -279,9 +267,13 @@ impl<S: Side> Attached<S> {
         Ok((LinkOrder::after_link(&link)?, Some(link)))
     }
 
-    /// Puts the program in the place of the one that the pinned link holds.
+    /// Puts the program in the place of the one that an earlier process has left.
     fn replace(&self, ebpf: &mut Ebpf, interface: u32, side: S) -> Result<(), UplinkError> {
-        let link: FdLink = PinnedLink::from_pin(self.pins.link(interface, side.word()))?.into();
+        let pin = self.pins.link(interface, side.word());
+        if !pin.exists() {
+            return replace_clsact(ebpf, interface, side);
+        }
+        let link: FdLink = PinnedLink::from_pin(pin)?.into();
         let link = SchedClassifierLink::try_from(link)?;
         let program = classifier(ebpf, side.program())?;
         let id = program.attach_to_link(link)?;
@@ -324,6 +316,19 @@ fn clsact_link<S: Side>(name: &str, side: S) -> io::Result<SchedClassifierLink> 
         CLSACT_HANDLE,
         None,
     )
+}
+
+/// Puts the program in the place of the one that our filter has.
+fn replace_clsact<S: Side>(ebpf: &mut Ebpf, interface: u32, side: S) -> Result<(), UplinkError> {
+    let name = interface_name(interface)?;
+    let attach = |error: &dyn std::error::Error| UplinkError::Attach(name.clone(), chain(error));
+    let program = classifier(ebpf, side.program())?;
+    let link = clsact_link(&name, side).map_err(|error| attach(&error))?;
+    let id = program
+        .attach_to_link(link)
+        .map_err(|error| attach(&error))?;
+    keep(program.take_link(id)?);
+    Ok(())
 }
 
 /// Whether an attachment failed because there is one already.

@@ -28,8 +28,9 @@ pub(super) const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32)
 pub(super) type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
-pub(super) const SHAPES: [Shape; 27] = [
+pub(super) const SHAPES: [Shape; 28] = [
     shape::<common::VipKey, common::Vip>(map::VIPS, MapType::Hash, common::MAX_VIPS),
+    shape::<common::VipKey, common::VipKey>(map::SHADOWS, MapType::Hash, common::MAX_VIPS),
     shape::<u32, common::VipCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_VIPS),
     shape::<common::PortKey, common::Port>(map::PORTS, MapType::Hash, common::MAX_PORTS),
     shape::<u32, common::History>(map::HISTORY, MapType::Hash, common::MAX_PORTS),

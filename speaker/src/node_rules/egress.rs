@@ -2,7 +2,11 @@
 //!
 //! ```text
 //!  prerouting ─> egress-replies  frames of a gateway get the mark of their way: the reverse path is that
+//!             └> egress-hairpin  (in front of whoever knows VIPs) pods of policies that are for VIPs: what begins to one
+//!                                goes to its shadow, by a chain for each policy, egress-pin-…
+//!             └> egress-shadows  that is translated so, for connection tracking
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
+//!                └> egress-outward
 //!                  forged ─> drop      answers ─> judged      unknown, and other nodes' ─> drop
 //!                  from before the pod was whose it is ─> that policy's egress-led-…, as egress, way
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
@@ -12,10 +16,12 @@
 //! ```
 //!
 //! Inside and outside are told by interface: what would not leave by an uplink stays. Of what would, the networks of
-//! the cluster and its VIPs stay too.
+//! the cluster stay too, and its VIPs. Where a policy is for these the pod's packets go to their shadows
+//! ([`shadows`](landfall_core::egress::shadows)), which are outside.
 
 mod entry;
 pub(super) mod flows;
+pub(super) mod hairpin;
 pub(super) mod keeper;
 pub(super) mod ports;
 pub(super) mod routes;
@@ -52,6 +58,7 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     for (way, value) in ways {
         replies(text, way, *value, config);
     }
+    hairpin::skeleton(text);
     judge(text, leaving, config);
     for (name, policy) in &leaving.egress.policies {
         add_chain(text, name);
@@ -60,6 +67,13 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     elements(text, "add", "egress-sources", &sources(leaving));
     elements(text, "add", "egress-closed", &closed(leaving));
     elements(text, "add", "egress-former", &formers(leaving));
+    elements(text, "add", "egress-hairpin", &hairpin::sources(leaving));
+    elements(
+        text,
+        "add",
+        "egress-shadows",
+        &hairpin::shades(rules, leaving),
+    );
     for (way, value) in ways {
         macs(text, "add", *value, &gateways(leaving, way));
     }
@@ -80,9 +94,14 @@ pub(super) fn is_alike(old: &Rules, new: &Rules) -> bool {
 
 /// From `old` to `new`, which are alike, with the same ways.
 pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, config: &Config) {
-    let (Some(old), Some(new)) = (&old.egress, &new.egress) else {
+    let (Some(leaving), Some(will)) = (&old.egress, &new.egress) else {
         return;
     };
+    if old.vips != new.vips {
+        let (old, new) = (hairpin::shades(old, leaving), hairpin::shades(new, will));
+        replace(text, "egress-shadows", &old, &new);
+    }
+    let (old, new) = (leaving, will);
     if old == new {
         return;
     }
@@ -91,7 +110,7 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
         match before.get(name) {
             Some(known) if known == policy => continue,
             Some(_) => {
-                for chain in [chain(name), former_chain(name)] {
+                for chain in [chain(name), former_chain(name), hairpin::chain(name)] {
                     let _ = writeln!(text, "flush chain inet {TABLE} {chain}");
                 }
             }
@@ -102,6 +121,12 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     replace(text, "egress-closed", &closed(old), &closed(new));
     replace(text, "egress-sources", &sources(old), &sources(new));
     replace(text, "egress-former", &formers(old), &formers(new));
+    replace(
+        text,
+        "egress-hairpin",
+        &hairpin::sources(old),
+        &hairpin::sources(new),
+    );
     for (way, value) in ways {
         let (old, new) = (gateways(old, way), gateways(new, way));
         macs(text, "delete", *value, &(&old - &new));
@@ -110,9 +135,11 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     for name in before.keys().filter(|name| !after.contains_key(*name)) {
         let _ = writeln!(
             text,
-            "delete chain inet {TABLE} {0}\ndelete counter inet {TABLE} {0}\ndelete chain inet {TABLE} {1}",
+            "delete chain inet {TABLE} {0}\ndelete counter inet {TABLE} {0}\ndelete chain inet {TABLE} {1}\n\
+             delete chain inet {TABLE} {2}",
             chain(name),
-            former_chain(name)
+            former_chain(name),
+            hairpin::chain(name)
         );
     }
 }
@@ -121,9 +148,10 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
 fn add_chain(text: &mut String, policy: &PolicyName) {
     let _ = writeln!(
         text,
-        "add chain inet {TABLE} {0}\nadd counter inet {TABLE} {0}\nadd chain inet {TABLE} {1}",
+        "add chain inet {TABLE} {0}\nadd counter inet {TABLE} {0}\nadd chain inet {TABLE} {1}\nadd chain inet {TABLE} {2}",
         chain(policy),
-        former_chain(policy)
+        former_chain(policy),
+        hairpin::chain(policy)
     );
 }
 
@@ -152,6 +180,7 @@ add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
 add chain inet {TABLE} egress-replies {{ type filter hook prerouting priority mangle - 10; policy accept; }}
 add chain inet {TABLE} egress-judge {{ type filter hook prerouting priority dstnat + 10; policy accept; }}
 add chain inet {TABLE} egress-null {{ type nat hook postrouting priority srcnat - 10; policy accept; }}
+add chain inet {TABLE} egress-outward
 add chain inet {TABLE} egress-judged
 add chain inet {TABLE} egress-plain
 add chain inet {TABLE} egress-nowhere
@@ -224,33 +253,34 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
             ));
         }
     }
+    rule("egress-judge goto egress-outward");
     if !leaving.uplinks.is_empty() {
         // What has no route may have one by its policy's uplink.
         rule(&format!(
-            "egress-judge fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
+            "egress-outward fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
             names(&leaving.uplinks)
         ));
     }
-    rule("egress-judge fib saddr . iif oif missing counter name egress-forged drop");
+    rule("egress-outward fib saddr . iif oif missing counter name egress-forged drop");
     // Answers to who came from outside, also those of other nodes' pods. A flow of a tenant's that is known only since
     // its gateway's frame came is none: its connection bears the mark.
     rule(&format!(
-        "egress-judge ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
+        "egress-outward ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
     ));
     // A flow from before its pod was whose it is goes on by the gateway that it began with, or not at all.
     let former = judged | egress;
     let is_former = format!("ct mark and {former:#x} == {former:#x}");
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         rule(&format!(
-            "egress-judge {is_former} {family} saddr vmap @egress-former{suffix}"
+            "egress-outward {is_former} {family} saddr vmap @egress-former{suffix}"
         ));
     }
     rule(&format!(
-        "egress-judge {is_former} counter name egress-translated drop"
+        "egress-outward {is_former} counter name egress-translated drop"
     ));
-    rule("egress-judge ip saddr vmap @egress-sources4");
-    rule("egress-judge ip6 saddr vmap @egress-sources6");
-    rule("egress-judge counter name egress-unknown drop");
+    rule("egress-outward ip saddr vmap @egress-sources4");
+    rule("egress-outward ip6 saddr vmap @egress-sources6");
+    rule("egress-outward counter name egress-unknown drop");
     // It was a tenant's: without its way it would leave with the pod's address.
     rule(&format!(
         "egress-plain ct mark and {egress:#x} == {egress:#x} counter name egress-translated drop"
@@ -306,7 +336,34 @@ fn replies(text: &mut String, way: &Way, value: u32, config: &Config) {
     }
 }
 
-/// The rules of a policy's chain.
+/// What tells packets to where a policy is not for.
+fn not_for(policy: &Policy) -> Vec<String> {
+    let mut told = Vec::new();
+    for (nets, matches) in [(&policy.excluded, true), (&policy.destinations, false)] {
+        if nets.is_empty() {
+            continue; // None is excluded; the policy is for all.
+        }
+        let nets = merged(nets);
+        for (family, word, name) in [(Family::V4, "ip", "ipv4"), (Family::V6, "ip6", "ipv6")] {
+            let all = nets
+                .iter()
+                .any(|net| Family::of(net.addr()) == family && net.prefix_len() == 0);
+            let list = of_family(&nets, family);
+            match (list.is_empty() || all, matches) {
+                (true, _) if all == matches => told.push(format!("meta nfproto {name}")),
+                (true, _) => {}
+                (false, _) => told.push(format!(
+                    "{word} daddr {}{{ {} }}",
+                    if matches { "" } else { "!= " },
+                    list.join(", ")
+                )),
+            }
+        }
+    }
+    told
+}
+
+/// The rules of a policy's chains.
 fn verdict(
     text: &mut String,
     name: &PolicyName,
@@ -325,28 +382,8 @@ fn verdict(
     // What left by the policy goes on so, whatever it is for by now: it would leave with the pod's address. And what did
     // not is marked to be known for that, should it be for it later.
     let other = format!("ct mark and {egress:#x} == 0 ct mark set ct mark or {judged:#x}");
-    for (nets, matches) in [(&policy.excluded, true), (&policy.destinations, false)] {
-        if nets.is_empty() {
-            continue; // None is excluded; the policy is for all.
-        }
-        let nets = merged(nets);
-        for (family, word, name) in [(Family::V4, "ip", "ipv4"), (Family::V6, "ip6", "ipv6")] {
-            let all = nets
-                .iter()
-                .any(|net| Family::of(net.addr()) == family && net.prefix_len() == 0);
-            let list = of_family(&nets, family);
-            match (list.is_empty() || all, matches) {
-                (true, _) if all == matches => {
-                    rule(&format!("meta nfproto {name} {other} goto egress-judged"));
-                }
-                (true, _) => {}
-                (false, _) => rule(&format!(
-                    "{word} daddr {}{{ {} }} {other} goto egress-judged",
-                    if matches { "" } else { "!= " },
-                    list.join(", ")
-                )),
-            }
-        }
+    for elsewhere in not_for(policy) {
+        rule(&format!("{elsewhere} {other} goto egress-judged"));
     }
     // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source
     // while this table was not there have no right to it.
@@ -380,6 +417,9 @@ fn verdict(
         dropped
     };
     let _ = writeln!(text, "add rule inet {TABLE} {} {led}", former_chain(name));
+    if policy.hairpin {
+        hairpin::pin(text, name, policy, config);
+    }
 }
 
 /// The chain of flows that began when their pods were a policy's tenants.

@@ -54,6 +54,7 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, ways: &Ways, config: &Config) 
     elements(&mut text, "add", "silent", &rules.silent);
     elements(&mut text, "add", "refusing", &rules.refusing());
     elements(&mut text, "add", "ports", &rules.ports());
+    egress::hairpin::from_inside(&mut text, rules);
     refusals(&mut text);
     for (protocol, counter, set) in [("ip", "guard4", "vips4"), ("ip6", "guard6", "vips6")] {
         let _ = writeln!(
@@ -64,7 +65,7 @@ pub(super) fn whole(rules: &Rules, marks: &Marks, ways: &Ways, config: &Config) 
     if config.translated {
         translated(&mut text, rules, marks, config);
     }
-    answers(&mut text, rules, marks, config.mark_mask);
+    answers(&mut text, rules, marks, config);
     deliveries(&mut text, rules);
     pods::whole(&mut text, rules);
     tunnel(&mut text, rules, config.tunnel_port);
@@ -220,7 +221,15 @@ fn answered(mark: u32) -> String {
 
 /// Marks what answers a connection that was made to a VIP of an uplink. The connection is asked, since the packet
 /// of a pod still carries the pod's address when it is routed.
-fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
+///
+/// What answers a pod by its gateway goes to the pod.
+fn answers(text: &mut String, rules: &Rules, marks: &Marks, config: &Config) {
+    let mask = config.mark_mask;
+    let (_, egress) = config.egress_marks();
+    let of_client = rules
+        .egress
+        .as_ref()
+        .map_or(String::new(), |_| format!("ct mark and {egress:#x} == 0 "));
     for (uplink, mark) in marks {
         let set = answered(*mark);
         for (suffix, protocol, kind) in [(4, "ip", "ipv4_addr"), (6, "ip6", "ipv6_addr")] {
@@ -231,7 +240,7 @@ fn answers(text: &mut String, rules: &Rules, marks: &Marks, mask: u32) {
             for chain in ["mark-answers", "mark-own-answers"] {
                 let _ = writeln!(
                     text,
-                    "add rule inet {TABLE} {chain} ct direction reply ct original {protocol} daddr @{set}{suffix} \
+                    "add rule inet {TABLE} {chain} ct direction reply {of_client}ct original {protocol} daddr @{set}{suffix} \
                      meta mark set meta mark and {:#x} or {mark:#x}",
                     !mask
                 );

@@ -187,9 +187,33 @@ fn what_is_the_clusters_own_stays() {
         assert_eq!(found.outcome, Outcome::Stays, "{to}");
         assert!(text(&found).contains(said), "{to}: {}", text(&found));
     }
+}
+
+#[test]
+fn vips_are_outside_for_who_hairpins() {
+    let mut world = World::new();
+    let vip = mk_vip("192.0.2.40", "lan", &[]);
+    world.cluster.vips.insert(vip.address, vip);
+    assert_eq!(world.outcome("192.0.2.40"), Outcome::Stays);
     world.policy(|policy| policy.spec.hairpin = true);
+    let found = world.explain("a/mta", "192.0.2.40");
+    assert_eq!(found.outcome, leaves());
+    assert!(text(&found).contains("to VIPs, too"), "{found:?}");
     let found = world.explain("a/mta", "192.0.2.32");
-    assert!(text(&found).contains("no effect yet"), "{found:?}");
+    assert_eq!(found.outcome, Outcome::Stays);
+    assert!(text(&found).contains("not for its own"), "{found:?}");
+    let double = mk_vip("208.0.2.40", "lan", &[]);
+    world.cluster.vips.insert(double.address, double);
+    let found = world.explain("a/mta", "192.0.2.40");
+    assert_eq!(found.outcome, Outcome::Stays);
+    assert!(text(&found).contains("first four bits"), "{found:?}");
+    world.cluster.vips.remove(&"208.0.2.40".parse().unwrap());
+    world.policy(|policy| {
+        policy.spec.hairpin = true;
+        policy.spec.destinations = ["203.0.113.0/24".parse().unwrap()].into();
+    });
+    // It is not for the VIP: kube-proxy short-circuits it.
+    assert_eq!(world.outcome("192.0.2.40"), Outcome::Stays);
 }
 
 #[test]

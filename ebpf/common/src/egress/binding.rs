@@ -117,7 +117,7 @@ pub struct Binding<A: Address> {
     pub spare: A::Spare,
     /// Where its packets go: out, the number of a next hop; in, of the pod's node, 0 if that is this one.
     pub hop: u16,
-    /// Out: the number of the pod's node, 0 if that is this one; in: 0.
+    /// Out: the number of the pod's node, 0 if that is this one; in: not 0, if the remote is a VIP of this cluster.
     pub node: u16,
     /// The policy's number.
     pub policy: u16,

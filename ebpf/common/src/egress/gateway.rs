@@ -64,6 +64,16 @@ pub struct Policy {
     pub link: u32,
     /// How fast its pods may be together, in each direction.
     pub pace: Pace,
+    /// [`policy_flag`]s.
+    pub flags: u32,
+    /// Nothing.
+    pub zero: u32,
+}
+
+/// Flags of a [`Policy`].
+pub mod policy_flag {
+    /// It is for VIPs of this cluster too, but its own.
+    pub const HAIRPIN: u32 = 1;
 }
 
 /// What this node is to an egress address.
@@ -131,7 +141,15 @@ pub struct Hop {
     pub via_v6: [u8; 16],
     /// This node's IPv6 address there.
     pub own_v6: [u8; 16],
+    /// This node's Ethernet address there.
+    pub mac: [u8; 6],
+    /// Nothing.
+    pub zero: [u8; 2],
 }
+
+/// Where frames go to whose address this node itself has, as far as others know: the nearest bridge's address, which no bridge
+/// forwards (IEEE 802.1Q, table 8-1).
+pub const NOWHERE: [u8; 6] = [0x01, 0x80, 0xc2, 0, 0, 0x0e];
 
 /// A network as seen from an uplink, as the data of a longest-prefix match. Its value is the number of a hop, 0 for what
 /// is the cluster's own.
@@ -477,9 +495,9 @@ mod tests {
         ];
         let expected = [
             16 + 4 * 2 + 8,
-            8 + 4 * 4 + (8 + 8),
+            8 + 4 * 4 + (8 + 8) + 4 + 4,
             8 + 4 + 4 + 4 + 6 + 6 + 16,
-            4 * 4 + 16 + 16,
+            4 * 4 + 16 + 16 + 6 + 2,
             4 + 16,
             6 * 4 + 4 + 4 + 4,
             4 + 4 + 4,

@@ -340,6 +340,7 @@ pub(super) fn hand<F: Family>(
     unsafe {
         (*entry).to = room.value.to;
         (*entry).hop = room.value.hop;
+        (*entry).node = room.value.node;
         (*entry).policy = room.value.policy;
         (*entry).ours = room.value.ours;
         (*entry).theirs = room.value.theirs;

@@ -14,7 +14,7 @@ use landfall_ebpf_common::egress::gateway::{Reason, egress_flag};
 use landfall_ebpf_common::egress::ports::{DRAWN, drawn, seed};
 
 use super::claim::{EXISTS, claim_of, count_copy, gather, hand, mark, release};
-use super::flow::{close, now};
+use super::flow::{close, is_vip, now};
 use super::maps::{self, Family, Four, Room, Six};
 use crate::packet::TCP;
 
@@ -212,7 +212,7 @@ fn place<F: Family>() -> u32 {
             room.value.ours |= opened;
             room.value.to = room.out.local;
             room.value.hop = room.source.node;
-            room.value.node = 0;
+            room.value.node = is_vip(&room.out.remote.mapped());
             room.value.policy = room.source.policy;
             room.value.theirs = opened;
             let claim = Claim::new(room.out.local_port, room.now);

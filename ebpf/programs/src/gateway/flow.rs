@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
+use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, is_control, phase, tick, ticks,
 };
@@ -30,7 +31,7 @@ pub(super) fn now() -> u32 {
 pub(super) struct Found {
     /// The number of the hop, or of the pod's node.
     pub(super) hop: u16,
-    /// The number of the node that the pod's packets come from.
+    /// Of a pod's packet the number of the node that it comes from; of a remote's not 0, if that is a VIP of this cluster.
     pub(super) node: u16,
     /// The number of its policy.
     pub(super) policy: u16,
@@ -123,7 +124,7 @@ pub(super) fn find_in<F: Family>(packet: &mut Packet) -> Option<Found> {
     packet.to.port = claim.port;
     Some(Found {
         hop: binding.hop,
-        node: 0,
+        node: binding.node,
         policy: binding.policy,
     })
 }
@@ -249,6 +250,12 @@ pub(super) fn close<F: Family>(entry: *mut Binding<F::A>, claim: Claim) -> bool 
     true
 }
 
+/// What the entry *in* of a binding says of its remote.
+#[inline(always)]
+pub(super) fn is_vip(remote: &[u8; 16]) -> u16 {
+    u16::from(crate::maps::vip(&VipKey(*remote)).is_some())
+}
+
 /// Makes a binding for the flow whose key *out* and whose pod are in the room: [`BOUND`], or a [`Reason`] and why not.
 #[inline(always)]
 fn make<F: Family>() -> u32 {
@@ -274,7 +281,7 @@ fn make<F: Family>() -> u32 {
     room.value.to = room.out.local;
     room.now = now();
     room.value.hop = room.source.node;
-    room.value.node = 0;
+    room.value.node = is_vip(&remote);
     room.value.policy = room.source.policy;
     room.value.theirs = 0;
     let bound = bind::<F>();

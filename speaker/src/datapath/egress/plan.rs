@@ -114,6 +114,8 @@ pub(super) struct PolicyPlan {
     pub(super) pace: Pace,
     /// The uplink, also of one that would take over.
     pub(super) link: u32,
+    /// It is for VIPs of this cluster too.
+    pub(super) hairpin: bool,
 }
 
 impl PolicyPlan {
@@ -126,6 +128,7 @@ impl PolicyPlan {
                 Pace::new(bandwidth.rate, bandwidth.burst())
             }),
             link,
+            hairpin: policy.hairpin,
         }
     }
 }
@@ -170,6 +173,7 @@ pub(super) struct HopPlan {
     pub(super) own_v6: Option<Ipv6Addr>,
     pub(super) via_v4: Option<Ipv4Addr>,
     pub(super) via_v6: Option<Ipv6Addr>,
+    pub(super) mac: [u8; 6],
 }
 
 /// What the maps of this node are to hold. Of the pods that leave by these addresses all is known here, so that copies of
@@ -242,6 +246,7 @@ impl Plan {
             },
             via_v4: None,
             via_v6: None,
+            mac: uplink.mac,
         };
         self.hops.insert(of(false), hop);
         for network in &uplink.connected {

@@ -16,8 +16,8 @@ use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address as _, V6};
 use landfall_ebpf_common::egress::gateway::{
     EgressState, Filter, GateNode, GateRoute, GateSettings, Hop, MAX_GATE_NODES, MAX_HOPS,
-    MAX_POLICIES, Policy, PolicyCount, Reason, Source, egress_flag, map, settings_flag,
-    source_flag,
+    MAX_POLICIES, Policy, PolicyCount, Reason, Source, egress_flag, map, policy_flag,
+    settings_flag, source_flag,
 };
 use xxhash_rust::xxh64::xxh64;
 
@@ -552,6 +552,8 @@ fn mk_hop(id: HopId, plan: &HopPlan) -> Hop {
         own_v4: v4(plan.own_v4),
         via_v6: v6(plan.via_v6),
         own_v6: v6(plan.own_v6),
+        mac: plan.mac,
+        zero: [0; 2],
     }
 }
 
@@ -577,5 +579,7 @@ fn mk_policy(name: &PolicyName, plan: &PolicyPlan) -> Policy {
         ports_per_pod: plan.ports_per_pod,
         link: plan.link,
         pace: plan.pace,
+        flags: u32::from(plan.hairpin) * policy_flag::HAIRPIN,
+        zero: 0,
     }
 }

@@ -8,6 +8,7 @@ mod copies;
 mod cost;
 mod counts;
 mod errors;
+mod hairpin;
 mod life;
 mod others;
 mod ports;

@@ -17,6 +17,8 @@ pub(super) enum Entry {
     Blackhole,
     Throw(IpNet),
     Link(IpNet, Arc<str>),
+    /// By a next hop that is there whatever the network says.
+    Via(IpNet, IpAddr, Arc<str>),
     Default {
         via: Option<IpAddr>,
         dev: Arc<str>,
@@ -30,6 +32,7 @@ impl fmt::Display for Entry {
             Self::Blackhole => write!(f, "blackhole default metric {LAST}"),
             Self::Throw(net) => write!(f, "throw {net}"),
             Self::Link(net, dev) => write!(f, "{net} dev {dev}"),
+            Self::Via(net, via, dev) => write!(f, "{net} via {via} dev {dev} onlink"),
             Self::Default { via, dev, mtu } => {
                 write!(f, "default")?;
                 if let Some(via) = via {
@@ -78,7 +81,13 @@ impl Shown {
                 mtu: self.metrics.iter().find_map(|metrics| metrics.mtu),
                 dev: self.dev?,
             }),
-            None | Some("unicast") => net().zip(self.dev).map(|(net, dev)| Entry::Link(net, dev)),
+            None | Some("unicast") => {
+                let (net, dev) = net().zip(self.dev)?;
+                Some(match self.gateway {
+                    Some(via) => Entry::Via(net, via, dev),
+                    None => Entry::Link(net, dev),
+                })
+            }
             _ => None,
         }
     }

@@ -3,22 +3,27 @@
 //! ```text
 //!  rule  mark of the way ─> table
 //!          throw      the cluster's own networks: as if there were no mark
+//!          [via]      shadows of VIPs, where this node is the gateway: nobody
 //!          [link]     the networks at the uplink, where this node is the gateway
 //!          default    by the uplink: its router where this node is the gateway, else nobody
 //!          blackhole  when the uplink is gone
 //! ```
 //!
 //! Where another node is the gateway, the guard at the uplink writes its Ethernet address on each frame. Without the
-//! guard a frame goes to an address that no bridge forwards.
+//! guard a frame goes to an address that no bridge forwards. So it is with frames to addresses that this node itself has, as
+//! far as others know: VIPs, and those that pods leave by here. Nobody answers this node when it asks who has them; at the
+//! uplink the gateway's program lets such frames come in.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use landfall_core::egress::shadow_nets;
 use landfall_core::ip::Family;
+use landfall_ebpf_common::egress::gateway::NOWHERE;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use serde::Deserialize;
@@ -29,14 +34,13 @@ use super::super::{Config, Leaving, Rules, TUNNEL};
 use super::entry::{Entry, Shown};
 use super::ways::{self, Way, Ways};
 use super::{merged, own};
+use crate::announcer::MacAddr;
 
 /// The next hop of what goes to another node: of this link alone (RFC 3927, RFC 4291), and nobody's.
 const NOBODY: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 76, 70)),
     IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x4c46)),
 ];
-/// Its Ethernet address: the nearest bridge's, which no bridge forwards (IEEE 802.1Q, table 8-1).
-const NO_FRAME_GOES_THERE: &str = "01:80:c2:00:00:0e";
 /// The most that the tunnel puts in front of a packet: Ethernet, VXLAN, UDP, and IPv4 or IPv6.
 const TUNNEL_HEADERS: [u32; 2] = [50, 70];
 
@@ -48,6 +52,8 @@ pub(in super::super) struct Asked {
     thrown: BTreeSet<IpNet>,
     /// A node at the other end of the tunnel.
     peer: Option<IpAddr>,
+    /// The addresses that pods leave by here, by uplink.
+    led: BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
 }
 
 /// What tables these rules want.
@@ -62,7 +68,20 @@ pub(in super::super) fn asked(rules: &Rules) -> Asked {
             .tunnel
             .as_ref()
             .and_then(|tunnel| tunnel.peers.first().copied()),
+        led: led(leaving),
     }
+}
+
+fn led(leaving: &Leaving) -> BTreeMap<Arc<str>, BTreeSet<IpAddr>> {
+    let mut led = BTreeMap::<_, BTreeSet<IpAddr>>::new();
+    for policy in leaving.egress.policies.values() {
+        let gateway = policy.gateway.as_ref();
+        if let Some(gateway) = gateway.filter(|gateway| gateway.node == leaving.node) {
+            let led = led.entry(gateway.uplink.clone()).or_default();
+            led.extend(&policy.addresses);
+        }
+    }
+    led
 }
 
 impl Asked {
@@ -89,6 +108,8 @@ pub(in super::super) struct Table {
     mask: u32,
     number: u32,
     routes: BTreeSet<Entry>,
+    /// The neighbours at its uplink that are nowhere.
+    nowhere: BTreeSet<IpAddr>,
 }
 
 /// The tables for these ways, and a word on each that lacks something.
@@ -114,6 +135,7 @@ pub(in super::super) async fn plan(
                 .map(|net| Entry::Throw(*net))
                 .collect();
             routes.insert(Entry::Blackhole);
+            let mut nowhere = BTreeSet::new();
             let default = |via| Entry::Default {
                 via,
                 dev: way.uplink.clone(),
@@ -123,6 +145,13 @@ pub(in super::super) async fn plan(
                 // Nothing leaves until it is back, which is heard of.
             } else if way.here {
                 routes.extend(connected(&way.uplink, family).await?);
+                let led = asked.led.get(&way.uplink).into_iter().flatten();
+                nowhere.extend(led.filter(|address| Family::of(**address) == family));
+                nowhere.insert(nobody(family));
+                let shadows = shadow_nets().into_iter();
+                let shadows = shadows.filter(|net| Family::of(net.addr()) == family);
+                routes
+                    .extend(shadows.map(|net| Entry::Via(net, nobody(family), way.uplink.clone())));
                 let router = router(&way.uplink, family, &defaults, config);
                 if router.is_some() || is_default(&way.uplink, &defaults) {
                     routes.insert(default(router));
@@ -139,6 +168,7 @@ pub(in super::super) async fn plan(
                     dev: way.uplink.clone(),
                     mtu: mtu(way, asked).await?,
                 });
+                nowhere.insert(nobody(family));
             }
             tables.push(Table {
                 way: way.clone(),
@@ -147,6 +177,7 @@ pub(in super::super) async fn plan(
                 mask: egress | config.mark_mask,
                 number: config.egress_table(*value),
                 routes,
+                nowhere,
             });
         }
     }
@@ -230,20 +261,24 @@ pub(in super::super) async fn install(tables: &[Table], config: &Config) -> Resu
     for family in families() {
         let mut batch = String::new();
         let rules = rules(family, config).await?;
+        let there = nowhere(family).await?;
         for table in tables.iter().filter(|table| table.family == family) {
             let Table { way, number, .. } = table;
-            if table.leads_away() {
-                let _ = writeln!(
-                    batch,
-                    "neigh replace {} lladdr {NO_FRAME_GOES_THERE} dev {} nud permanent",
-                    nobody(family),
-                    way.uplink
-                );
+            for address in &table.nowhere {
+                if !there.contains(&(way.uplink.clone(), *address)) {
+                    let _ = writeln!(
+                        batch,
+                        "neigh replace {address} lladdr {} dev {} nud permanent",
+                        MacAddr(NOWHERE),
+                        way.uplink
+                    );
+                }
             }
-            for route in &table.routes {
+            let shown = shown(table).await;
+            for route in table.routes.difference(&shown) {
                 let _ = writeln!(batch, "route replace {route} table {number}");
             }
-            for stale in shown(table).await.difference(&table.routes) {
+            for stale in shown.difference(&table.routes) {
                 let _ = writeln!(batch, "route del {stale} table {number}");
             }
             if !rules.iter().any(|rule| table.is_found_by(rule)) {
@@ -301,26 +336,26 @@ pub(in super::super) async fn prune(tables: &[Table], config: &Config) -> Result
                 .await;
             }
         }
-        forget_nobody(family, tables).await?;
+        forget_nowhere(family, tables).await?;
     }
     Ok(())
 }
 
-/// Takes the neighbours away that stood for gateways, where none is any more.
-async fn forget_nobody(family: Family, tables: &[Table]) -> Result<(), ToolError> {
-    let nobody = nobody(family).to_string();
-    for dev in nobodies(family).await? {
-        let used = |table: &Table| table.leads_away() && table.way.uplink == dev;
+/// Takes the neighbours away that are nowhere and need not be.
+async fn forget_nowhere(family: Family, tables: &[Table]) -> Result<(), ToolError> {
+    for (dev, address) in nowhere(family).await? {
+        let used = |table: &Table| table.way.uplink == dev && table.nowhere.contains(&address);
         if !tables.iter().any(used) {
-            let del = [flag(family), "neigh", "del", &nobody, "dev", &dev];
+            let address = address.to_string();
+            let del = [flag(family), "neigh", "del", &address, "dev", &dev];
             run("ip", &del, "").await?;
         }
     }
     Ok(())
 }
 
-/// The interfaces with a neighbour that stands for gateways.
-async fn nobodies(family: Family) -> Result<BTreeSet<Arc<str>>, ToolError> {
+/// The neighbours that are nowhere, with their interfaces.
+async fn nowhere(family: Family) -> Result<BTreeSet<(Arc<str>, IpAddr)>, ToolError> {
     #[derive(Deserialize)]
     struct Neighbour {
         dst: IpAddr,
@@ -330,10 +365,11 @@ async fn nobodies(family: Family) -> Result<BTreeSet<Arc<str>>, ToolError> {
     let shown = [flag(family), "-j", "neigh", "show", "nud", "permanent"];
     let printed = run("ip", &shown, "").await?;
     let known: Vec<Neighbour> = serde_json::from_str(&printed).unwrap_or_default();
+    let lladdr = MacAddr(NOWHERE).to_string();
     Ok(known
         .into_iter()
-        .filter(|it| it.dst == nobody(family) && it.lladdr.as_deref() == Some(NO_FRAME_GOES_THERE))
-        .map(|it| it.dev)
+        .filter(|it| it.lladdr.as_deref() == Some(&*lladdr))
+        .map(|it| (it.dev, it.dst))
         .collect())
 }
 
@@ -351,7 +387,17 @@ pub(in super::super) async fn are_there(
             if shown(table).await != table.routes {
                 return Ok(false);
             }
-            if table.leads_away() && !nobodies(family).await?.contains(&table.way.uplink) {
+        }
+        let there = nowhere(family).await?;
+        let of_family = tables.iter().filter(|table| table.family == family);
+        for table in of_family {
+            let place = |address: &IpAddr| (table.way.uplink.clone(), *address);
+            if !table
+                .nowhere
+                .iter()
+                .map(place)
+                .all(|it| there.contains(&it))
+            {
                 return Ok(false);
             }
         }
@@ -369,12 +415,6 @@ struct Rule {
 }
 
 impl Table {
-    /// Whether it leads to another node, and the uplink takes packets.
-    fn leads_away(&self) -> bool {
-        let defaults = |route: &Entry| matches!(route, Entry::Default { .. });
-        !self.way.here && self.routes.iter().any(defaults)
-    }
-
     fn is_found_by(&self, rule: &Rule) -> bool {
         let hex = |text: &Option<String>| {
             let digits = text.as_deref()?.strip_prefix("0x")?;

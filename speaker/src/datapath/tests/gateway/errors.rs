@@ -3,7 +3,7 @@
 use super::*;
 
 /// An ICMP error that quotes a packet.
-fn mk_error(mac: [u8; 6], from: IpAddr, to: IpAddr, packet: &[u8]) -> Vec<u8> {
+pub(super) fn mk_error(mac: [u8; 6], from: IpAddr, to: IpAddr, packet: &[u8]) -> Vec<u8> {
     let kind = if from.is_ipv4() { [3, 1] } else { [1, 3] };
     let mut message = kind.to_vec();
     message.extend([0, 0, 0, 0, 0, 0]);

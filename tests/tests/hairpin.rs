@@ -1,0 +1,293 @@
+//! Tenants that mail each other: what a pod sends to a VIP of its own cluster leaves by its policy's address, wherever gateway,
+//! the VIP's leader and the server are. With the real control plane, kube-proxy, controller and speakers.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::Service;
+use kube::Api;
+use kube::api::{Patch, PatchParams, PostParams};
+use landfall_api::EgressPolicy;
+use landfall_lab::server::TCP_PORT;
+use landfall_lab::{Fault, Lab, Pod, Topology};
+use landfall_tests::flows::{self, Flow};
+use landfall_tests::tenants::{self, egress, gateway};
+use landfall_tests::{Cluster, PATIENCE, ProxyMode, chart, eventually, objects};
+use serde_json::{Value, json};
+
+const SMTP: u16 = 25;
+/// How long a try to connect may take.
+const TRY: Duration = Duration::from_secs(3);
+/// So many VIPs of each family: they have leaders on several nodes.
+const SERVICES: usize = 4;
+/// So many connections of each pod to each VIP.
+const EACH: usize = 6;
+/// How old news has to be to be known at another gateway in any case.
+const AGE: Duration = Duration::from_secs(1);
+
+const POOL: &str = "
+apiVersion: landfall.dev/v1alpha1
+kind: IPAddressPool
+metadata: {name: in}
+spec:
+  purpose: Both
+  addresses: [10.88.0.200-10.88.0.219, 'fd00:88::200-fd00:88::219']
+";
+
+/// The second tenant's, who sends by the address at which it receives.
+const SHOP: &str = "
+apiVersion: landfall.dev/v1alpha1
+kind: EgressPolicy
+metadata: {name: shop}
+spec:
+  podSelector: {matchLabels: {app: echo, tenant: shop}}
+  egressIPs: {fromService: {namespace: default, name: in-0}}
+";
+
+/// The pod that is a Service's only one.
+const ONLY: &str = "only";
+
+/// Who may send, and by which addresses.
+struct Tenants {
+    shop: Vec<String>,
+    /// The addresses at which the shop receives, and of other Services: the last of one that a single pod serves, and of one
+    /// that only egress addresses may come to.
+    vips: Vec<IpAddr>,
+}
+
+impl Tenants {
+    fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
+        if self.shop.contains(&pod.name) {
+            self.own().to_vec()
+        } else {
+            egress().to_vec()
+        }
+    }
+
+    fn own(&self) -> &[IpAddr] {
+        &self.vips[..2]
+    }
+
+    /// The VIPs that a pod comes to from outside: to its own a tenant does not go round.
+    fn vips(&self, pod: &Pod) -> &[IpAddr] {
+        if self.shop.contains(&pod.name) {
+            &self.vips[2..]
+        } else {
+            &self.vips
+        }
+    }
+}
+
+#[test]
+fn the_receiver_sees_the_senders_egress_address() {
+    let topology = Topology {
+        nodes: 4,
+        ..Topology::default()
+    };
+    Cluster::run(topology, |cluster| {
+        chart::apply(cluster.plane(), POOL)?;
+        tenants::start(cluster)?;
+        let lab = cluster.lab();
+        let mut tenants = Tenants {
+            shop: lab.pods().take(2).map(|pod| pod.name.clone()).collect(),
+            vips: Vec::new(),
+        };
+        for number in 0..SERVICES {
+            tenants
+                .vips
+                .extend(serve(cluster, &format!("in-{number}"), json!({}))?);
+        }
+        let last = lab.pods().last().map(|pod| pod.name.clone()).unwrap();
+        cluster.block_on(async {
+            let client = cluster.client().await?;
+            for pod in &tenants.shop {
+                objects::label_pod(&client, pod, json!({"tenant": "shop"})).await?;
+            }
+            objects::label_pod(&client, &last, json!({"single": ONLY})).await?;
+            anyhow::Ok(())
+        })?;
+        let single = json!({"selector": {"app": "echo", "single": ONLY}});
+        tenants.vips.extend(serve(cluster, ONLY, single)?);
+        let open_to_all = tenants.vips.clone();
+        let vips = &open_to_all;
+        chart::apply(cluster.plane(), SHOP)?;
+        let by: Vec<IpAddr> = egress()
+            .into_iter()
+            .chain(tenants.own().iter().copied())
+            .collect();
+        let is_egress = |seen: IpAddr| by.contains(&seen);
+        for pod in lab.pods() {
+            for vip in vips {
+                await_seen(pod, *vip, |seen| !is_egress(seen));
+            }
+        }
+        println!("without hairpin nobody sees the egress address");
+        hairpin(cluster, true);
+        let whole = |ip: &IpAddr| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 });
+        let ranges: Vec<String> = by.iter().map(whole).collect();
+        let named = json!({"loadBalancerSourceRanges": ranges});
+        tenants.vips.extend(serve(cluster, "named", named)?);
+        let sender = gateway(lab, egress()[0]);
+        let leaders: BTreeMap<IpAddr, String> = tenants
+            .vips
+            .iter()
+            .map(|vip| (*vip, gateway(lab, *vip)))
+            .collect();
+        println!("{sender} is the gateway; VIPs are led by {leaders:?}");
+        all_see(lab, &tenants);
+        for pod in &tenants.shop {
+            let pod = lab.pods().find(|it| it.name == *pod).unwrap();
+            for vip in tenants.own() {
+                await_seen(pod, *vip, |seen| !is_egress(seen));
+            }
+        }
+        let mut flows = open(lab, &tenants);
+        ways(&flows, &sender);
+        by_iptables(cluster);
+        all_see(lab, &tenants);
+        println!("kube-proxy by iptables harms nothing");
+        thread::sleep(AGE);
+        outlive(lab, &mut flows, &sender);
+        hairpin(cluster, false);
+        let left = lab.pods().filter(|pod| pod.node != sender);
+        for pod in left {
+            for vip in vips {
+                await_seen(pod, *vip, |seen| !is_egress(seen));
+            }
+        }
+        Ok(())
+    });
+}
+
+/// A Service's addresses.
+fn serve(cluster: &Cluster, name: &str, spec: Value) -> anyhow::Result<Vec<IpAddr>> {
+    cluster.block_on(async {
+        let services: Api<Service> = Api::default_namespaced(cluster.client().await?);
+        let ports =
+            json!([{"name": "smtp", "protocol": "TCP", "port": SMTP, "targetPort": TCP_PORT}]);
+        let mut whole = json!({"externalTrafficPolicy": "Local", "ports": ports});
+        if let (Value::Object(whole), Value::Object(spec)) = (&mut whole, spec) {
+            whole.extend(spec);
+        }
+        let service = objects::service(name, whole);
+        services.create(&PostParams::default(), &service).await?;
+        let addresses = eventually("the Service's addresses", async || {
+            let service = services.get_status(name).await.ok()?;
+            Some(objects::ingress(&service)).filter(|addresses| addresses.len() == 2)
+        });
+        Ok(addresses.await)
+    })
+}
+
+fn hairpin(cluster: &Cluster, is: bool) {
+    cluster.block_on(async {
+        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
+        let patch = Patch::Merge(json!({"spec": {"hairpin": is}}));
+        let params = PatchParams::default();
+        for policy in ["mail", "shop"] {
+            policies.patch(policy, &params, &patch).await.unwrap();
+        }
+    });
+}
+
+/// Until each pod is seen as its policy's by each VIP.
+fn all_see(lab: &Lab, tenants: &Tenants) {
+    for pod in lab.pods() {
+        let addresses = tenants.addresses(pod);
+        for vip in tenants.vips(pod) {
+            await_seen(pod, *vip, |seen| addresses.contains(&seen));
+        }
+    }
+}
+
+/// kube-proxies that deliver by iptables in place of those by nftables.
+fn by_iptables(cluster: &Cluster) {
+    for node in cluster.lab().nodes() {
+        let plane = cluster.plane();
+        let started = plane.start_kube_proxy(&node.name, ProxyMode::Iptables);
+        started.unwrap();
+    }
+    let begun = Instant::now();
+    for node in cluster.lab().nodes() {
+        while node.netns.exec("nft list table ip kube-proxy").is_ok() {
+            assert!(begun.elapsed() < PATIENCE, "the nftables mode's rules stay");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// Until a server sees a pod come from such an address.
+fn await_seen(pod: &Pod, vip: IpAddr, right: impl Fn(IpAddr) -> bool) {
+    let begun = Instant::now();
+    loop {
+        let seen = Flow::open_within(&pod.netns, SocketAddr::new(vip, SMTP), TRY);
+        let seen = seen.map(|flow| flow.seen_from);
+        if seen.as_ref().is_ok_and(|seen| right(*seen)) {
+            return;
+        }
+        let (name, passed) = (&pod.name, begun.elapsed());
+        assert!(passed < PATIENCE, "{name} to {vip}: {seen:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// By the sender's pod. Each is seen as its policy's.
+fn open(lab: &Lab, tenants: &Tenants) -> BTreeMap<String, Vec<Flow>> {
+    let of_pod = |pod: &Pod| {
+        let to = tenants
+            .vips(pod)
+            .iter()
+            .flat_map(|vip| [SocketAddr::new(*vip, SMTP); EACH]);
+        let flows: Vec<Flow> = to
+            .map(|to| Flow::open_within(&pod.netns, to, TRY).unwrap())
+            .collect();
+        for flow in &flows {
+            let seen = flow.seen_from;
+            let by = tenants.addresses(pod);
+            assert!(by.contains(&seen), "{}: {seen}", pod.name);
+        }
+        (pod.name.clone(), flows)
+    };
+    lab.pods().map(of_pod).collect()
+}
+
+/// Whether each way was gone that differs: pods of the gateway's node and of others, to servers there and elsewhere.
+fn ways(flows: &BTreeMap<String, Vec<Flow>>, gateway: &str) {
+    let mut ways = BTreeMap::<(bool, bool, bool), usize>::new();
+    for (pod, flows) in flows {
+        let node = pod.split_once("-pod").unwrap().0;
+        for flow in flows {
+            let way = (node == gateway, flow.node() == gateway, flow.node() == node);
+            *ways.entry(way).or_default() += 1;
+        }
+    }
+    println!("flows by (from the gateway's node, to it, to the pod's own): {ways:?}");
+    let wanted = [
+        (true, true, true),
+        (true, false, false),
+        (false, true, false),
+        (false, false, true),
+        (false, false, false),
+    ];
+    assert_eq!(ways.into_keys().collect::<BTreeSet<_>>(), wanted.into());
+}
+
+/// The gateway loses its power: what neither ends there goes on.
+fn outlive(lab: &Lab, flows: &mut BTreeMap<String, Vec<Flow>>, gateway: &str) {
+    flows.retain(|pod, _| !pod.starts_with(gateway));
+    for flows in flows.values_mut() {
+        flows.retain(|flow| flow.node() != gateway);
+    }
+    let number: usize = flows.values().map(Vec::len).sum();
+    lab.inject(gateway, Fault::PowerOff).unwrap();
+    let begun = Instant::now();
+    for (pod, flows) in flows.iter_mut() {
+        let asked = flows::ask(flows);
+        assert!(asked.is_ok(), "{pod}: {asked:?}");
+    }
+    println!("{number} flows go on, after {:?}", begun.elapsed());
+}
