@@ -284,6 +284,11 @@ impl EgressIndex {
             .filter(move |address| !drains.contains(address))
     }
 
+    /// A pod, as it was last told of.
+    pub fn pod(&self, key: &ObjectKey) -> Option<&Pod> {
+        self.pods.get(key).map(|state| &state.pod)
+    }
+
     /// Takes in an event that is another's too, if it matters.
     pub fn apply_shared(&mut self, event: &Event) {
         let about = match event {

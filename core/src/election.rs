@@ -28,6 +28,6 @@ pub use elector::{Change, Config, Elector, Leadership, Lost, Outgoing, PeerView,
 pub use eligibility::{Ineligible, InterfaceChoice, Verdict};
 pub use peer::{
     BootId, Capabilities, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPort, InterfaceFact,
-    MAX_HINDRANCE, NodeRegister, policy_id, service_id,
+    MAX_HINDRANCE, NodeRegister, PodAddresses, policy_id, service_id,
 };
 pub use wire::{Frame, FrameError, MAX_FRAME};

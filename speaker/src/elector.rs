@@ -14,6 +14,7 @@ mod calls;
 mod copies;
 mod debug;
 mod desired;
+mod early;
 mod echo;
 pub mod egress;
 mod hindered;
@@ -180,6 +181,8 @@ pub struct Speaker {
     copies: Copies,
     /// What the CNI plugin says of this node's pods.
     attached: attached::Attached,
+    /// Other nodes' pods, as these know them.
+    early: early::Early,
     calls: calls::Calls,
     uses: egress::usage::Uses,
     gates: egress::gates::Gates,
@@ -202,6 +205,7 @@ impl Speaker {
                 namespaces_listed: !identity.manifests,
             }),
             attached: attached::Attached::to(identity.node.clone()),
+            early: early::Early::default(),
             gates: egress::gates::Gates::of(&parts),
             identity,
             parts,
@@ -267,10 +271,12 @@ impl Speaker {
         if let Event::Apply(Object::Node(_)) | Event::Delete(ObjectId::Node(_)) = &event {
             self.plan.nodes_changed();
         }
-        match self.attached.adapt(&event) {
+        let adapted = self.attached.adapt(&event);
+        match adapted.or_else(|| self.early.adapt(&event, &self.egress)) {
             Some(adapted) => self.egress.apply(adapted),
             None => self.egress.apply_shared(&event),
         }
+        self.say_pod_of(&event);
         self.index.apply(event);
         if self.index.is_synced() {
             self.election.set_synced();
@@ -445,6 +451,7 @@ impl Speaker {
             self.apply_soon(now);
             self.update_expected();
         }
+        self.hear_pods(now);
         if self.reconcile_egress() | std::mem::take(&mut self.places_stale) {
             self.gates.look_again();
             self.apply_soon(now);
@@ -465,6 +472,7 @@ impl Speaker {
         self.ask_echoes(now);
         self.say_held();
         self.say_gates();
+        self.answer_nodes();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
         if tick.all {
@@ -538,7 +546,11 @@ impl Speaker {
     }
 
     fn apply_soon(&mut self, now: Duration) {
-        let every = self.calls.hurry().unwrap_or(APPLY_EVERY);
+        let every = if self.is_waited_for() {
+            calls::CALLS_EVERY
+        } else {
+            APPLY_EVERY
+        };
         let soonest = now.max(self.applied_at + every);
         let at = self.apply_at.get_or_insert(soonest);
         *at = soonest.min(*at);

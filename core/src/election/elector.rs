@@ -8,6 +8,7 @@ mod gates;
 mod gossiping;
 mod liveness;
 mod load;
+mod pods;
 mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use super::peer::{
     NodeRegister, Topic, Word,
 };
 use crate::groups::{Group, GroupId, GroupIndex};
-use crate::model::NodeName;
+use crate::model::{NodeName, ObjectKey};
 use liveness::Peer;
 pub use liveness::{Lost, PeerView};
 use table::Table;
@@ -193,6 +194,7 @@ pub struct Elector {
     segments: Segments,
     dirty: BTreeSet<GroupId>,
     held_dirty: BTreeSet<(HeldPort, u16)>,
+    pods_dirty: BTreeSet<ObjectKey>,
     all_dirty: bool,
     pending: BTreeSet<GroupId>,
     sent: u64,
@@ -227,6 +229,7 @@ impl Elector {
             segments: Segments::default(),
             dirty: BTreeSet::new(),
             held_dirty: BTreeSet::new(),
+            pods_dirty: BTreeSet::new(),
             all_dirty: true,
             pending: BTreeSet::new(),
             sent: 0,

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::peer::{BootId, GroupRegister, HeldPage, HeldPort, NodeRegister, Topic, Word};
 use super::wire::{Frame, Mark};
 use crate::groups::GroupId;
-use crate::model::NodeName;
+use crate::model::{NodeName, ObjectKey};
 
 /// About how many bytes of registers go into one update, so that it fits a datagram.
 const FRAME: usize = 1000;
@@ -95,8 +95,14 @@ impl Registers {
     pub(super) fn held_pages(&self) -> impl Iterator<Item = (HeldPort, u16)> {
         self.words.keys().filter_map(|topic| match topic {
             Topic::Held(port, page) => Some((*port, *page)),
-            Topic::Group(_) => None,
+            Topic::Group(_) | Topic::Pod(_) => None,
         })
+    }
+
+    /// What it says of a pod.
+    pub(super) fn pod(&self, pod: &ObjectKey) -> Option<&Word> {
+        let (_, word) = self.words.get(&Topic::Pod(pod.clone()))?;
+        word.as_ref()
     }
 
     /// Changes the node's register; says whether that changed anything.
@@ -217,6 +223,7 @@ impl Registers {
                     match &topic {
                         Topic::Group(id) => merged.groups.push(id.clone()),
                         Topic::Held(port, page) => merged.held.push((*port, *page)),
+                        Topic::Pod(key) => merged.pods.push(key.clone()),
                     }
                 }
                 self.words.insert(topic, (version, word));
@@ -238,6 +245,7 @@ pub(super) struct Merged {
     pub(super) node: bool,
     pub(super) groups: Vec<GroupId>,
     pub(super) held: Vec<(HeldPort, u16)>,
+    pub(super) pods: Vec<ObjectKey>,
     pub(super) gap: bool,
 }
 
@@ -248,6 +256,7 @@ fn fitting(words: &[(Topic, u64, Option<Word>)]) -> usize {
         let name = match topic {
             Topic::Group(id) => id.len(),
             Topic::Held(..) => 24,
+            Topic::Pod(key) => key.namespace.len() + key.name.len() + 3,
         };
         let size = name + 12 + word.as_ref().map_or(0, Word::size);
         let fits = size <= room;

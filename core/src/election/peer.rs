@@ -160,6 +160,38 @@ pub enum Topic {
     Group(GroupId),
     /// A page of a port's buckets.
     Held(HeldPort, u16),
+    /// A pod.
+    Pod(ObjectKey),
+}
+
+/// A pod's addresses, as its node knows them before the API server does; none, if it has given them back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodAddresses {
+    /// The pod's UID; empty, if nobody has said it.
+    pub uid: Arc<str>,
+    /// Its addresses.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl PodAddresses {
+    /// How long a UID may be, in bytes.
+    pub(super) const MAX_UID: usize = 64;
+    /// How many addresses a pod may have.
+    pub(super) const MAX: usize = 64;
+
+    pub(super) fn is_bounded(&self) -> bool {
+        self.uid.len() <= Self::MAX_UID && self.addresses.len() <= Self::MAX
+    }
+
+    /// By what others say that they know them: xxh64 of what is said, with seed 0.
+    pub fn digest(&self) -> u64 {
+        let addresses = self.addresses.iter().map(ToString::to_string);
+        let said: Vec<String> = [self.uid.to_string()]
+            .into_iter()
+            .chain(addresses)
+            .collect();
+        xxh64(said.join(" ").as_bytes(), 0)
+    }
 }
 
 /// What a node says of itself about a topic.
@@ -169,6 +201,10 @@ pub enum Word {
     Group(GroupRegister),
     /// About a page of a port's buckets.
     Held(HeldPage),
+    /// About a pod of its own.
+    Pod(PodAddresses),
+    /// About another node's pod: its kernel goes by what that node says of it, by [`PodAddresses::digest`].
+    Knows(u64),
 }
 
 impl Word {
@@ -176,7 +212,9 @@ impl Word {
     pub(super) fn suits(&self, topic: &Topic) -> bool {
         matches!(
             (self, topic),
-            (Self::Group(_), Topic::Group(_)) | (Self::Held(_), Topic::Held(..))
+            (Self::Group(_), Topic::Group(_))
+                | (Self::Held(_), Topic::Held(..))
+                | (Self::Pod(_) | Self::Knows(_), Topic::Pod(_))
         )
     }
 
@@ -185,6 +223,8 @@ impl Word {
         match self {
             Self::Group(group) => 40 + 10 * (group.serves.len() + group.gates.len()),
             Self::Held(page) => 2 + 11 * page.0.len(),
+            Self::Pod(pod) => 4 + pod.uid.len() + 18 * pod.addresses.len(),
+            Self::Knows(_) => 10,
         }
     }
 }

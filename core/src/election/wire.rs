@@ -8,7 +8,7 @@ use super::peer::{BootId, HELD_PAGE, MAX_HINDRANCE, NodeRegister, Topic, Word};
 use crate::model::NodeName;
 
 /// The version of the encoding; another is refused and counted.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// The longest frame that is taken, in bytes.
 pub const MAX_FRAME: usize = 64 * 1024;
 const MAX_NAME: usize = 253;
@@ -104,10 +104,14 @@ impl Frame {
                         let named = match topic {
                             Topic::Group(id) => id.len() <= MAX_NAME,
                             Topic::Held(_, page) => u32::from(*page) < BUCKETS / HELD_PAGE,
+                            Topic::Pod(key) => {
+                                key.namespace.len() <= MAX_NAME && key.name.len() <= MAX_NAME
+                            }
                         };
                         let sound = match word {
                             Some(Word::Held(page)) => page.0.keys().all(|word| *word < 16),
-                            Some(Word::Group(_)) | None => true,
+                            Some(Word::Pod(pod)) => pod.is_bounded(),
+                            Some(Word::Group(_) | Word::Knows(_)) | None => true,
                         };
                         named && sound && word.as_ref().is_none_or(|word| word.suits(topic))
                     })

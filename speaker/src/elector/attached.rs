@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use landfall_cni::call::Attachment;
+use landfall_core::election::PodAddresses;
 use landfall_core::model::{Event, Kind, NodeName, Object, ObjectId, ObjectKey, Pod};
 
 /// A container's interface.
@@ -192,6 +193,33 @@ impl Attached {
             addresses,
             ..object.clone()
         }
+    }
+
+    /// What other nodes are to know of a pod, as long as the API server does not say so: its addresses, or that it has given
+    /// them back.
+    pub(super) fn early(&self, key: &ObjectKey) -> Option<PodAddresses> {
+        let object = self.objects.get(key);
+        let is_its = |attachment: &Attachment| match object {
+            Some(object) => is_of(attachment, object),
+            None => pod(attachment).as_ref() == Some(key),
+        };
+        let own = self.attachments.iter();
+        let own: Vec<_> = own.filter(|(_, attachment)| is_its(attachment)).collect();
+        let Some((_, first)) = own.first() else {
+            return self.released.contains_key(key).then(PodAddresses::default);
+        };
+        let of = |(interface, attachment): &(&Interface, &Attachment)| {
+            let mut addresses = attachment.addresses.clone();
+            addresses.retain(|address| self.owners.get(address) == Some(interface));
+            addresses
+        };
+        let addresses: BTreeSet<IpAddr> = own.iter().flat_map(of).collect();
+        let is_said = |object: &Pod| addresses.iter().all(|it| object.addresses.contains(it));
+        if object.is_some_and(is_said) {
+            return None;
+        }
+        let uid = first.uid.as_deref().unwrap_or_default().into();
+        Some(PodAddresses { uid, addresses })
     }
 
     /// Whether the API server has told of the pod that an interface is of.

@@ -1,4 +1,4 @@
-//! Calls of the CNI plugin: each waits until its pod is judged, and the kernel goes by that.
+//! Calls of the CNI plugin: each waits until its pod is judged, and the kernel goes by that, here and at the pod's gateway.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::cni::Call;
 use crate::egress::{Egress, InForce};
 
 /// Rules and data path follow a call sooner than other changes, and further ones at most this often.
-const CALLS_EVERY: Duration = Duration::from_millis(10);
+pub(super) const CALLS_EVERY: Duration = Duration::from_millis(10);
 
 /// Those who wait for an answer.
 #[derive(Debug, Default)]
@@ -20,16 +20,16 @@ pub(super) struct Calls {
     waiting: Vec<(Attachment, oneshot::Sender<Reply>)>,
 }
 
-impl Calls {
-    /// How soon after the last change the next may follow, if somebody waits for it.
-    pub(super) fn hurry(&self) -> Option<Duration> {
-        (!self.waiting.is_empty()).then_some(CALLS_EVERY)
-    }
-}
-
 impl Speaker {
+    /// Whether somebody waits for what is about to be in force: a pod that is being made, here or at another node.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !self.calls.waiting.is_empty() || self.owed().next().is_some()
+    }
+
     /// Takes in what the CNI plugin says.
     pub fn cni(&mut self, call: Call, now: Duration) {
+        let (Request::Add(of) | Request::Del(of)) = &call.request;
+        let pod = attached::pod(of);
         let events = match call.request {
             Request::Add(attachment) => {
                 let events = self.attached.add(attachment.clone());
@@ -50,7 +50,11 @@ impl Speaker {
             self.apply_soon(now);
         }
         for event in events {
+            self.say_pod_of(&event);
             self.egress.apply(event);
+        }
+        if let Some(pod) = pod {
+            self.say_pod(&pod);
         }
     }
 
@@ -95,7 +99,8 @@ impl Speaker {
             self.egress.judged().get(address).is_some_and(of_it)
                 && in_force.iter().all(|it| is_so(*address, wanted, it))
         };
-        if self.attached.knows(attachment) && attachment.addresses.iter().all(judged) {
+        let is_known = self.attached.knows(attachment) && attachment.addresses.iter().all(judged);
+        if is_known && self.is_known_at_gateways(&key) {
             Outcome::Judged
         } else {
             Outcome::Wait
@@ -104,7 +109,7 @@ impl Speaker {
 }
 
 /// Whether the kernel goes by what is wanted of an address.
-fn is_so(address: IpAddr, wanted: &Egress, in_force: &InForce) -> bool {
+pub(super) fn is_so(address: IpAddr, wanted: &Egress, in_force: &InForce) -> bool {
     let (InForce::Whole(there), Some(pod)) = (in_force, wanted.pods.get(&address)) else {
         return false;
     };

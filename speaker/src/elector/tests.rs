@@ -2,6 +2,7 @@
 
 mod calls;
 mod copies;
+mod early;
 mod egress;
 mod gates;
 mod steered;

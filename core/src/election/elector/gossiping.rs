@@ -68,6 +68,7 @@ impl Elector {
         self.all_dirty |= merged.node;
         self.dirty.extend(merged.groups);
         self.held_dirty.extend(merged.held);
+        self.pods_dirty.extend(merged.pods);
         if !ask {
             return Vec::new();
         }

@@ -8,23 +8,27 @@ use super::egress::{mk_world, tell_mail};
 use super::*;
 use crate::cni::Call;
 
-const ADDRESS: &str = "10.244.1.5";
+pub(super) const ADDRESS: &str = "10.244.1.5";
 
 /// A pod as the API server knows it before it has an address.
 fn mk_pod(name: &str, app: &str) -> Object {
-    Object::Pod(Pod {
+    Object::Pod(mk_pod_at("n1", name, app))
+}
+
+pub(super) fn mk_pod_at(node: &str, name: &str, app: &str) -> Pod {
+    Pod {
         key: ObjectKey::new("default", name),
         uid: String::new(),
         labels: BTreeMap::from([("app".into(), app.into())]),
         addresses: Vec::new(),
-        node: Some("n1".into()),
+        node: Some(node.into()),
         host_network: false,
         created: 0,
         terminating: false,
-    })
+    }
 }
 
-fn mk_attachment(container: &str, name: Option<&str>) -> Attachment {
+pub(super) fn mk_attachment(container: &str, name: Option<&str>) -> Attachment {
     Attachment {
         container: container.into(),
         interface: "eth0".into(),
@@ -37,9 +41,13 @@ fn mk_attachment(container: &str, name: Option<&str>) -> Attachment {
 }
 
 fn call(world: &mut World, request: Request) -> Receiver<Reply> {
+    call_at(world, "n1", request)
+}
+
+pub(super) fn call_at(world: &mut World, node: &str, request: Request) -> Receiver<Reply> {
     let (answer, answered) = oneshot::channel();
     let now = world.now;
-    world.host("n1").speaker.cni(Call { request, answer }, now);
+    world.host(node).speaker.cni(Call { request, answer }, now);
     answered
 }
 
@@ -135,5 +143,5 @@ fn without_a_policy_nobody_waits_but_for_an_earlier_ones_rules_to_go() {
     tell_mail(&mut world);
     drop(add(&mut world, "c2", "mta"));
     world.run(Duration::from_millis(100));
-    assert_eq!(world.host("n1").speaker.calls.hurry(), None);
+    assert!(!world.host("n1").speaker.is_waited_for());
 }
