@@ -4,7 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use landfall_api::EgressPolicy;
-use landfall_lab::server::TCP_PORT;
+use landfall_lab::server::{NEWS_PORT, TCP_PORT, UDP_PORT, WHO_AM_I};
 use landfall_lab::{Fault, Lab, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, egress, gateway};
@@ -145,11 +146,15 @@ fn the_receiver_sees_the_senders_egress_address() {
                 await_seen(pod, *vip, |seen| !is_egress(seen));
             }
         }
+        forgotten(lab, &tenants);
         let mut flows = open(lab, &tenants);
         ways(&flows, &sender);
         by_iptables(cluster);
         all_see(lab, &tenants);
-        println!("kube-proxy by iptables harms nothing");
+        let again = open(lab, &tenants);
+        let number = again.values().map(Vec::len).sum::<usize>();
+        println!("kube-proxy by iptables: {number} flows more are all seen right");
+        drop(again);
         thread::sleep(AGE);
         outlive(lab, &mut flows, &sender);
         hairpin(cluster, false);
@@ -167,8 +172,11 @@ fn the_receiver_sees_the_senders_egress_address() {
 fn serve(cluster: &Cluster, name: &str, spec: Value) -> anyhow::Result<Vec<IpAddr>> {
     cluster.block_on(async {
         let services: Api<Service> = Api::default_namespaced(cluster.client().await?);
-        let ports =
-            json!([{"name": "smtp", "protocol": "TCP", "port": SMTP, "targetPort": TCP_PORT}]);
+        let ports = json!([
+            {"name": "smtp", "protocol": "TCP", "port": SMTP, "targetPort": TCP_PORT},
+            {"name": "news", "protocol": "TCP", "port": NEWS_PORT, "targetPort": NEWS_PORT},
+            {"name": "udp", "protocol": "UDP", "port": UDP_PORT, "targetPort": UDP_PORT},
+        ]);
         let mut whole = json!({"externalTrafficPolicy": "Local", "ports": ports});
         if let (Value::Object(whole), Value::Object(spec)) = (&mut whole, spec) {
             whole.extend(spec);
@@ -253,6 +261,74 @@ fn open(lab: &Lab, tenants: &Tenants) -> BTreeMap<String, Vec<Flow>> {
         (pod.name.clone(), flows)
     };
     lab.pods().map(of_pod).collect()
+}
+
+/// Connection tracking of the pod's node forgets its flows: they go on, also if the server is the next to speak, and the server
+/// sees nobody else.
+fn forgotten(lab: &Lab, tenants: &Tenants) {
+    const LINES: usize = 8;
+    let mut heard = 0;
+    for pod in lab.pods() {
+        let node = lab.node(&pod.node).unwrap();
+        let forget = || {
+            for address in pod.addresses {
+                let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
+                let line = format!("conntrack -D -f {family} -s {address}");
+                // It is an error if there is nothing to forget.
+                let _ = node.netns.exec(&line);
+            }
+        };
+        for vip in tenants.vips(pod) {
+            let to = SocketAddr::new(*vip, NEWS_PORT);
+            let stream = pod
+                .netns
+                .run(|| TcpStream::connect_timeout(&to, TRY))
+                .unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut lines = BufReader::new(stream).lines();
+            lines.next().unwrap().unwrap();
+            forget();
+            for _ in 0..LINES {
+                let line = lines.next();
+                let line = line.unwrap_or_else(|| panic!("{} to {vip}: the end", pod.name));
+                line.unwrap_or_else(|error| panic!("{} to {vip}: {error}", pod.name));
+                heard += 1;
+            }
+            let addresses = tenants.addresses(pod);
+            let to = SocketAddr::new(*vip, UDP_PORT);
+            let asks = datagrams(pod, to);
+            let first = ask(&asks).unwrap();
+            forget();
+            let second = ask(&asks).unwrap();
+            assert!(addresses.contains(&first), "{}: {first}", pod.name);
+            assert_eq!(second, first, "{} to {vip}", pod.name);
+        }
+    }
+    println!("{heard} lines of servers that speak first, to nodes that had forgotten the flow");
+}
+
+fn datagrams(pod: &Pod, to: SocketAddr) -> UdpSocket {
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = pod.netns.run(|| UdpSocket::bind((any, 0))).unwrap();
+    socket.connect(to).unwrap();
+    socket.set_read_timeout(Some(TRY)).unwrap();
+    socket
+}
+
+/// Whom the server sees.
+fn ask(socket: &UdpSocket) -> std::io::Result<IpAddr> {
+    socket.send(WHO_AM_I.as_bytes())?;
+    let mut buffer = [0; 256];
+    let length = socket.recv(&mut buffer)?;
+    let text = String::from_utf8_lossy(&buffer[..length]);
+    let seen = text
+        .split_whitespace()
+        .nth(1)
+        .and_then(|it| it.parse().ok());
+    seen.ok_or_else(|| std::io::ErrorKind::InvalidData.into())
 }
 
 /// Whether each way was gone that differs: pods of the gateway's node and of others, to servers there and elsewhere.

@@ -294,16 +294,12 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
     let Some(packet) = crate::maps::packet() else {
         return NOT_OURS;
     };
-    let hairpin = packet.flow.vip.may_be_shadow(packet.v6);
-    if hairpin {
-        let Some(vip) = crate::maps::shadowed(&packet.flow.vip) else {
-            return if leaves {
-                NOT_OURS
-            } else {
-                drop(Reason::NoWay)
-            };
-        };
+    let mut hairpin = false;
+    if packet.flow.vip.may_be_shadow(packet.v6)
+        && let Some(vip) = crate::maps::shadowed(&packet.flow.vip)
+    {
         set_words(&mut packet.flow.vip.0, words(&vip.0));
+        hairpin = true;
     }
     let readable = readable && complete(packet);
     // An error's own sender has to be the pod that it is about.
@@ -607,7 +603,10 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
     if pace::is_over(context, policy, found.policy, maps::IN) {
         return drop_of(found.policy, Reason::Bandwidth);
     }
-    let hairpin = found.node != 0;
+    // A copy may have been here before it was known that its remote is a VIP.
+    let hairpin = found.node != 0
+        || policy.flags & policy_flag::HAIRPIN != 0
+            && crate::maps::vip(&VipKey(packet.flow.client)).is_some();
     if found.hop == 0 {
         if translate_in(context, packet, hairpin).is_none() {
             return drop_of(found.policy, Reason::Unreadable);

@@ -6,7 +6,6 @@
 //!                                goes to its shadow, by a chain for each policy, egress-pin-…
 //!             └> egress-shadows  that is translated so, for connection tracking
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
-//!                └> egress-outward
 //!                  forged ─> drop      answers ─> judged      unknown, and other nodes' ─> drop
 //!                  from before the pod was whose it is ─> that policy's egress-led-…, as egress, way
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
@@ -58,7 +57,7 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     for (way, value) in ways {
         replies(text, way, *value, config);
     }
-    hairpin::skeleton(text);
+    hairpin::skeleton(text, config);
     judge(text, leaving, config);
     for (name, policy) in &leaving.egress.policies {
         add_chain(text, name);
@@ -68,12 +67,7 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
     elements(text, "add", "egress-closed", &closed(leaving));
     elements(text, "add", "egress-former", &formers(leaving));
     elements(text, "add", "egress-hairpin", &hairpin::sources(leaving));
-    elements(
-        text,
-        "add",
-        "egress-shadows",
-        &hairpin::shades(rules, leaving),
-    );
+    hairpin::replace_shadows(text, None, rules);
     for (way, value) in ways {
         macs(text, "add", *value, &gateways(leaving, way));
     }
@@ -94,14 +88,12 @@ pub(super) fn is_alike(old: &Rules, new: &Rules) -> bool {
 
 /// From `old` to `new`, which are alike, with the same ways.
 pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, config: &Config) {
-    let (Some(leaving), Some(will)) = (&old.egress, &new.egress) else {
+    if old.vips != new.vips {
+        hairpin::replace_shadows(text, Some(old), new);
+    }
+    let (Some(old), Some(new)) = (&old.egress, &new.egress) else {
         return;
     };
-    if old.vips != new.vips {
-        let (old, new) = (hairpin::shades(old, leaving), hairpin::shades(new, will));
-        replace(text, "egress-shadows", &old, &new);
-    }
-    let (old, new) = (leaving, will);
     if old == new {
         return;
     }
@@ -180,7 +172,6 @@ add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
 add chain inet {TABLE} egress-replies {{ type filter hook prerouting priority mangle - 10; policy accept; }}
 add chain inet {TABLE} egress-judge {{ type filter hook prerouting priority dstnat + 10; policy accept; }}
 add chain inet {TABLE} egress-null {{ type nat hook postrouting priority srcnat - 10; policy accept; }}
-add chain inet {TABLE} egress-outward
 add chain inet {TABLE} egress-judged
 add chain inet {TABLE} egress-plain
 add chain inet {TABLE} egress-nowhere
@@ -253,34 +244,33 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
             ));
         }
     }
-    rule("egress-judge goto egress-outward");
     if !leaving.uplinks.is_empty() {
         // What has no route may have one by its policy's uplink.
         rule(&format!(
-            "egress-outward fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
+            "egress-judge fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
             names(&leaving.uplinks)
         ));
     }
-    rule("egress-outward fib saddr . iif oif missing counter name egress-forged drop");
+    rule("egress-judge fib saddr . iif oif missing counter name egress-forged drop");
     // Answers to who came from outside, also those of other nodes' pods. A flow of a tenant's that is known only since
     // its gateway's frame came is none: its connection bears the mark.
     rule(&format!(
-        "egress-outward ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
+        "egress-judge ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
     ));
     // A flow from before its pod was whose it is goes on by the gateway that it began with, or not at all.
     let former = judged | egress;
     let is_former = format!("ct mark and {former:#x} == {former:#x}");
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         rule(&format!(
-            "egress-outward {is_former} {family} saddr vmap @egress-former{suffix}"
+            "egress-judge {is_former} {family} saddr vmap @egress-former{suffix}"
         ));
     }
     rule(&format!(
-        "egress-outward {is_former} counter name egress-translated drop"
+        "egress-judge {is_former} counter name egress-translated drop"
     ));
-    rule("egress-outward ip saddr vmap @egress-sources4");
-    rule("egress-outward ip6 saddr vmap @egress-sources6");
-    rule("egress-outward counter name egress-unknown drop");
+    rule("egress-judge ip saddr vmap @egress-sources4");
+    rule("egress-judge ip6 saddr vmap @egress-sources6");
+    rule("egress-judge counter name egress-unknown drop");
     // It was a tenant's: without its way it would leave with the pod's address.
     rule(&format!(
         "egress-plain ct mark and {egress:#x} == {egress:#x} counter name egress-translated drop"
@@ -388,9 +378,9 @@ fn verdict(
     // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source
     // while this table was not there have no right to it.
     rule(&format!(
-        "ct status snat ct mark and {judged:#x} == {judged:#x} goto egress-judged"
+        "ct status snat ct direction original ct mark and {judged:#x} == {judged:#x} goto egress-judged"
     ));
-    rule("ct status snat counter name egress-translated drop");
+    rule("ct status snat ct direction original counter name egress-translated drop");
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         rule(&format!(
             "{family} saddr @egress-closed{suffix} counter name {chain} counter name egress-no-gateway drop"

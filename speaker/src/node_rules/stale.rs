@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 
+use landfall_core::egress::shadow;
 use landfall_core::model::Protocol;
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 
@@ -92,8 +93,9 @@ fn removal(entry: &[u8], kept: &Kept) -> Option<Vec<u8>> {
         port: to.port(),
     };
     let (_, endpoint) = end_of(find(attributes, attribute::REPLY)?, Side::Source)?;
-    // What is not translated goes to whoever has the VIP.
-    if endpoint == to || kept.get(&port)?.contains(&endpoint) {
+    // What is not translated goes to whoever has the VIP; so does what goes to its shadow.
+    let by_gateway = endpoint.ip() == shadow(to.ip());
+    if endpoint == to || by_gateway || kept.get(&port)?.contains(&endpoint) {
         return None;
     }
     let mut body = header.to_vec();

@@ -12,7 +12,9 @@ use landfall_ebpf_common::egress::gateway::Reason;
 
 use super::maps;
 use crate::DROP;
-use crate::packet::{ETH_HEADER, ICMP, ICMPV6, IPV4_HEADER, IPV6_HEADER, Kind, Packet, TCP, UDP};
+use crate::packet::{
+    ETH_HEADER, ICMP, ICMPV6, IPV4_HEADER, IPV6_DESTINATION, IPV6_HEADER, Kind, Packet, TCP, UDP,
+};
 
 /// The TTL, or hop limit, of what is sent.
 const TTL: u8 = 64;
@@ -324,7 +326,8 @@ fn reset_v6(context: &TcContext, packet: &Packet) -> Option<()> {
     let frame = maps::frame()?;
     ethernet(context, frame)?;
     segment(context, packet, frame, AT)?;
-    ipv6(frame, packet, TCP, packet.flow.vip.0, SEGMENT);
+    let from: [u8; 16] = context.load(ETH_HEADER + IPV6_DESTINATION).ok()?;
+    ipv6(frame, packet, TCP, from, SEGMENT);
     let pseudo = sum(ETH_HEADER + 8, AT) + SEGMENT as u32 + u32::from(TCP);
     let checksum = !fold(pseudo + sum(AT, END));
     put(frame, AT + 16, checksum.to_be_bytes());

@@ -1,6 +1,6 @@
 //! What pods of policies with `hairpin` send to VIPs of this cluster: it leaves by the gateway, too.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
@@ -8,20 +8,22 @@ use ipnet::IpNet;
 use landfall_core::egress::{shadow_nets, shadows};
 use landfall_core::ip::Family;
 
-use super::super::ruleset::{Element, TABLE};
+use super::super::ruleset::{Element, TABLE, replace};
 use super::super::{Config, Leaving, Rules};
 use super::{Source, merged, not_for, of_family, own};
 use crate::egress::{Pod, Policy, PolicyName};
 
 /// What goes to VIPs from the pods of policies that are for them goes to their shadows. The first packet of a flow says so to
-/// connection tracking, which does it from then on. What is none's, or comes too late to be one's, is not to leave as it is.
-pub(super) fn skeleton(text: &mut String) {
+/// connection tracking, which does it from then on; if that has forgotten a flow, what comes from the VIP says it. What is no
+/// flow's is not to leave as it is.
+pub(super) fn skeleton(text: &mut String, config: &Config) {
+    let (_, egress) = config.egress_marks();
     let _ = writeln!(
         text,
         "add chain inet {TABLE} egress-hairpin {{ type filter hook prerouting priority mangle; policy accept; }}
 add chain inet {TABLE} egress-shadows {{ type nat hook prerouting priority dstnat - 10; policy accept; }}
 add rule inet {TABLE} egress-hairpin iifname @egress-uplinks accept
-add rule inet {TABLE} egress-hairpin ct state established,related accept"
+add rule inet {TABLE} egress-hairpin ct state established,related,untracked accept"
     );
     for ((family, suffix, kind), net) in [("ip", 4, "ipv4_addr"), ("ip6", 6, "ipv6_addr")]
         .into_iter()
@@ -31,11 +33,37 @@ add rule inet {TABLE} egress-hairpin ct state established,related accept"
             text,
             "add map inet {TABLE} egress-hairpin{suffix} {{ type {kind} : verdict; }}
 add map inet {TABLE} egress-shadows{suffix} {{ type {kind} : {kind}; }}
+add map inet {TABLE} egress-vips{suffix} {{ type {kind} : {kind}; }}
 add rule inet {TABLE} egress-hairpin {family} daddr @egress-shadows{suffix} \
              {family} saddr vmap @egress-hairpin{suffix}
-add rule inet {TABLE} egress-shadows iifname != @egress-uplinks {family} daddr {net} dnat {family} to {family} daddr"
+add rule inet {TABLE} egress-shadows ct mark and {egress:#x} == {egress:#x} {family} daddr {net} \
+             dnat {family} to {family} daddr
+add rule inet {TABLE} egress-null meta mark and {egress:#x} == {egress:#x} {family} saddr {net} \
+             snat {family} to {family} saddr map @egress-vips{suffix}"
         );
     }
+}
+
+/// The shadows of VIPs, in place of those that were there.
+pub(super) fn replace_shadows(text: &mut String, old: Option<&Rules>, new: &Rules) {
+    let shadows = |rules: &Rules| {
+        let leaving = rules.egress.as_ref();
+        let inside = leaving.map(|leaving| &leaving.egress.inside);
+        inside.map_or_else(BTreeMap::new, |inside| shadows(&rules.vips, inside))
+    };
+    let (old, new) = (old.map(shadows).unwrap_or_default(), shadows(new));
+    let there = |all: &BTreeMap<IpAddr, IpAddr>| -> BTreeSet<Shade> {
+        all.iter()
+            .map(|(vip, shadow)| Shade(*vip, *shadow))
+            .collect()
+    };
+    let back = |all: &BTreeMap<IpAddr, IpAddr>| -> BTreeSet<Shade> {
+        all.iter()
+            .map(|(vip, shadow)| Shade(*shadow, *vip))
+            .collect()
+    };
+    replace(text, "egress-shadows", &there(&old), &there(&new));
+    replace(text, "egress-vips", &back(&old), &back(&new));
 }
 
 /// What a policy's pods begin to VIPs goes to their shadows, where the policy is for that; but to its own.
@@ -55,7 +83,8 @@ pub(super) fn pin(text: &mut String, name: &PolicyName, policy: &Policy, config:
         // With the mark it goes by the gateway, whatever destinations the policy is for.
         let _ = writeln!(
             text,
-            "add rule inet {TABLE} {chain} {family} daddr set {family} daddr map @egress-shadows{suffix} \
+            "add rule inet {TABLE} {chain} meta l4proto {{ tcp, udp, icmp, ipv6-icmp }} \
+             {family} daddr set {family} daddr map @egress-shadows{suffix} \
              ct mark set ct mark and {:#x} or {egress:#x}",
             !egress
         );
@@ -79,9 +108,9 @@ pub(super) fn chain(policy: &PolicyName) -> String {
     super::chain(policy).replacen("egress-of-", "egress-pin-", 1)
 }
 
-/// A VIP, and what stands for it.
+/// An address, and what is put in its place.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Shade(IpAddr, IpAddr);
+struct Shade(IpAddr, IpAddr);
 
 impl Element for Shade {
     fn vip(&self) -> IpAddr {
@@ -91,11 +120,6 @@ impl Element for Shade {
     fn text(&self) -> String {
         format!("{} : {}", self.0, self.1)
     }
-}
-
-pub(super) fn shades(rules: &Rules, leaving: &Leaving) -> BTreeSet<Shade> {
-    let shadows = shadows(&rules.vips, &leaving.egress.inside).into_iter();
-    shadows.map(|(vip, shadow)| Shade(vip, shadow)).collect()
 }
 
 /// This node's pods whose policies are for VIPs too.

@@ -21,7 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use landfall_core::egress::shadow_nets;
+use landfall_core::egress::shadows;
 use landfall_core::ip::Family;
 use landfall_ebpf_common::egress::gateway::NOWHERE;
 use nix::ifaddrs::getifaddrs;
@@ -54,6 +54,8 @@ pub(in super::super) struct Asked {
     peer: Option<IpAddr>,
     /// The addresses that pods leave by here, by uplink.
     led: BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
+    /// What stands for VIPs, where this node is a gateway.
+    shadows: BTreeSet<IpAddr>,
 }
 
 /// What tables these rules want.
@@ -61,14 +63,21 @@ pub(in super::super) fn asked(rules: &Rules) -> Asked {
     let Some(leaving) = &rules.egress else {
         return Asked::default();
     };
+    let ways = ways::wanted(leaving);
+    let shadows = if ways.iter().any(|way| way.here) {
+        shadows(&rules.vips, &leaving.egress.inside)
+    } else {
+        BTreeMap::new()
+    };
     Asked {
-        ways: ways::wanted(leaving),
+        ways,
         thrown: thrown(leaving),
         peer: rules
             .tunnel
             .as_ref()
             .and_then(|tunnel| tunnel.peers.first().copied()),
         led: led(leaving),
+        shadows: shadows.into_values().collect(),
     }
 }
 
@@ -148,10 +157,13 @@ pub(in super::super) async fn plan(
                 let led = asked.led.get(&way.uplink).into_iter().flatten();
                 nowhere.extend(led.filter(|address| Family::of(**address) == family));
                 nowhere.insert(nobody(family));
-                let shadows = shadow_nets().into_iter();
-                let shadows = shadows.filter(|net| Family::of(net.addr()) == family);
-                routes
-                    .extend(shadows.map(|net| Entry::Via(net, nobody(family), way.uplink.clone())));
+                let shadows = asked.shadows.iter().copied();
+                let shadows = shadows.filter(|shadow| Family::of(*shadow) == family);
+                routes.extend(
+                    shadows.map(|shadow| {
+                        Entry::Via(shadow.into(), nobody(family), way.uplink.clone())
+                    }),
+                );
                 let router = router(&way.uplink, family, &defaults, config);
                 if router.is_some() || is_default(&way.uplink, &defaults) {
                     routes.insert(default(router));
@@ -298,10 +310,10 @@ pub(in super::super) async fn install(tables: &[Table], config: &Config) -> Resu
     Ok(())
 }
 
-/// The uplinks by which answers come back from other nodes.
+/// The uplinks by which answers come back.
 pub(in super::super) fn answering(tables: &[Table]) -> BTreeSet<Arc<str>> {
-    let away = tables.iter().filter(|table| !table.way.here);
-    away.map(|table| table.way.uplink.clone()).collect()
+    let uplinks = tables.iter().map(|table| table.way.uplink.clone());
+    uplinks.collect()
 }
 
 /// Takes away all rules and tables of ours but these: once no packet gets their marks any more.

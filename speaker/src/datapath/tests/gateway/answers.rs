@@ -16,7 +16,7 @@ fn error(frame: &[u8]) -> (u8, u8, u32, &[u8]) {
 }
 
 /// The frame without what is behind its packet.
-fn unpadded(frame: &[u8]) -> Vec<u8> {
+pub(super) fn unpadded(frame: &[u8]) -> Vec<u8> {
     frame[..frame.len() - 2].to_vec()
 }
 

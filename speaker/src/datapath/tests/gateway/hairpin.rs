@@ -2,6 +2,7 @@
 
 use landfall_ebpf_common::egress::gateway::NOWHERE;
 
+use super::answers::unpadded;
 use super::errors::mk_error;
 use super::*;
 
@@ -69,27 +70,27 @@ fn without_it_vips_are_the_clusters_own() {
     assert_eq!(gate.count(Reason::Bound), 0);
 }
 
-/// A gateway that does not know yet what a pod's node knows lets nothing by under the pod's own address.
+/// What is no VIP's shadow is an address outside.
+fn leaves_as_it_is(gate: &mut Gate, world: World, to: IpAddr) {
+    let (action, out) = gate.comes(&syn(OTHER, world.pod, to, 64));
+    let seen = (action, source(&out), destination(&out));
+    assert_eq!(seen, (SENT, world.egress, to));
+    assert_eq!(out[..6], [0; 6], "to a router");
+}
+
+/// A gateway that does not know yet what a pod's node knows lets nothing by to the VIP, and nothing under the pod's own address.
 #[test]
 fn what_is_not_known_here_goes_no_further() {
     let mut gate = load(&["mail"], true);
     for world in WORLDS {
-        let unknown = match world.pod {
-            IpAddr::V4(_) => v4(10, 1, 0, 99),
-            IpAddr::V6(_) => v6(0xfd01, 1, 99),
-        };
-        // The packet filter drops what else comes from pods' networks.
-        let (action, _) = gate.comes(&syn(OTHER, unknown, shade(world), 64));
-        assert_ne!(action, SENT);
-        let of_nobody = match world.egress {
-            IpAddr::V4(_) => v4(240, 0, 2, 221),
-            IpAddr::V6(_) => v6(0x4001, 0xdb8, 0x221),
-        };
-        gate.drops(&syn(OTHER, world.pod, of_nobody, 64), Reason::NoWay);
+        // Its gateway is another node, as far as is known here.
+        gate.drops(
+            &syn(OTHER, world.away, shade(world), 64),
+            Reason::NotGateway,
+        );
         gate.change(&Change::Vip(vip(world), None));
-        gate.drops(&syn(OTHER, world.pod, shade(world), 64), Reason::NoWay);
+        leaves_as_it_is(&mut gate, world, shade(world));
     }
-    assert_eq!(gate.count(Reason::Bound), 0);
 }
 
 /// Two VIPs that differ in the first four bits only have no shadow.
@@ -103,10 +104,44 @@ fn what_two_vips_would_share_is_neithers() {
         udp_port: None,
     };
     gate.change(&Change::Vip(double, Some(state)));
-    gate.drops(&syn(OTHER, four.pod, shade(four), 64), Reason::NoWay);
+    leaves_as_it_is(&mut gate, four, shade(four));
     gate.change(&Change::Vip(double, None));
-    let (action, _) = gate.comes(&syn(OTHER, four.pod, shade(four), 64));
-    assert_eq!(action, SENT);
+    let begun = mk(
+        OTHER,
+        four.pod,
+        shade(four),
+        6,
+        64,
+        &mk_tcp(40_001, SMTP, SYN),
+    );
+    let (action, out) = gate.comes(&begun);
+    assert_eq!((action, destination(&out)), (SENT, vip(four)));
+}
+
+/// Past a quota a connection fails fast: what says so comes from whom the pod's node has sent it to.
+#[test]
+fn what_is_refused_is_refused_by_the_shadow() {
+    let mut egress = mk_egress();
+    let policy = egress.policies.get_mut("mail").expect("it is there");
+    (policy.hairpin, policy.ports) = (true, Some(1));
+    for world in WORLDS {
+        let mut gate = load(&["mail"], true);
+        gate.set(&egress);
+        let (action, _) = gate.comes(&syn(OTHER, world.pod, shade(world), 64));
+        let more = mk(
+            OTHER,
+            world.pod,
+            shade(world),
+            6,
+            64,
+            &mk_tcp(40_001, SMTP, SYN),
+        );
+        assert_eq!(action, SENT);
+        let (action, out) = gate.comes(&more);
+        let told = (action, source(&out), destination(&out));
+        assert_eq!(told, (SENT, shade(world), world.pod));
+        assert!(is_right(&unpadded(&out)), "{out:02x?}");
+    }
 }
 
 /// The policy is not for VIPs any more: what began goes on.
