@@ -472,6 +472,7 @@ impl Speaker {
         self.ask_echoes(now);
         self.say_held();
         self.say_gates();
+        self.look_at_gateway(now);
         self.answer_nodes();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);

@@ -182,6 +182,7 @@ pub struct Elector {
     source_synced: bool,
     leaving: bool,
     disarmed: bool,
+    gateless: bool,
     steers: bool,
     has_gates: bool,
     hindrance: Option<Arc<str>>,
@@ -218,6 +219,7 @@ impl Elector {
             source_synced: false,
             leaving: false,
             disarmed: false,
+            gateless: false,
             steers: false,
             has_gates: false,
             hindrance: None,
@@ -358,6 +360,13 @@ impl Elector {
     pub fn set_disarmed(&mut self, disarmed: bool) {
         self.all_dirty |= self.disarmed != disarmed;
         self.disarmed = disarmed;
+    }
+
+    /// Says whether this node cannot be a gateway of egress policies: it leads addresses that pods leave by only if nobody
+    /// can.
+    pub fn set_gateless(&mut self, gateless: bool) {
+        self.all_dirty |= self.gateless != gateless;
+        self.gateless = gateless;
     }
 
     /// Says why this node's data path cannot steer; at most [`super::MAX_HINDRANCE`] bytes.
@@ -716,6 +725,7 @@ impl Elector {
             synced: self.source_synced && !self.listening,
             leaving: self.leaving,
             disarmed: self.disarmed,
+            gateless: self.gateless,
         }
     }
 

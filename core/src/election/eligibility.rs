@@ -30,6 +30,8 @@ pub enum Ineligible {
     Leaving,
     /// Pods leave by the address, and somebody has disarmed this node.
     Disarmed,
+    /// Pods leave by the address, this node cannot be their gateway, and another can.
+    Gateless,
     /// The sources rule it out.
     Refused(Refused),
     /// None of its interfaces is up in the address's subnet.
@@ -50,9 +52,12 @@ impl Ineligible {
     /// Whether its announcements still reach clients and serve them, so that it may wait for a successor.
     pub fn is_soft(&self) -> bool {
         match self {
-            Self::Leaving | Self::Disarmed | Self::Refused(_) | Self::NoEndpoint(_) | Self::Odd => {
-                true
-            }
+            Self::Leaving
+            | Self::Disarmed
+            | Self::Gateless
+            | Self::Refused(_)
+            | Self::NoEndpoint(_)
+            | Self::Odd => true,
             Self::NotAlive
             | Self::NotSynced
             | Self::NoSubnet(_)
@@ -72,6 +77,9 @@ impl fmt::Display for Ineligible {
             Self::Disarmed => {
                 f.write_str("its egress is disarmed (`landfall egress arm` ends that)")
             }
+            Self::Gateless => f.write_str(
+                "it cannot be the gateway of pods that leave by the address, as its speaker's log says, and another node can",
+            ),
             Self::Refused(refused) => refused.fmt(f),
             Self::NoSubnet(vip) => write!(f, "no interface that is up has {vip} in its subnet"),
             Self::NoInterface(patterns) => write!(
@@ -155,9 +163,15 @@ pub(super) fn judge(
         }
     }
     // What does not keep an announcement from working comes last: these nodes may hand over in peace.
+    let can = |subject: &Subject<'_>| subject.register.is_some_and(|it| !it.gateless);
+    let has_gateway = !group.egress.is_empty()
+        && subjects.iter().zip(&verdicts).any(|(subject, verdict)| {
+            verdict.is_ok() && can(subject) && soft(group, subject).is_none()
+        });
     for (subject, verdict) in subjects.iter().zip(&mut verdicts) {
+        let gateless = (has_gateway && !can(subject)).then_some(Ineligible::Gateless);
         if verdict.is_ok()
-            && let Some(reason) = soft(group, subject)
+            && let Some(reason) = gateless.or_else(|| soft(group, subject))
         {
             *verdict = Err(reason);
         }

@@ -82,6 +82,8 @@ pub struct NodeRegister {
     pub leaving: bool,
     /// It is no gateway of egress policies until somebody arms it again.
     pub disarmed: bool,
+    /// It cannot be one as it is: nodes that can go before it.
+    pub gateless: bool,
 }
 
 /// How a claim is meant.
@@ -164,7 +166,7 @@ pub enum Topic {
     Pod(ObjectKey),
 }
 
-/// A pod's addresses, as its node knows them before the API server does; none, if it has given them back.
+/// All of a pod's addresses, as its node knows them before the API server does: none, if it has given them back.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodAddresses {
     /// The pod's UID; empty, if nobody has said it.

@@ -195,31 +195,22 @@ impl Attached {
         }
     }
 
-    /// What other nodes are to know of a pod, as long as the API server does not say so: its addresses, or that it has given
-    /// them back.
-    pub(super) fn early(&self, key: &ObjectKey) -> Option<PodAddresses> {
-        let object = self.objects.get(key);
-        let is_its = |attachment: &Attachment| match object {
-            Some(object) => is_of(attachment, object),
-            None => pod(attachment).as_ref() == Some(key),
-        };
-        let own = self.attachments.iter();
-        let own: Vec<_> = own.filter(|(_, attachment)| is_its(attachment)).collect();
-        let Some((_, first)) = own.first() else {
-            return self.released.contains_key(key).then(PodAddresses::default);
-        };
-        let of = |(interface, attachment): &(&Interface, &Attachment)| {
-            let mut addresses = attachment.addresses.clone();
-            addresses.retain(|address| self.owners.get(address) == Some(interface));
-            addresses
-        };
-        let addresses: BTreeSet<IpAddr> = own.iter().flat_map(of).collect();
-        let is_said = |object: &Pod| addresses.iter().all(|it| object.addresses.contains(it));
-        if object.is_some_and(is_said) {
-            return None;
+    /// The addresses that a pod has, where the API server does not say the same. Of one that has given them back it may
+    /// never have known them: who was `told` of them is told so.
+    pub(super) fn early(&self, key: &ObjectKey, told: bool) -> Option<PodAddresses> {
+        if let Some(object) = self.objects.get(key) {
+            let addresses: BTreeSet<IpAddr> = self.merged(object).addresses.into_iter().collect();
+            let is_said = addresses.iter().eq(BTreeSet::from_iter(&object.addresses));
+            let uid = object.uid.as_str().into();
+            let is_over = told && addresses.is_empty();
+            return (!is_said || is_over).then_some(PodAddresses { uid, addresses });
         }
-        let uid = first.uid.as_deref().unwrap_or_default().into();
-        Some(PodAddresses { uid, addresses })
+        let mut own = self.attachments.values();
+        let own = own.find(|attachment| pod(attachment).as_ref() == Some(key))?;
+        Some(PodAddresses {
+            uid: own.uid.as_deref().unwrap_or_default().into(),
+            addresses: own.addresses.iter().copied().collect(),
+        })
     }
 
     /// Whether the API server has told of the pod that an interface is of.

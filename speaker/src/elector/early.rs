@@ -49,8 +49,8 @@ impl Told {
     fn is_old(&self) -> bool {
         let object = self.object.as_ref().filter(|object| self.is_of(object));
         object.is_some_and(|object| {
-            let mut said = self.said.addresses.iter();
-            said.all(|address| object.addresses.contains(address))
+            let addresses: BTreeSet<&IpAddr> = object.addresses.iter().collect();
+            self.said.addresses.iter().eq(addresses)
         })
     }
 
@@ -58,12 +58,7 @@ impl Told {
     fn merged(&self) -> Option<Pod> {
         let mut pod = self.object.clone()?;
         if self.is_of(&pod) {
-            let missing = self.said.addresses.iter();
-            let missing: Vec<_> = missing
-                .filter(|address| !pod.addresses.contains(address))
-                .copied()
-                .collect();
-            pod.addresses.extend(missing);
+            pod.addresses = self.said.addresses.iter().copied().collect();
         }
         Some(pod)
     }
@@ -98,7 +93,9 @@ impl Early {
                 None
             }
             Event::Unwatched(Kind::Pod) => {
-                self.pods.clear();
+                for told in self.pods.values_mut() {
+                    told.object = None;
+                }
                 self.waiting.clear();
                 None
             }
@@ -130,7 +127,7 @@ impl Early {
                     object,
                 }
             }
-            (None, Some(before)) if !before.is_old() && !before.said.addresses.is_empty() => Told {
+            (None, Some(before)) if !before.is_old() => Told {
                 stands: false,
                 ..before
             },
@@ -165,7 +162,8 @@ impl Speaker {
     /// Says the addresses of a pod of this node, if the API server does not, and there are egress policies.
     pub(super) fn say_pod(&mut self, pod: &ObjectKey) {
         let matters = !self.plan.has_begun() || self.plan.policies().next().is_some();
-        let early = self.attached.early(pod);
+        let told = self.election.own_pod(pod).is_some();
+        let early = self.attached.early(pod, told);
         let early = early.filter(|_| self.treats_egress() && matters);
         self.election.say_pod(pod, early);
     }
@@ -191,7 +189,7 @@ impl Speaker {
             let said = self.election.pod(&pod);
             let event = self.early.hear(&pod, said, &self.egress);
             if !self.early.is_asked(&pod) {
-                self.election.say_known(&pod, None);
+                self.election.unsay_known(&pod);
             }
             if let Some(event) = event {
                 self.egress.apply(event);
@@ -230,7 +228,7 @@ impl Speaker {
             .map(|(pod, said)| (pod.clone(), said.digest()))
             .collect();
         for (pod, digest) in known {
-            self.election.say_known(&pod, Some(digest));
+            self.election.say_known(&pod, digest);
             self.early.answered(&pod);
         }
     }

@@ -51,6 +51,8 @@ struct Lower {
     usage: Mutex<BTreeMap<PolicyName, Usage>>,
     /// The gateway is to be out of the kernel.
     disarmed: Mutex<bool>,
+    /// Whether its programs are in force.
+    gateway: Mutex<State>,
     /// Packets that the rules have dropped for want of a gateway.
     dropped: Mutex<BTreeMap<PolicyName, u64>>,
 }
@@ -105,7 +107,7 @@ impl DataPath for Lower {
     }
 
     fn gateway(&self) -> State {
-        State::Idle
+        self.gateway.lock().unwrap().clone()
     }
 
     fn stand(&self, standings: BTreeMap<IpAddr, Standing>) {

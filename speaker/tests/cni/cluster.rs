@@ -1,7 +1,5 @@
 //! A node whose pods' networks are made by CNI's plugins, and two others, each the gateway of a policy. All three have real
 //! speakers, from manifests.
-//!
-//! When gateways hear of a pod's addresses is another matter: theirs were told before that whoever has one is their tenant.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -34,8 +32,6 @@ pub(super) const POLICIES: [(&str, &str, u8); 2] = [("red", "node2", 240), ("blu
 pub(super) struct Cluster {
     pub(super) lab: Lab,
     pub(super) manifests: Manifests,
-    /// What each policy's gateway knows.
-    told: [Manifests; 2],
     pub(super) wire: Wire,
     _server: PodServer,
 }
@@ -50,24 +46,15 @@ impl Cluster {
         .expect("the lab needs root and Debian's iproute2 and nftables");
         let server = PodServer::start(lab.remote(), "remote").unwrap();
         let manifests = Manifests::new(lab.manifests_dir());
-        let told = POLICIES.map(|(_, gateway, _)| {
-            let directory = lab.directory().join(format!("told-{gateway}"));
-            fs::create_dir(&directory).unwrap();
-            Manifests::new(directory)
-        });
-        for view in [&manifests].into_iter().chain(&told) {
-            view.write_nodes(&lab).unwrap();
-            view.write_pool().unwrap();
-        }
+        manifests.write_nodes(&lab).unwrap();
+        manifests.write_pool().unwrap();
         let cluster = Self {
             wire: Wire::tap(&lab, NODE),
             lab,
             manifests,
-            told,
             _server: server,
         };
         Cni::Nftables.masquerade(cluster.node());
-        cluster.tell_gateways(addresses);
         cluster.mk_network(first, addresses);
         cluster
     }
@@ -102,21 +89,6 @@ impl Cluster {
     /// What the plugin loads while no speaker judges.
     pub(super) fn boot_file(&self) -> PathBuf {
         self.path("persistent/boot.nft")
-    }
-
-    /// Whoever has one of these addresses is a policy's tenant, as its gateway sees it.
-    fn tell_gateways(&self, [from, to]: [u8; 2]) {
-        for ((policy, _, _), told) in POLICIES.into_iter().zip(&self.told) {
-            for number in from..=to {
-                let addresses = [
-                    format!("10.244.1.{number}").parse().unwrap(),
-                    format!("fd00:244:1::{number:x}").parse().unwrap(),
-                ];
-                let name = format!("any{number}");
-                let pod = mk_pod(&name, policy, &addresses);
-                told.write(&format!("pod-{name}"), &pod).unwrap();
-            }
-        }
     }
 
     /// What a CNI leaves on its node: its programs and its list.
@@ -169,16 +141,12 @@ impl Cluster {
     }
 
     fn tell_all(&self, name: &str, object: &Value) {
-        for view in [&self.manifests].into_iter().chain(&self.told) {
-            view.write(name, object).unwrap();
-        }
+        self.manifests.write(name, object).unwrap();
     }
 
     pub(super) fn remove_policies(&self) {
         for (name, _, _) in POLICIES {
-            for view in [&self.manifests].into_iter().chain(&self.told) {
-                view.remove(&format!("policy-{name}")).unwrap();
-            }
+            self.manifests.remove(&format!("policy-{name}")).unwrap();
         }
     }
 
@@ -203,14 +171,11 @@ impl Cluster {
 
     /// The same, with or without treating packets by egress policies.
     pub(super) fn speak_as(&self, node: &str, egress: bool) {
-        let gateways = POLICIES.iter().zip(&self.told);
-        let mut told = gateways.filter(|((_, gateway, _), _)| *gateway == node);
-        let view = told.next().map_or(&self.manifests, |(_, view)| view);
         let mut program = self
             .lab
             .speaker(node)
             .unwrap()
-            .option("--manifests", view.directory().display());
+            .option("--manifests", self.manifests.directory().display());
         if egress {
             program = program.arg("--egress");
         }

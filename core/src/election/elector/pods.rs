@@ -14,10 +14,17 @@ impl Elector {
         self.own.set(&Topic::Pod(pod.clone()), word);
     }
 
-    /// Says that this node's kernel goes by what another says of its pod, or takes that back.
-    pub fn say_known(&mut self, pod: &ObjectKey, digest: Option<u64>) {
+    /// Says that this node's kernel goes by what another says of its pod.
+    pub fn say_known(&mut self, pod: &ObjectKey, digest: u64) {
         self.own
-            .set(&Topic::Pod(pod.clone()), digest.map(Word::Knows));
+            .set(&Topic::Pod(pod.clone()), Some(Word::Knows(digest)));
+    }
+
+    /// Takes that back, if it has said so.
+    pub fn unsay_known(&mut self, pod: &ObjectKey) {
+        if matches!(self.own.pod(pod), Some(Word::Knows(_))) {
+            self.own.set(&Topic::Pod(pod.clone()), None);
+        }
     }
 
     /// What this node says of a pod of its own.

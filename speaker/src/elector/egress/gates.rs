@@ -4,6 +4,7 @@
 //! here, whoever leads its addresses: what a take-over changes is written where packets are dropped until then.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use landfall_core::election::policy_id;
 use landfall_core::groups::{Group, GroupId};
@@ -22,6 +23,7 @@ pub(in super::super) struct Gates {
     /// It is to be looked at again.
     stale: bool,
     said: BTreeMap<GroupId, BTreeSet<PolicyName>>,
+    failed_since: Option<Duration>,
 }
 
 impl Gates {
@@ -32,6 +34,7 @@ impl Gates {
             programs: parts.datapath.gateway_in_force(),
             stale: true,
             said: BTreeMap::new(),
+            failed_since: None,
         }
     }
 
@@ -68,7 +71,20 @@ impl Gates {
     }
 }
 
+/// How long programs may not be in force before another node is to be the gateway.
+const FAILED: Duration = Duration::from_secs(10);
+
 impl Speaker {
+    /// Says whether this node cannot be a gateway, if it cannot for a while.
+    pub(in super::super) fn look_at_gateway(&mut self, now: Duration) {
+        let failed = matches!(self.parts.datapath.gateway(), State::Failed(_));
+        let since = &mut self.gates.failed_since;
+        *since = failed.then(|| since.unwrap_or(now));
+        let for_long = since.is_some_and(|since| now.saturating_sub(since) >= FAILED);
+        self.election
+            .set_gateless(for_long || !self.treats_egress());
+    }
+
     /// Says of which policies this node can be the gateway, if there may be news.
     pub(in super::super) fn say_gates(&mut self) {
         if !self.gates.is_due() {

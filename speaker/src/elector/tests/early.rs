@@ -82,6 +82,13 @@ fn a_call_is_answered_when_the_gateway_goes_by_it() {
     assert!(answered.try_recv().is_err(), "its programs do not know it");
     scene.settle(&[scene.gateway], &[2]);
     assert!(answered.try_recv().unwrap().judged);
+    let election = &scene.world.host(scene.node).speaker.election;
+    let said = election.own_pod(&ObjectKey::new("default", "mta"));
+    assert_eq!(
+        said.unwrap().addresses.len(),
+        1,
+        "the API server has not said it yet"
+    );
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::egress::{VIP, leader, mk_world, tell_policy};
 use super::*;
+use crate::datapath::egress::State;
 use crate::egress::Gateway;
 use landfall_core::election::policy_id;
 
@@ -178,4 +179,48 @@ fn who_is_disarmed_or_begins_without_egress_takes_its_word_back() {
     for node in NODES {
         assert!(!policies(&world, node), "{node}");
     }
+}
+
+/// Whose programs fail for a while hands over to who can; where nobody can, somebody leads all the same.
+#[test]
+fn who_cannot_be_a_gateway_is_none_while_another_can() {
+    let (mut world, first) = mk_settled();
+    let fail = |world: &World, node: &str, is: bool| {
+        let state = if is {
+            State::Failed("the kernel is too old".into())
+        } else {
+            State::Idle
+        };
+        *world.hosts[&NodeName::from(node)]
+            .lower
+            .gateway
+            .lock()
+            .unwrap() = state;
+    };
+    fail(&world, &first, true);
+    world.run(Duration::from_secs(5));
+    assert_eq!(leader(&world), first, "it may be over soon");
+    world.run(Duration::from_secs(10));
+    let second = leader(&world);
+    assert_ne!(second, first);
+    for node in NODES {
+        fail(&world, node, true);
+    }
+    world.run(Duration::from_secs(15));
+    assert!(
+        NODES.contains(&&*leader(&world)),
+        "nobody can, and one leads"
+    );
+    fail(&world, &first, false);
+    world.run(Duration::from_secs(15));
+    assert_eq!(leader(&world), first);
+}
+
+#[test]
+fn who_treats_no_packets_by_policies_is_no_gateway_while_another_does() {
+    let (mut world, gateway) = mk_settled();
+    world.egress = false;
+    restart(&mut world, &gateway, 99, &[]);
+    world.run(Duration::from_secs(15));
+    assert_ne!(leader(&world), gateway);
 }
