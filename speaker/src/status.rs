@@ -31,6 +31,9 @@ use drops::Drops;
 const COALESCE: Duration = Duration::from_millis(200);
 /// A group must be without leader for so long before that is reported.
 const LEADERLESS: Duration = Duration::from_secs(1);
+/// Flows on addresses that nobody could lead for so long are over: who had something to say on them has given up long ago (a
+/// TCP of Linux after 925 s, `tcp_retries2`).
+const ABANDONED: Duration = Duration::from_mins(20);
 /// Standby and endpoint nodes are written at most this often.
 const MINOR_EVERY: Duration = Duration::from_secs(10);
 /// What was observed is compared with what was said this often.
@@ -134,6 +137,13 @@ impl Status {
                 *ports = *said;
             }
         }
+    }
+
+    /// Flows that drained where nobody leads are over.
+    fn abandon(&mut self, draining: BTreeMap<PolicyName, bool>) {
+        self.drained = draining.into_keys().collect();
+        let none = self.drained.iter().map(|policy| (policy.clone(), 0));
+        self.egress = none.collect();
     }
 
     fn patch(&self, since: Transitions) -> Value {
@@ -329,6 +339,7 @@ impl Reporter {
             }
             return;
         }
+        let mut abandoned = false;
         if nobody {
             // It may be the moment between two leaders.
             let since = *self.leaderless.entry(id.clone()).or_insert(now);
@@ -336,6 +347,7 @@ impl Reporter {
                 self.due.insert(id.clone(), since + LEADERLESS);
                 return;
             }
+            abandoned = now.saturating_sub(since) >= ABANDONED;
         } else {
             self.leaderless.remove(id);
         }
@@ -345,7 +357,10 @@ impl Reporter {
             BTreeMap::new()
         };
         for vip in &group.vips {
-            let status = status(speaker, group, vip, &verdicts);
+            let mut status = status(speaker, group, vip, &verdicts);
+            if abandoned {
+                status.abandon(speaker.draining_on(vip.address));
+            }
             self.say(speaker, group, vip, status, now, wall, writes);
         }
     }
@@ -411,6 +426,7 @@ impl Reporter {
 /// Whether an address is known to be leaderless already, in the same words: the next reporter need not repeat it.
 fn is_observed(speaker: &Speaker, address: IpAddr, status: &Status) -> bool {
     status.leader.is_none()
+        && status.drained.is_empty()
         && speaker.index().virtual_ip(address).is_some_and(|vip| {
             vip.leader.is_none()
                 && vip.conditions.iter().any(|condition| {

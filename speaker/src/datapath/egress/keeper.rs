@@ -1,12 +1,16 @@
 //! Ends bindings that nobody has used for long, and gives back ports that have rested.
 //!
 //! It reads the maps in batches and names what may be due; the program decides, so that nobody comes in between.
+//!
+//! Of remotes that many flows went to it forgets the bit maps of ports ([`Crowd`]) once there is nothing of them, if there is no
+//! room for many more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::hash::Hash;
 use std::io;
 use std::os::fd::AsFd;
 
-use aya::maps::{Map, MapData};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_ebpf_common::VipKey;
@@ -14,9 +18,12 @@ use landfall_ebpf_common::batch;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, Times, V4, V6, phase,
 };
-use landfall_ebpf_common::egress::gateway::{EgressState, Filter, egress_flag, keep, map};
+use landfall_ebpf_common::egress::gateway::{
+    EgressState, Filter, MAX_CROWDS, egress_flag, keep, map,
+};
+use landfall_ebpf_common::egress::ports::Crowd;
 
-use super::super::tables::TablesError;
+use super::super::tables::{TablesError, forget, taken};
 use super::standing::{States, now};
 use super::tally::Tally;
 
@@ -39,12 +46,58 @@ pub(in super::super) struct Kept {
     pub(in super::super) tally: Tally,
 }
 
-/// The maps *in*, and where in them it is.
+/// The maps that it goes through.
 #[derive(Debug)]
 pub(in super::super) struct Keeper {
-    v4: MapData,
-    v6: MapData,
+    v4: Family<V4>,
+    v6: Family<V6>,
     times: Times,
+}
+
+/// Those of a family.
+#[derive(Debug)]
+struct Family<A: Address> {
+    /// The map *in*.
+    bindings: MapData,
+    crowds: HashMap<MapData, Key<A>, Crowd>,
+}
+
+/// So many crowds may stay that nobody is in.
+const IDLE_CROWDS: usize = MAX_CROWDS as usize / 2;
+
+impl<A: Address + Eq + Hash> Family<A>
+where
+    Key<A>: aya::Pod,
+{
+    fn adopt(
+        ebpf: &mut Ebpf,
+        bindings: &'static str,
+        crowds: &'static str,
+    ) -> Result<Self, TablesError> {
+        Ok(Self {
+            bindings: data(ebpf, bindings)?,
+            crowds: taken(ebpf, crowds)?,
+        })
+    }
+
+    /// The crowds, if there are many.
+    fn many_crowds(&self) -> io::Result<HashSet<Key<A>>> {
+        let keys: Result<HashSet<Key<A>>, MapError> = self.crowds.keys().collect();
+        let keys = keys.map_err(io::Error::other)?;
+        Ok(if keys.len() > IDLE_CROWDS {
+            keys
+        } else {
+            HashSet::new()
+        })
+    }
+
+    /// Takes these out. Who comes meanwhile makes one anew, and what it does not know is found out when it is tried.
+    fn disperse(&mut self, idle: HashSet<Key<A>>) -> io::Result<()> {
+        for crowd in idle {
+            forget(self.crowds.remove(&crowd)).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
 }
 
 fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, TablesError> {
@@ -58,15 +111,15 @@ impl Keeper {
     /// Takes the maps.
     pub(in super::super) fn adopt(ebpf: &mut Ebpf, times: Times) -> Result<Self, TablesError> {
         Ok(Self {
-            v4: data(ebpf, map::IN_V4)?,
-            v6: data(ebpf, map::IN_V6)?,
+            v4: Family::adopt(ebpf, map::IN_V4, map::CROWDS_V4)?,
+            v6: Family::adopt(ebpf, map::IN_V6, map::CROWDS_V6)?,
             times,
         })
     }
 
     /// Looks through both maps once; `states` is what this node is to egress addresses.
     pub(in super::super) fn look(
-        &self,
+        &mut self,
         program: &SchedClassifier,
         states: &States,
     ) -> io::Result<Kept> {
@@ -78,9 +131,17 @@ impl Keeper {
             nodes: BTreeSet::new(),
             tally: Tally::default(),
         };
-        self.look_at::<V4>(&self.v4, 4, program, states, &mut kept)?;
-        self.look_at::<V6>(&self.v6, 6, program, states, &mut kept)?;
+        let idle = look_at(&self.v4, 4, &self.times, program, states, &mut kept)?;
+        self.v4.disperse(idle)?;
+        let idle = look_at(&self.v6, 6, &self.times, program, states, &mut kept)?;
+        self.v6.disperse(idle)?;
         Ok(kept)
+    }
+
+    /// How many crowds there are of each family.
+    #[cfg(test)]
+    pub(in super::super) fn crowds(&self) -> [usize; 2] {
+        [self.v4.crowds.keys().count(), self.v6.crowds.keys().count()]
     }
 
     /// Ends what is bound for these, in use or not; how many bindings that were.
@@ -89,51 +150,57 @@ impl Keeper {
         program: &SchedClassifier,
         orphaned: &Orphaned,
     ) -> io::Result<usize> {
-        let v4 = end_of::<V4>(&self.v4, 4, program, orphaned)?;
-        Ok(v4 + end_of::<V6>(&self.v6, 6, program, orphaned)?)
+        let v4 = end_of::<V4>(&self.v4.bindings, 4, program, orphaned)?;
+        Ok(v4 + end_of::<V6>(&self.v6.bindings, 6, program, orphaned)?)
     }
+}
 
-    fn look_at<A: Address>(
-        &self,
-        map: &MapData,
-        family: u8,
-        program: &SchedClassifier,
-        states: &States,
-        kept: &mut Kept,
-    ) -> io::Result<()>
-    where
-        Key<A>: aya::Pod,
-        Binding<A>: aya::Pod,
-    {
-        batch::each(
-            map.fd().as_fd(),
-            BATCH,
-            |entries: &[(Key<A>, Binding<A>)]| {
-                let now = now();
-                kept.read += entries.len();
-                for (key, binding) in entries {
-                    let (word, bit) = Filter::place(binding.to.words());
-                    kept.filter.pods[word] |= bit;
-                    let (word, bit) = Filter::place(key.local.words());
-                    kept.filter.destinations[word] |= bit;
-                    kept.policies.insert(binding.policy);
-                    kept.nodes.insert(binding.hop);
-                    kept.tally.count(key, binding);
+/// Looks through the bindings of a family; the crowds that none of them is in, if there are many.
+fn look_at<A: Address + Eq + Hash>(
+    maps: &Family<A>,
+    family: u8,
+    times: &Times,
+    program: &SchedClassifier,
+    states: &States,
+    kept: &mut Kept,
+) -> io::Result<HashSet<Key<A>>>
+where
+    Key<A>: aya::Pod,
+    Binding<A>: aya::Pod,
+{
+    let mut idle = maps.many_crowds()?;
+    batch::each(
+        maps.bindings.fd().as_fd(),
+        BATCH,
+        |entries: &[(Key<A>, Binding<A>)]| {
+            let now = now();
+            kept.read += entries.len();
+            for (key, binding) in entries {
+                let (word, bit) = Filter::place(binding.to.words());
+                kept.filter.pods[word] |= bit;
+                let (word, bit) = Filter::place(key.local.words());
+                kept.filter.destinations[word] |= bit;
+                kept.policies.insert(binding.policy);
+                kept.nodes.insert(binding.hop);
+                kept.tally.count(key, binding);
+                if !idle.is_empty() {
+                    idle.remove(&key.target());
                 }
-                let due: Vec<Key<A>> = entries
-                    .iter()
-                    .filter(|(key, binding)| is_due(&self.times, key, binding, now))
-                    .filter(|(key, binding)| may_end(states, &self.times, key, binding, now))
-                    .map(|(key, _)| *key)
-                    .collect();
-                for some in due.chunks(keep::MOST) {
-                    end(program, family, some)?;
-                }
-                kept.named += due.len();
-                Ok(())
-            },
-        )
-    }
+            }
+            let due: Vec<Key<A>> = entries
+                .iter()
+                .filter(|(key, binding)| is_due(times, key, binding, now))
+                .filter(|(key, binding)| may_end(states, times, key, binding, now))
+                .map(|(key, _)| *key)
+                .collect();
+            for some in due.chunks(keep::MOST) {
+                end(program, family, some)?;
+            }
+            kept.named += due.len();
+            Ok(())
+        },
+    )?;
+    Ok(idle)
 }
 
 /// Whose bindings are to end.

@@ -369,7 +369,7 @@ impl Gate {
 
     /// A look through all bindings.
     fn keep(&mut self) -> usize {
-        let keeper = self.keeper.take().expect("it is put back");
+        let mut keeper = self.keeper.take().expect("it is put back");
         let known = states(&self.standings);
         let kept = keeper
             .look(self.program(GATEWAY_KEEP), &known)

@@ -417,3 +417,46 @@ fn who_is_disarmed_hands_over_and_lets_go() {
     assert!(!*world.host(&first).lower.disarmed.lock().unwrap());
     assert_eq!(leader(&world), second, "it takes nothing back");
 }
+
+/// Flows that drain on an address that nobody can lead are over one day: it is not kept for ever.
+#[test]
+fn what_drains_where_nobody_can_lead_ends() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    for host in world.hosts.values_mut() {
+        let id = ObjectId::EgressPolicy("mail".into());
+        host.speaker.source(Event::Delete(id));
+    }
+    let now = world.now;
+    for (number, host) in (1..).zip(world.hosts.values_mut()) {
+        let down = Interface {
+            up: false,
+            ..mk_interface(number)
+        };
+        let event = AnnouncerEvent::Interfaces(Arc::new([down]));
+        host.speaker.announcer(event, now);
+    }
+    world.run(Duration::from_secs(5));
+    let mut reporter = crate::status::Reporter::default();
+    let mut drained = |after: Duration| -> Vec<bool> {
+        let now = world.now + after;
+        let (all, vip) = (BTreeSet::from([VIP.into()]), &world.hosts[&"n1".into()]);
+        let mut writes = reporter.look(&vip.speaker, all, now, 0);
+        writes.extend(reporter.look(&vip.speaker, BTreeSet::new(), now + SECOND, 0));
+        let patches = writes.iter().filter_map(|write| match write {
+            crate::status::Write::Status { patch, .. } => Some(patch),
+            crate::status::Write::Event { .. } => None,
+        });
+        patches
+            .map(|patch| patch["status"]["egress"][0]["drained"] == serde_json::json!(true))
+            .collect()
+    };
+    assert_eq!(drained(Duration::ZERO), [] as [bool; 0]);
+    assert_eq!(drained(10 * SECOND), [false], "nobody leads it");
+    assert_eq!(drained(19 * 60 * SECOND), [] as [bool; 0]);
+    assert_eq!(drained(21 * 60 * SECOND), [true]);
+    assert_eq!(drained(22 * 60 * SECOND), [] as [bool; 0], "once is enough");
+}
+
+const SECOND: Duration = Duration::from_secs(1);

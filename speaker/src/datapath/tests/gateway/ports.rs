@@ -1,5 +1,8 @@
 //! Which ports flows get, and that no more do than may.
 
+use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::ports::{DRAWN, drawn, seed};
+
 use super::*;
 
 /// A SYN of the flow with this number, of four pods in turn. Their ports are what a pod's own choice is to the gateway:
@@ -160,4 +163,39 @@ fn nothing_is_given_twice_when_cpus_race() {
     assert_eq!(gate.used("mail"), flows.len() as u64);
     assert!(flows.len() <= MOST as usize);
     println!("{} of {MOST}", flows.len());
+}
+
+/// Remotes that many flows went to once do not take the room for ever from those that many go to later.
+#[test]
+fn crowds_that_nobody_is_in_disperse() {
+    const REMOTES: u16 = 40;
+    for (place, world) in WORLDS.into_iter().enumerate() {
+        let mut gate = Gate::load();
+        let crowds = |gate: &Gate| gate.keeper.as_ref().expect("it is there").crowds()[place];
+        let key = |address: IpAddr| VipKey::from_address(address).0;
+        let flow = |flags: u8, port: u16| {
+            mk(
+                OTHER,
+                world.pod,
+                world.remote,
+                6,
+                64,
+                &mk_tcp(25, port, flags),
+            )
+        };
+        for port in 1000..1000 + REMOTES {
+            // Whatever it would have without a crowd is a Service's.
+            let seed = seed(&key(world.pod), 25, &key(world.remote), port);
+            for turn in 0..DRAWN {
+                gate.serve(world, drawn(seed, turn));
+            }
+            let (action, out) = gate.comes(&flow(SYN, port));
+            assert_eq!((action, source(&out)), (SENT, world.egress));
+        }
+        gate.keep();
+        assert_eq!(crowds(&gate), usize::from(REMOTES), "all are in use");
+        gate.set(&Egress::default());
+        gate.keep();
+        assert_eq!(crowds(&gate), 0);
+    }
 }
