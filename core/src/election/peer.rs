@@ -68,6 +68,7 @@ impl Default for Capabilities {
 pub const MAX_HINDRANCE: usize = 160;
 
 /// What a node says of itself as a whole.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRegister {
     /// Its interfaces, by name.

@@ -9,7 +9,7 @@ use crate::VipKey;
 
 /// The first four bits of an IPv4 shadow: 240.0.0.0/4 is reserved (RFC 1112, 4), and the kernel routes it.
 const V4: u8 = 0xf0;
-/// Of an IPv6 shadow: 4000::/4 is not assigned (RFC 3513, 4).
+/// Of an IPv6 shadow: `4000::/4` is not assigned (RFC 3513, 4).
 const V6: u8 = 0x40;
 /// Where an IPv4 address lies in a key.
 const MAPPED: usize = 12;
