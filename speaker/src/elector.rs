@@ -272,6 +272,9 @@ impl Speaker {
             self.plan.nodes_changed();
         }
         let adapted = self.attached.adapt(&event);
+        if let Some(Event::Apply(Object::Pod(own))) = &adapted {
+            self.early.forget(&own.key);
+        }
         match adapted.or_else(|| self.early.adapt(&event, &self.egress)) {
             Some(adapted) => self.egress.apply(adapted),
             None => self.egress.apply_shared(&event),

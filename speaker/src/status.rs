@@ -347,7 +347,12 @@ impl Reporter {
                 self.due.insert(id.clone(), since + LEADERLESS);
                 return;
             }
-            abandoned = now.saturating_sub(since) >= ABANDONED;
+            // The nodes that are heard here may not be all: a leader puts its name back.
+            let unheard = group.vips.iter().any(|vip| vip.reported_leader.is_some());
+            if unheard {
+                self.leaderless.insert(id.clone(), now);
+            }
+            abandoned = !unheard && now.saturating_sub(since) >= ABANDONED;
         } else {
             self.leaderless.remove(id);
         }

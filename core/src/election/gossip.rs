@@ -19,6 +19,8 @@ const MARKS_PER_FRAME: usize = 24;
 const RETIRED_BOOTS: usize = 8;
 /// Registers that are gone are kept this many deep.
 const MAX_TOMBSTONES: usize = 4096;
+/// Those of pods, to twice that many.
+const MAX_GONE_PODS: usize = 128;
 
 /// The registers of one run of a node.
 #[derive(Clone, Debug)]
@@ -29,6 +31,8 @@ pub(super) struct Registers {
     pub(super) node: Option<(u64, NodeRegister)>,
     pub(super) words: BTreeMap<Topic, (u64, Option<Word>)>,
     retired: VecDeque<BootId>,
+    /// About how many pods' registers are gone and remembered.
+    gone_pods: usize,
 }
 
 impl Registers {
@@ -39,6 +43,7 @@ impl Registers {
             node: None,
             words: BTreeMap::new(),
             retired: VecDeque::new(),
+            gone_pods: 0,
         }
     }
 
@@ -136,26 +141,58 @@ impl Registers {
             _ => {}
         }
         self.version += 1;
-        self.words.insert(topic.clone(), (self.version, word));
+        self.put(topic.clone(), self.version, word);
         self.prune();
         true
     }
 
     fn prune(&mut self) {
-        if self.words.len() <= MAX_TOMBSTONES {
-            return;
+        if self.words.len() > MAX_TOMBSTONES {
+            self.bury(MAX_TOMBSTONES / 2, |_| true);
         }
+    }
+
+    /// Pods come and go, each with a topic of its own.
+    fn prune_pods(&mut self) {
+        if self.gone_pods > 2 * MAX_GONE_PODS {
+            self.bury(MAX_GONE_PODS, |topic| matches!(topic, Topic::Pod(_)));
+            self.gone_pods = MAX_GONE_PODS;
+        }
+    }
+
+    /// Removes registers that are gone, but for the last ones.
+    fn bury(&mut self, keep: usize, of: impl Fn(&Topic) -> bool) {
         let mut gone: Vec<(u64, Topic)> = self
             .words
             .iter()
-            .filter(|(_, (_, word))| word.is_none())
+            .filter(|(topic, (_, word))| word.is_none() && of(topic))
             .map(|(topic, (version, _))| (*version, topic.clone()))
             .collect();
         gone.sort_unstable();
-        let excess = gone.len().saturating_sub(MAX_TOMBSTONES / 2);
+        let excess = gone.len().saturating_sub(keep);
         for (_, topic) in gone.into_iter().take(excess) {
             self.words.remove(&topic);
         }
+    }
+
+    /// Puts a register in its place.
+    fn put(&mut self, topic: Topic, version: u64, word: Option<Word>) {
+        let is_gone_pod = word.is_none() && matches!(topic, Topic::Pod(_));
+        let before = self.words.insert(topic, (version, word));
+        if is_gone_pod && !matches!(before, Some((_, None))) {
+            self.gone_pods += 1;
+            self.prune_pods();
+        }
+    }
+
+    /// The pods of its own that it speaks of.
+    pub(super) fn own_pods(&self) -> impl Iterator<Item = &ObjectKey> {
+        self.words
+            .iter()
+            .filter_map(|(topic, (_, word))| match topic {
+                Topic::Pod(key) if word.as_ref().is_some_and(Word::is_of_own_pod) => Some(key),
+                _ => None,
+            })
     }
 
     /// What changed after `from`, in frames that each cover a span of versions.
@@ -223,10 +260,15 @@ impl Registers {
                     match &topic {
                         Topic::Group(id) => merged.groups.push(id.clone()),
                         Topic::Held(port, page) => merged.held.push((*port, *page)),
-                        Topic::Pod(key) => merged.pods.push(key.clone()),
+                        Topic::Pod(key) => {
+                            let words = [known.and_then(|(_, word)| word.as_ref()), word.as_ref()];
+                            if words.into_iter().flatten().any(Word::is_of_own_pod) {
+                                merged.pods.push(key.clone());
+                            }
+                        }
                     }
                 }
-                self.words.insert(topic, (version, word));
+                self.put(topic, version, word);
             }
         }
         if from <= self.version {

@@ -221,6 +221,11 @@ impl Word {
         )
     }
 
+    /// Whether a node says it of a pod that runs there.
+    pub(super) fn is_of_own_pod(&self) -> bool {
+        matches!(self, Self::Pod(_))
+    }
+
     /// About how many bytes it takes on the wire.
     pub(super) fn size(&self) -> usize {
         match self {

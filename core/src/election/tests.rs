@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -337,4 +338,54 @@ fn a_thousand_policies_are_told_in_frames_that_fit_datagrams() {
     assert!(total <= 60 * usize::from(POLICIES), "{total}");
     // What has been said is not said again.
     assert_eq!(hear(&mut b, &mut a, POLICIES, 1_110), [0; 0]);
+}
+
+/// All that one says, as the other hears it.
+fn tell(from: &mut Elector, to: &mut Elector, now: Duration) {
+    let index = crate::groups::GroupIndex::default();
+    for frame in from.tick(now, 0, &index, &BTreeSet::new()).frames {
+        to.receive(&frame.frame, now);
+    }
+}
+
+fn mk_addresses(last: u16) -> PodAddresses {
+    let [high, low] = last.to_be_bytes();
+    PodAddresses {
+        uid: "u".into(),
+        addresses: [[10, 0, high, low].into()].into(),
+    }
+}
+
+#[test]
+fn what_a_node_says_of_its_pods_goes_with_its_run() {
+    let (mut one, mut other) = (mk_elector("n1", 1, true), mk_elector("n2", 2, true));
+    let pod = ObjectKey::new("default", "a");
+    one.say_pod(&pod, Some(mk_addresses(1)));
+    tell(&mut one, &mut other, Duration::from_secs(1));
+    assert_eq!(other.take_pods(), [pod.clone()].into());
+    assert_eq!(other.pod(&pod).count(), 1);
+    // That somebody knows it is no news of the pod.
+    other.say_known(&pod, mk_addresses(1).digest());
+    tell(&mut other, &mut one, Duration::from_secs(1));
+    assert!(one.knows_pod(&"n2".into(), &pod, mk_addresses(1).digest()));
+    assert_eq!(one.take_pods(), BTreeSet::new());
+    other.peer_alive(&"n1".into(), BootId(3));
+    assert_eq!(other.take_pods(), [pod.clone()].into());
+    assert_eq!(other.pod(&pod).count(), 0);
+}
+
+/// A node that has had many pods is told of in a few frames.
+#[test]
+fn pods_that_are_gone_are_not_told_of_for_ever() {
+    let mut one = mk_elector("n1", 1, true);
+    for number in 0..5_000 {
+        let pod = ObjectKey::new("default", format!("pod{number}"));
+        one.say_pod(&pod, Some(mk_addresses(number)));
+        one.say_pod(&pod, None);
+    }
+    let index = crate::groups::GroupIndex::default();
+    let frames = one
+        .tick(Duration::from_secs(1), 0, &index, &BTreeSet::new())
+        .frames;
+    assert!((1..20).contains(&frames.len()), "{}", frames.len());
 }

@@ -46,6 +46,16 @@ fn is_of(attachment: &Attachment, object: &Pod) -> bool {
     pod(attachment).as_ref() == Some(&object.key) && attachment.uid.as_ref().is_none_or(same)
 }
 
+/// The first address of each family: a pod's others are no other node's business.
+fn one_each(addresses: &[IpAddr]) -> BTreeSet<IpAddr> {
+    let first = |v4: bool| addresses.iter().find(|address| address.is_ipv4() == v4);
+    [true, false]
+        .into_iter()
+        .filter_map(first)
+        .copied()
+        .collect()
+}
+
 impl Attached {
     /// Of the pods of a node.
     pub(super) fn to(me: NodeName) -> Self {
@@ -195,21 +205,26 @@ impl Attached {
         }
     }
 
-    /// The addresses that a pod has, where the API server does not say the same. Of one that has given them back it may
-    /// never have known them: who was `told` of them is told so.
+    /// Whether the API server has told of a pod of this node.
+    pub(super) fn has(&self, key: &ObjectKey) -> bool {
+        self.objects.contains_key(key)
+    }
+
+    /// The addresses that a pod has, one of each family, where the API server does not say the same. Of one that has given
+    /// them back it may never have known them: who was `told` of them is told so.
     pub(super) fn early(&self, key: &ObjectKey, told: bool) -> Option<PodAddresses> {
         if let Some(object) = self.objects.get(key) {
-            let addresses: BTreeSet<IpAddr> = self.merged(object).addresses.into_iter().collect();
-            let is_said = addresses.iter().eq(BTreeSet::from_iter(&object.addresses));
-            let uid = object.uid.as_str().into();
+            let addresses = one_each(&self.merged(object).addresses);
             let is_over = told && addresses.is_empty();
-            return (!is_said || is_over).then_some(PodAddresses { uid, addresses });
+            let uid = object.uid.as_str().into();
+            return (addresses != one_each(&object.addresses) || is_over)
+                .then_some(PodAddresses { uid, addresses });
         }
         let mut own = self.attachments.values();
         let own = own.find(|attachment| pod(attachment).as_ref() == Some(key))?;
         Some(PodAddresses {
             uid: own.uid.as_deref().unwrap_or_default().into(),
-            addresses: own.addresses.iter().copied().collect(),
+            addresses: one_each(&own.addresses),
         })
     }
 

@@ -22,6 +22,8 @@ pub(super) struct Early {
     pods: BTreeMap<ObjectKey, Told>,
     /// Pods that the API server knows no addresses of yet: the index of tenants keeps none of them.
     waiting: BTreeMap<ObjectKey, Pod>,
+    /// Pods whose node is another than who was heard: there may be one to hear.
+    again: BTreeSet<ObjectKey>,
 }
 
 /// A pod whose node has said its addresses.
@@ -45,13 +47,10 @@ impl Told {
         same && object.node.as_ref() == Some(&self.node) && !object.host_network
     }
 
-    /// Whether the API server says it too.
-    fn is_old(&self) -> bool {
+    /// Whether its node takes back what the API server has not said here.
+    fn may_be_too_soon(&self) -> bool {
         let object = self.object.as_ref().filter(|object| self.is_of(object));
-        object.is_some_and(|object| {
-            let addresses: BTreeSet<&IpAddr> = object.addresses.iter().collect();
-            self.said.addresses.iter().eq(addresses)
-        })
+        object.is_some_and(|object| object.addresses.is_empty()) && !self.said.addresses.is_empty()
     }
 
     /// The pod with the addresses that it has, if it is known.
@@ -81,10 +80,16 @@ impl Early {
                     return None;
                 };
                 told.object = Some(object.clone());
-                let merged = told.merged();
-                if told.is_old() && !told.stands {
-                    self.pods.remove(&object.key);
+                if !told.is_of(object) {
+                    self.again.insert(object.key.clone());
                 }
+                // What is taken back gives way to the first that the API server says.
+                let is_over = !told.stands && !object.addresses.is_empty();
+                if is_over || !told.stands && !told.is_of(object) {
+                    self.pods.remove(&object.key);
+                    return None;
+                }
+                let merged = told.merged();
                 merged.map(|pod| Event::Apply(Object::Pod(pod)))
             }
             Event::Delete(ObjectId::Pod(key)) => {
@@ -93,6 +98,7 @@ impl Early {
                 None
             }
             Event::Unwatched(Kind::Pod) => {
+                self.pods.retain(|_, told| told.stands);
                 for told in self.pods.values_mut() {
                     told.object = None;
                 }
@@ -113,7 +119,7 @@ impl Early {
         let before = self.pods.remove(key);
         let object = match &before {
             Some(told) => told.object.clone(),
-            None => self.waiting.remove(key).or_else(|| known.pod(key).cloned()),
+            None => self.waiting.get(key).or_else(|| known.pod(key)).cloned(),
         };
         let known = before.as_ref().is_some_and(|told| told.known);
         let told = match (whose(said, object.as_ref()), before) {
@@ -127,13 +133,15 @@ impl Early {
                     object,
                 }
             }
-            (None, Some(before)) if !before.is_old() => Told {
+            (None, Some(before)) if before.may_be_too_soon() => Told {
                 stands: false,
                 ..before
             },
-            (None, _) => return object.map(|object| Event::Apply(Object::Pod(object))),
+            (None, None) => return None,
+            (None, Some(_)) => return object.map(|object| Event::Apply(Object::Pod(object))),
         };
         let merged = told.merged();
+        self.waiting.remove(key);
         self.pods.insert(key.clone(), told);
         merged.map(|pod| Event::Apply(Object::Pod(pod)))
     }
@@ -152,9 +160,16 @@ impl Early {
         }
     }
 
-    /// Whether a pod's node still waits to be told, or was.
-    pub(super) fn is_asked(&self, key: &ObjectKey) -> bool {
-        self.pods.get(key).is_some_and(|told| told.stands)
+    /// Whether a pod's node was told, and that is still so.
+    fn is_known(&self, key: &ObjectKey) -> bool {
+        let told = self.pods.get(key);
+        told.is_some_and(|told| told.stands && told.known)
+    }
+
+    /// A pod is this node's own.
+    pub(super) fn forget(&mut self, key: &ObjectKey) {
+        self.pods.remove(key);
+        self.waiting.remove(key);
     }
 }
 
@@ -174,6 +189,9 @@ impl Speaker {
             Event::Apply(Object::Pod(pod)) if pod.node.as_ref() == Some(&self.identity.node) => {
                 self.say_pod(&pod.key);
             }
+            Event::Apply(Object::Pod(pod)) if self.election.own_pod(&pod.key).is_some() => {
+                self.election.say_pod(&pod.key, None);
+            }
             Event::Delete(ObjectId::Pod(key)) => self.say_pod(key),
             _ => {}
         }
@@ -181,14 +199,20 @@ impl Speaker {
 
     /// Takes in what other nodes say of their pods.
     pub(super) fn hear_pods(&mut self, now: Duration) {
-        let heard = self.election.take_pods();
+        let mut heard = self.election.take_pods();
+        heard.append(&mut self.early.again);
         if heard.is_empty() || !self.treats_egress() {
             return;
         }
         for pod in heard {
-            let said = self.election.pod(&pod);
-            let event = self.early.hear(&pod, said, &self.egress);
-            if !self.early.is_asked(&pod) {
+            let event = if self.attached.has(&pod) {
+                self.early.forget(&pod);
+                None
+            } else {
+                let said = self.election.pod(&pod);
+                self.early.hear(&pod, said, &self.egress)
+            };
+            if !self.early.is_known(&pod) {
                 self.election.unsay_known(&pod);
             }
             if let Some(event) = event {
@@ -365,19 +389,38 @@ mod tests {
             let back = |early: &mut Early| {
                 let told = hear(early, &[]);
                 assert_eq!(addresses(told), ["10.0.0.1"]);
-                assert!(!early.is_asked(&key()));
+                assert!(!early.is_known(&key()));
             };
             if node_first {
                 back(&mut early);
                 assert_eq!(early.pods.len(), 1);
             }
+            // Whatever it says then: the pod may have others by now.
             let told = apply(&mut early, mk_pod("u1", "n1", &["10.0.0.1"]));
-            assert_eq!(addresses(told), ["10.0.0.1"]);
-            if !node_first {
+            if node_first {
+                assert_eq!(told, None, "it is as the API server says");
+            } else {
+                assert_eq!(addresses(told), ["10.0.0.1"]);
                 assert_eq!(early.pods.len(), 1, "its node still waits");
                 back(&mut early);
             }
             assert!(early.pods.is_empty() && early.waiting.is_empty());
         }
+    }
+    /// A pod of that name is made anew on another node, whose word comes before the API server's.
+    #[test]
+    fn who_has_the_pod_is_heard_when_that_is_known() {
+        let mut early = Early::default();
+        let (old, new) = (said("u1", &[]), said("u2", &["10.0.0.2"]));
+        let both = [("n1", &old), ("n2", &new)];
+        assert_eq!(hear(&mut early, &both), None);
+        apply(&mut early, mk_pod("u2", "n2", &[]));
+        assert_eq!(early.again, [key()].into());
+        assert_eq!(addresses(hear(&mut early, &both)), ["10.0.0.2"]);
+        // Nobody's word is left of one that nobody knows.
+        early.forget(&key());
+        hear(&mut early, &both);
+        assert_eq!(hear(&mut early, &[]), None);
+        assert!(early.pods.is_empty() && early.waiting.is_empty());
     }
 }

@@ -46,7 +46,10 @@ impl Elector {
         match me.refusal {
             Some(reason) if !reason.is_soft() => return false,
             Some(reason) => {
-                let stays = matches!(reason, Ineligible::Leaving | Ineligible::Odd);
+                let stays = matches!(
+                    reason,
+                    Ineligible::Leaving | Ineligible::Odd | Ineligible::Gateless
+                );
                 if ranked.is_empty() {
                     // Nobody could take it: stopping or differing, this node is better than none.
                     mine.mode = ClaimMode::Held;

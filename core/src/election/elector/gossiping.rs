@@ -51,6 +51,7 @@ impl Elector {
         if mark.node == self.me || !self.is_current(mark) {
             return Vec::new();
         }
+        self.look_at_pods_of(&mark.node, mark.boot);
         let peer = self.peers.entry(mark.node.clone()).or_default();
         if peer.registers.as_ref().is_none_or(|r| r.boot != mark.boot) && !peer.set_boot(mark.boot)
         {

@@ -145,6 +145,7 @@ impl Elector {
         if *name == self.me {
             return;
         }
+        self.look_at_pods_of(name, boot);
         let peer = self.peers.entry(name.clone()).or_default();
         peer.swim = true;
         if peer.set_boot(boot) || !peer.alive {
@@ -318,8 +319,13 @@ impl Elector {
                 changed = true;
             }
         }
-        self.peers
-            .retain(|_, peer| peer.died.is_none_or(|at| now.saturating_sub(at) < FORGET));
+        let pods = &mut self.pods_dirty;
+        self.peers.retain(|_, peer| {
+            let stays = peer.died.is_none_or(|at| now.saturating_sub(at) < FORGET);
+            let forgotten = peer.registers.iter().filter(|_| !stays);
+            pods.extend(forgotten.flat_map(Registers::own_pods).cloned());
+            stays
+        });
         if self.listening {
             let waited = now.saturating_sub(started);
             let known = self

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Elector;
 use crate::election::gossip::Registers;
-use crate::election::peer::{PodAddresses, Topic, Word};
+use crate::election::peer::{BootId, PodAddresses, Topic, Word};
 use crate::model::{NodeName, ObjectKey};
 
 impl Elector {
@@ -47,6 +47,17 @@ impl Elector {
     pub fn knows_pod(&self, node: &NodeName, pod: &ObjectKey, digest: u64) -> bool {
         let word = self.registers(node).and_then(|said| said.pod(pod));
         matches!(word, Some(Word::Knows(known)) if *known == digest)
+    }
+
+    /// Before a run of a node's takes the place of another: what that one has said of pods is taken back with it.
+    pub(super) fn look_at_pods_of(&mut self, node: &NodeName, boot: BootId) {
+        let registers = self
+            .peers
+            .get(node)
+            .and_then(|peer| peer.registers.as_ref());
+        let past = registers.filter(|registers| registers.boot != boot);
+        self.pods_dirty
+            .extend(past.into_iter().flat_map(Registers::own_pods).cloned());
     }
 
     /// The pods of which others have said something new, or taken it back.
