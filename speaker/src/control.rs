@@ -322,13 +322,17 @@ async fn hand_over_and_disarm(asked: Asked, how: How) -> Result<Json<Armed>, Ref
     }))
 }
 
-async fn arm(State(asked): State<Asked>) -> Json<Armed> {
+async fn arm(State(asked): State<Asked>) -> Result<Json<Armed>, Refusal> {
     let mut speaker = asked.shared.lock();
+    if !speaker.treats_egress() {
+        let said = "this speaker runs without --egress: there is nothing to arm\n";
+        return Err((StatusCode::CONFLICT, said.to_owned()));
+    }
     speaker.disarm(false, (asked.now)());
-    Json(Armed {
+    Ok(Json(Armed {
         node: speaker.election().me().to_string(),
         ..Armed::default()
-    })
+    }))
 }
 
 #[cfg(test)]

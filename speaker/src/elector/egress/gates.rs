@@ -81,8 +81,8 @@ impl Speaker {
         let since = &mut self.gates.failed_since;
         *since = failed.then(|| since.unwrap_or(now));
         let for_long = since.is_some_and(|since| now.saturating_sub(since) >= FAILED);
-        self.election
-            .set_gateless(for_long || !self.treats_egress());
+        let is_none = for_long || !self.treats_egress() || self.hands_egress_over();
+        self.election.set_gateless(is_none);
     }
 
     /// Says of which policies this node can be the gateway, if there may be news.

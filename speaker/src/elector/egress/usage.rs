@@ -127,10 +127,14 @@ impl Speaker {
         self.uses.disarmed
     }
 
-    /// This node hands over what it is the gateway of, where another can take it; or it may lead such addresses again.
+    /// This node hands over what it is the gateway of, where another can be; or it may be the gateway again.
     pub fn hand_over_egress(&mut self, over: bool) {
         self.uses.handing_over = over;
-        self.election.set_disarmed(over || self.uses.disarmed);
+    }
+
+    /// Whether it does.
+    pub(in super::super) fn hands_egress_over(&self) -> bool {
+        self.uses.handing_over
     }
 
     /// Takes this node's rules, guard and gateway away, or puts them back. Pods then leave as without policies, with
@@ -138,7 +142,8 @@ impl Speaker {
     pub fn disarm(&mut self, disarmed: bool, now: Duration) {
         self.uses.disarmed = disarmed;
         self.gates.look_again();
-        self.hand_over_egress(disarmed);
+        self.uses.handing_over = false;
+        self.election.set_disarmed(disarmed);
         self.parts.datapath.disarm(disarmed);
         self.metrics.egress_disarmed.set(i64::from(disarmed));
         if disarmed {

@@ -418,6 +418,24 @@ fn who_is_disarmed_hands_over_and_lets_go() {
     assert_eq!(leader(&world), second, "it takes nothing back");
 }
 
+/// Who is the last that can be the gateway hands over to nobody, and stays it.
+#[test]
+fn the_last_gateway_stays_one() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let last = leader(&world);
+    for node in ["n1", "n2", "n3"].into_iter().filter(|node| *node != last) {
+        let now = world.now;
+        world.host(node).speaker.disarm(true, now);
+    }
+    world.run(Duration::from_secs(1));
+    world.host(&last).speaker.hand_over_egress(true);
+    world.run(Duration::from_secs(10));
+    assert_eq!(leader(&world), last);
+    assert_eq!(world.host(&last).speaker.gateway_of().len(), 1);
+}
+
 /// Flows that drain on an address that nobody can lead are over one day: it is not kept for ever.
 #[test]
 fn what_drains_where_nobody_can_lead_ends() {
