@@ -213,15 +213,20 @@ pub struct Args {
     )]
     pub xdp: Vec<String>,
 
-    /// Treat the packets of egress policies' pods. Hidden: it is being built.
-    #[arg(long, hide = true)]
+    /// Have egress policies in effect on this node: its pods leave by their addresses, and it can be their gateway.
+    #[arg(long, env = "LANDFALL_EGRESS")]
     pub egress: bool,
 
-    /// With --egress: where the CNI plugin calls. Hidden with it.
-    #[arg(long, hide = true, value_name = "SOCKET", default_value = landfall_cni::call::SOCKET)]
+    /// With --egress: where the CNI plugin calls.
+    #[arg(
+        long,
+        env = "LANDFALL_CNI_SOCKET",
+        value_name = "SOCKET",
+        default_value = landfall_cni::call::SOCKET
+    )]
     pub cni_socket: PathBuf,
 
-    /// With --egress: the CNI plugin. Hidden with it.
+    /// With --egress: the CNI plugin.
     #[command(flatten)]
     pub plugin: PluginArgs,
 
@@ -272,19 +277,24 @@ pub struct PluginArgs {
     /// Where the container runtime looks for programs of CNI plugins (/opt/cni/bin): the plugin is kept there.
     #[arg(
         long,
-        hide = true,
+        env = "LANDFALL_CNI_BIN_DIR",
         value_name = "DIR",
         requires_all = ["cni_conf_dir", "egress_boot_file"]
     )]
     pub cni_bin_dir: Option<PathBuf>,
 
     /// Where it looks for lists of plugins (/etc/cni/net.d): the plugin is kept at the end of the one that it uses.
-    #[arg(long, hide = true, value_name = "DIR", requires = "cni_bin_dir")]
+    #[arg(
+        long,
+        env = "LANDFALL_CNI_CONF_DIR",
+        value_name = "DIR",
+        requires = "cni_bin_dir"
+    )]
     pub cni_conf_dir: Option<PathBuf>,
 
     /// Where the nftables script is left that the CNI plugin loads after this node's start, while no speaker judges pods;
     /// the same path for both.
-    #[arg(long, hide = true, value_name = "FILE")]
+    #[arg(long, env = "LANDFALL_EGRESS_BOOT_FILE", value_name = "FILE")]
     pub egress_boot_file: Option<PathBuf>,
 }
 

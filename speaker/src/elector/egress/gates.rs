@@ -24,6 +24,8 @@ pub(in super::super) struct Gates {
     stale: bool,
     said: BTreeMap<GroupId, BTreeSet<PolicyName>>,
     failed_since: Option<Duration>,
+    /// It was said in the log that policies are ignored.
+    warned: bool,
 }
 
 impl Gates {
@@ -35,6 +37,7 @@ impl Gates {
             stale: true,
             said: BTreeMap::new(),
             failed_since: None,
+            warned: false,
         }
     }
 
@@ -93,6 +96,12 @@ impl Speaker {
         let has = self.treats_egress() && !self.is_disarmed();
         self.election.set_has_gates(has);
         let before = std::mem::take(&mut self.gates.said);
+        let ignored = !self.treats_egress() && self.plan.policies().next().is_some();
+        if ignored && !std::mem::replace(&mut self.gates.warned, true) {
+            tracing::warn!(
+                "there are egress policies, and this speaker runs without --egress: this node's pods leave as if there were none"
+            );
+        }
         if !has {
             for group in before.keys() {
                 self.election.set_gates(group, BTreeSet::new());
