@@ -34,7 +34,8 @@ pub(super) trait Side: Copy + Ord + Debug + 'static {
     /// The name of its program.
     fn program(self) -> &'static str;
     fn hook(self) -> tcx::Hook;
-    /// The preference of its filter with clsact: that of a hook's programs, ours and others', with a lower one goes first.
+    /// The preference of its filter with clsact: that of a hook's programs, ours and others', with a lower one goes first. No
+    /// two of ours have the same, wherever they are: by it a later process knows the filter.
     fn priority(self) -> u16;
     /// The pins of those of ours that go before it, of whatever object.
     fn ahead(self) -> &'static [&'static str];

@@ -100,7 +100,8 @@ impl attached::Side for Side {
     fn priority(self) -> u16 {
         match self {
             Self::Egress => 1,
-            Self::Ingress | Self::Tunnel | Self::Guard => 2,
+            Self::Ingress | Self::Guard => 2,
+            Self::Tunnel => 3,
         }
     }
 
