@@ -128,7 +128,7 @@ impl Cluster {
         };
         let pool = json!({"addresses": ranges, "purpose": "Egress", "autoAssign": false});
         let pool = object("IPAddressPool", "out", pool);
-        self.tell_all("pool-out", &pool);
+        self.tell_of("pool-out", &pool);
         for (name, gateway, number) in POLICIES {
             let spec = json!({
                 "podSelector": {"matchLabels": {"tenant": name}},
@@ -136,11 +136,11 @@ impl Cluster {
                 "gateways": {"nodeSelector": {"matchLabels": {"kubernetes.io/hostname": gateway}}},
             });
             let policy = object("EgressPolicy", name, spec);
-            self.tell_all(&format!("policy-{name}"), &policy);
+            self.tell_of(&format!("policy-{name}"), &policy);
         }
     }
 
-    fn tell_all(&self, name: &str, object: &Value) {
+    fn tell_of(&self, name: &str, object: &Value) {
         self.manifests.write(name, object).unwrap();
     }
 
@@ -171,6 +171,18 @@ impl Cluster {
 
     /// The same, with or without treating packets by egress policies.
     pub(super) fn speak_as(&self, node: &str, egress: bool) {
+        self.speak_so(node, egress, node == NODE);
+    }
+
+    /// The same on all nodes, without the plugin.
+    pub(super) fn speak_without_plugin(&self) {
+        for node in self.lab.nodes() {
+            self.speak_so(&node.name, true, false);
+        }
+        self.await_policies();
+    }
+
+    fn speak_so(&self, node: &str, egress: bool, plugin: bool) {
         let mut program = self
             .lab
             .speaker(node)
@@ -179,7 +191,7 @@ impl Cluster {
         if egress {
             program = program.arg("--egress");
         }
-        if node == NODE {
+        if plugin {
             program = program
                 .option("--egress-boot-file", self.boot_file().display())
                 .option("--cni-bin-dir", self.programs().display())
@@ -190,6 +202,12 @@ impl Cluster {
 
     /// Waits until the node's table leads each policy's pods to their gateway, and the plugin is in its place.
     pub(super) fn await_armed(&self) {
+        self.await_policies();
+        self.until("the plugin is chained", || self.is_chained());
+        self.until("what it would load is there", || self.boot_file().exists());
+    }
+
+    fn await_policies(&self) {
         for (policy, _, _) in POLICIES {
             let chain = format!("nft list chain inet landfall egress-of-{policy}");
             self.until("policies are in force", || {
@@ -197,8 +215,6 @@ impl Cluster {
                 printed.contains("ct mark set")
             });
         }
-        self.until("the plugin is chained", || self.is_chained());
-        self.until("what it would load is there", || self.boot_file().exists());
     }
 
     pub(super) fn is_chained(&self) -> bool {

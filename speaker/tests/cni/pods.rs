@@ -96,7 +96,10 @@ impl<'a> Pod<'a> {
     /// Connects to the remote by each family at once, and asks by which address it is seen.
     pub(super) fn connect(&self, within: Duration) -> Vec<io::Result<Seen>> {
         let connect = |remote| self.netns.run(move || connect(remote, within));
-        remote().map(connect).into()
+        thread::scope(|scope| {
+            let connecting = remote().map(|remote| scope.spawn(move || connect(remote)));
+            connecting.map(|it| it.join().unwrap()).into()
+        })
     }
 }
 
