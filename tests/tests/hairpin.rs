@@ -160,7 +160,8 @@ fn the_receiver_sees_the_senders_egress_address() {
         hairpin(cluster, false);
         let left = lab.pods().filter(|pod| pod.node != sender);
         for pod in left {
-            for vip in vips {
+            // The only pod of the last may have lost its power.
+            for vip in &vips[..2 * SERVICES] {
                 await_seen(pod, *vip, |seen| !is_egress(seen));
             }
         }
