@@ -29,12 +29,14 @@ impl Cluster {
     /// each node, in nftables mode. Landfall's own processes do not run yet. Not to be called from async code.
     pub fn build(topology: Topology) -> anyhow::Result<Self> {
         let cluster = Self::build_without_kube_proxy(topology)?;
-        for node in cluster.lab().nodes() {
-            cluster
-                .plane
-                .start_kube_proxy(&node.name, ProxyMode::Nftables)?;
-        }
+        cluster.start_kube_proxies(ProxyMode::Nftables)?;
         Ok(cluster)
+    }
+
+    /// Starts kube-proxy on each node in a mode, in place of one that runs.
+    pub fn start_kube_proxies(&self, mode: ProxyMode) -> anyhow::Result<()> {
+        let mut nodes = self.lab().nodes().iter();
+        nodes.try_for_each(|node| self.plane.start_kube_proxy(&node.name, mode))
     }
 
     /// The same, but VIPs are not delivered.

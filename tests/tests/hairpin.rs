@@ -215,11 +215,7 @@ fn all_see(lab: &Lab, tenants: &Tenants) {
 
 /// kube-proxies that deliver by iptables in place of those by nftables.
 fn by_iptables(cluster: &Cluster) {
-    for node in cluster.lab().nodes() {
-        let plane = cluster.plane();
-        let started = plane.start_kube_proxy(&node.name, ProxyMode::Iptables);
-        started.unwrap();
-    }
+    cluster.start_kube_proxies(ProxyMode::Iptables).unwrap();
     let begun = Instant::now();
     for node in cluster.lab().nodes() {
         while node.netns.exec("nft list table ip kube-proxy").is_ok() {

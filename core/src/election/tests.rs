@@ -372,6 +372,18 @@ fn what_a_node_says_of_its_pods_goes_with_its_run() {
     other.peer_alive(&"n1".into(), BootId(3));
     assert_eq!(other.take_pods(), [pod.clone()].into());
     assert_eq!(other.pod(&pod).count(), 0);
+    // Whichever is the first sign of the next.
+    let (mut one, mut other) = (mk_elector("n1", 4, true), mk_elector("n2", 5, true));
+    one.say_pod(&pod, Some(mk_addresses(1)));
+    tell(&mut one, &mut other, Duration::from_secs(1));
+    assert_eq!(other.take_pods(), [pod.clone()].into());
+    other.hello(
+        &"n1".into(),
+        BootId(6),
+        &"eth0".into(),
+        Duration::from_secs(2),
+    );
+    assert_eq!(other.take_pods(), [pod].into());
 }
 
 /// A node that has had many pods is told of in a few frames.

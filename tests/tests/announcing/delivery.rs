@@ -130,10 +130,7 @@ impl<'a> Mode<'a> {
     }
 
     fn start(&self, mode: ProxyMode) {
-        for node in self.0.lab().nodes() {
-            let plane = self.0.cluster.plane();
-            plane.start_kube_proxy(&node.name, mode).unwrap();
-        }
+        self.0.cluster.start_kube_proxies(mode).unwrap();
     }
 }
 

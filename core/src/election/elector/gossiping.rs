@@ -51,12 +51,11 @@ impl Elector {
         if mark.node == self.me || !self.is_current(mark) {
             return Vec::new();
         }
-        self.look_at_pods_of(&mark.node, mark.boot);
-        let peer = self.peers.entry(mark.node.clone()).or_default();
-        if peer.registers.as_ref().is_none_or(|r| r.boot != mark.boot) && !peer.set_boot(mark.boot)
-        {
+        let known = self.registers(&mark.node);
+        if known.is_none_or(|r| r.boot != mark.boot) && !self.enter(&mark.node, mark.boot) {
             return Vec::new();
         }
+        let peer = self.peers.entry(mark.node.clone()).or_default();
         let Some(registers) = peer.registers.as_mut() else {
             return Vec::new();
         };

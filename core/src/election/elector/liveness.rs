@@ -145,10 +145,10 @@ impl Elector {
         if *name == self.me {
             return;
         }
-        self.look_at_pods_of(name, boot);
+        let is_fresh = self.enter(name, boot);
         let peer = self.peers.entry(name.clone()).or_default();
         peer.swim = true;
-        if peer.set_boot(boot) || !peer.alive {
+        if is_fresh || !peer.alive {
             peer.left = None;
             self.all_dirty = true;
         }
@@ -183,7 +183,9 @@ impl Elector {
         if peer.left == Some(boot) {
             return false;
         }
-        if peer.set_boot(boot) {
+        let is_fresh = self.enter(name, boot);
+        let peer = self.peers.entry(name.clone()).or_default();
+        if is_fresh {
             self.all_dirty = true;
         } else if peer.boot != Some(boot) {
             return false; // A late frame of a run that is over.

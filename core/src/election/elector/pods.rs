@@ -49,15 +49,21 @@ impl Elector {
         matches!(word, Some(Word::Knows(known)) if *known == digest)
     }
 
-    /// Before a run of a node's takes the place of another: what that one has said of pods is taken back with it.
-    pub(super) fn look_at_pods_of(&mut self, node: &NodeName, boot: BootId) {
-        let registers = self
-            .peers
-            .get(node)
-            .and_then(|peer| peer.registers.as_ref());
-        let past = registers.filter(|registers| registers.boot != boot);
-        self.pods_dirty
-            .extend(past.into_iter().flat_map(Registers::own_pods).cloned());
+    /// Notes the run that a node is in: what the run before has said of pods
+    /// is taken back with it.
+    pub(super) fn enter(&mut self, node: &NodeName, boot: BootId) -> bool {
+        let peer = self.peers.entry(node.clone()).or_default();
+        let before = peer.registers.as_ref().filter(|it| it.boot != boot);
+        let pods: Vec<ObjectKey> = before
+            .into_iter()
+            .flat_map(Registers::own_pods)
+            .cloned()
+            .collect();
+        let is_fresh = peer.set_boot(boot);
+        if is_fresh {
+            self.pods_dirty.extend(pods);
+        }
+        is_fresh
     }
 
     /// The pods of which others have said something new, or taken it back.

@@ -46,6 +46,12 @@ fn syn(mac: [u8; 6], from: IpAddr, to: IpAddr, ttl: u8) -> Vec<u8> {
     mk(mac, from, to, 6, ttl, &mk_tcp(40_000, SMTP, SYN))
 }
 
+/// How the pod begins one more flow to the VIP.
+fn second(world: World) -> Vec<u8> {
+    let segment = mk_tcp(40_001, SMTP, SYN);
+    mk(OTHER, world.pod, shade(world), 6, 64, &segment)
+}
+
 /// As it is when nobody else has its address.
 fn to_nowhere(mut frame: Vec<u8>) -> Vec<u8> {
     frame[..6].copy_from_slice(&NOWHERE);
@@ -106,14 +112,7 @@ fn what_two_vips_would_share_is_neithers() {
     gate.change(&Change::Vip(double, Some(state)));
     leaves_as_it_is(&mut gate, four, shade(four));
     gate.change(&Change::Vip(double, None));
-    let begun = mk(
-        OTHER,
-        four.pod,
-        shade(four),
-        6,
-        64,
-        &mk_tcp(40_001, SMTP, SYN),
-    );
+    let begun = second(four);
     let (action, out) = gate.comes(&begun);
     assert_eq!((action, destination(&out)), (SENT, vip(four)));
 }
@@ -128,14 +127,7 @@ fn what_is_refused_is_refused_by_the_shadow() {
         let mut gate = load(&["mail"], true);
         gate.set(&egress);
         let (action, _) = gate.comes(&syn(OTHER, world.pod, shade(world), 64));
-        let more = mk(
-            OTHER,
-            world.pod,
-            shade(world),
-            6,
-            64,
-            &mk_tcp(40_001, SMTP, SYN),
-        );
+        let more = second(world);
         assert_eq!(action, SENT);
         let (action, out) = gate.comes(&more);
         let told = (action, source(&out), destination(&out));
@@ -161,14 +153,7 @@ fn flows_outlive_what_they_began_with() {
         let answer = mk_tcp(SMTP, 40_000, SYN | ACK);
         let (action, out) = gate.comes(&mk(STRANGER, vip(world), world.egress, 6, 64, &answer));
         assert_eq!((action, source(&out)), (SENT, shade(world)));
-        let begun = mk(
-            OTHER,
-            world.pod,
-            shade(world),
-            6,
-            64,
-            &mk_tcp(40_001, SMTP, SYN),
-        );
+        let begun = second(world);
         gate.drops(&begun, Reason::NotGateway);
     }
     assert_eq!(gate.count(Reason::Bound), 2);
