@@ -144,6 +144,6 @@ fn settings(root: &Path, queue: &Path, data: &Path, thinks: Duration) -> String 
          smtpd_client_connection_count_limit = 0\n\
          smtpd_client_connection_rate_limit = 0\n\
          smtpd_timeout = 300s\n\
-         default_process_limit = 1000\n"
+         default_process_limit = 3000\n"
     )
 }

@@ -20,8 +20,10 @@ mod sessions {
     use session::{Kind, Session};
 
     const NODES: u8 = 5;
-    /// Of each kind, from all pods together.
+    /// Of each kind, from all pods together whose node nothing happens to.
     const SESSIONS: usize = 200;
+    /// How long connection tracking remembers a silent connection, in seconds; in place of days.
+    const MEMORY: u64 = 1;
     /// What is younger than the copies' lag may be lost: the sessions are as old as that, and more.
     const AGE: Duration = Duration::from_secs(2);
     /// How long the mail server takes to take a message: longer than what happens meanwhile.
@@ -40,12 +42,32 @@ mod sessions {
             let _lines = PodServer::start(lab.remote(), "far")?;
             let mta = Mta::start(lab.remote(), THINKS)?;
             await_policy(lab);
+            // Silent through all of it.
+            let pods: Vec<&Pod> = lab.pods().collect();
+            let mut idle = open(
+                &mta,
+                &pods,
+                &[Kind::Idles],
+                SESSIONS.div_ceil(pods.len() - 2),
+            );
+            let begun = Instant::now();
             // Nothing is to be seen of these: programs and routes stay, or are handed over first.
-            live_through(lab, "its speaker is killed", &[Fault::Kill], true);
-            live_through(lab, "its speaker hands over", &[Fault::Drain], true);
-            live_through(lab, "its uplink goes down", &[Fault::UplinkDown], true);
+            live_through(lab, &mta, "its speaker is killed", &[Fault::Kill], true);
+            live_through(lab, &mta, "its speaker hands over", &[Fault::Drain], true);
+            live_through(
+                lab,
+                &mta,
+                "its uplink goes down",
+                &[Fault::UplinkDown],
+                true,
+            );
+            live_through(lab, &mta, "it loses its power", &[Fault::PowerOff], true);
             let two = [Fault::PowerOff, Fault::PowerOff];
-            live_through(lab, "it loses its power, and so does the next", &two, false);
+            let what = "it loses its power, and so does the next";
+            let struck = live_through(lab, &mta, what, &two, false);
+            idle.retain(|session| !struck.contains(&session.node));
+            let what = format!("silent for {:?}, through all of it", begun.elapsed());
+            outlived(&what, &mut idle);
             let by_others = mta
                 .log()
                 .lines()
@@ -89,12 +111,24 @@ mod sessions {
         }
     }
 
-    /// Opens sessions from all pods that are there, lets these things happen to the gateway, one after the other, and
-    /// sees which of the sessions go on: those of pods whose node nothing has happened to.
-    fn live_through(lab: &Lab, what: &str, faults: &[Fault], heal: bool) {
+    /// Opens sessions from all pods, lets these things happen to the gateway, one after the other, and sees which of the
+    /// sessions go on: those of pods whose node nothing has happened to. The nodes that something has happened to.
+    fn live_through(
+        lab: &Lab,
+        mta: &Mta,
+        what: &str,
+        faults: &[Fault],
+        heal: bool,
+    ) -> BTreeSet<String> {
+        let strikes = |fault: &&Fault| matches!(fault, Fault::PowerOff | Fault::UplinkDown);
         let pods: Vec<&Pod> = lab.pods().collect();
+        let spared = pods.len() - faults.iter().filter(strikes).count();
+        for node in lab.nodes() {
+            let key = "net.netfilter.nf_conntrack_tcp_timeout_established";
+            node.netns.sysctl(key, &MEMORY.to_string()).unwrap();
+        }
         let begun = Instant::now();
-        let mut sessions = open(&pods);
+        let mut sessions = open(mta, &pods, &Kind::ALL, SESSIONS.div_ceil(spared));
         println!("{} sessions after {:?}", sessions.len(), begun.elapsed());
         thread::sleep(AGE);
         let mut struck = BTreeSet::new();
@@ -102,7 +136,7 @@ mod sessions {
             let gateway = tenants::gateway(lab, egress()[0]);
             println!("{gateway} is the gateway: {what}");
             lab.inject(&gateway, *fault).unwrap();
-            if matches!(fault, Fault::PowerOff | Fault::UplinkDown) {
+            if strikes(&fault) {
                 struck.insert(gateway.clone());
             }
             if faults.len() > 1 {
@@ -111,23 +145,7 @@ mod sessions {
             }
         }
         sessions.retain(|session| !struck.contains(&session.node));
-        let lost = go_on(&mut sessions);
-        let mut all = BTreeMap::<Kind, usize>::new();
-        for session in &sessions {
-            *all.entry(session.kind).or_default() += 1;
-        }
-        for (kind, all) in all {
-            let lost: Vec<&String> = lost
-                .iter()
-                .filter(|(of, _)| *of == kind)
-                .map(|(_, why)| why)
-                .collect();
-            println!(
-                "{what}: of {all} of which each {kind:?}, {} lost",
-                lost.len()
-            );
-            assert!(lost.len() * 100 <= all, "{what}: {kind:?}: {lost:#?}");
-        }
+        outlived(what, &mut sessions);
         if heal {
             lab.heal().unwrap();
             for node in lab.nodes() {
@@ -137,21 +155,42 @@ mod sessions {
             }
             await_policy(lab);
         }
+        struck
     }
 
-    /// Opens sessions of all kinds, IPv4 and IPv6 in turn, from each pod beside the others.
-    fn open(pods: &[&Pod]) -> Vec<Session> {
+    /// Of each kind all go on but one of a hundred.
+    fn outlived(what: &str, sessions: &mut [Session]) {
+        let mut all = BTreeMap::<Kind, usize>::new();
+        for session in &*sessions {
+            *all.entry(session.kind).or_default() += 1;
+        }
+        let lost = go_on(sessions);
+        for (kind, all) in all {
+            let lost = lost.iter().filter(|(of, _)| *of == kind);
+            let lost: Vec<&String> = lost.map(|(_, why)| why).collect();
+            println!(
+                "{what}: of {all} of which each {kind:?}, {} lost",
+                lost.len()
+            );
+            assert!(all >= SESSIONS, "{what}: {all} of which each {kind:?}");
+            assert!(lost.len() * 100 <= all, "{what}: {kind:?}: {lost:#?}");
+        }
+    }
+
+    /// Opens so many sessions of each of these kinds from each pod, IPv4 and IPv6 in turn, the pods beside each other.
+    fn open(mta: &Mta, pods: &[&Pod], kinds: &[Kind], each: usize) -> Vec<Session> {
         thread::scope(|scope| {
-            let each = SESSIONS / pods.len();
             let opening: Vec<_> = pods
                 .iter()
                 .map(|pod| {
                     scope.spawn(move || {
-                        let turns =
-                            (0..each).flat_map(|turn| Kind::ALL.map(|kind| (kind, turn % 2 == 1)));
+                        let turns = (0..each)
+                            .flat_map(|turn| kinds.iter().map(move |kind| (*kind, turn % 2 == 1)));
                         let opened = turns.map(|(kind, v6)| {
                             let session = Session::open(pod, kind, v6);
-                            session.unwrap_or_else(|error| panic!("{} {kind:?}: {error}", pod.name))
+                            session.unwrap_or_else(|error| {
+                                panic!("{} {kind:?}: {error}\n{}", pod.name, last_words(mta))
+                            })
                         });
                         opened.collect::<Vec<_>>()
                     })
@@ -160,6 +199,13 @@ mod sessions {
             let opened = opening.into_iter().map(|thread| thread.join().unwrap());
             opened.flatten().collect()
         })
+    }
+
+    /// The end of the mail server's log.
+    fn last_words(mta: &Mta) -> String {
+        let log = mta.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
     }
 
     /// Has them all go on at once; those that cannot, and why.

@@ -14,10 +14,14 @@ use super::soon::bridge;
 use super::wire::NOWHERE;
 
 const TENANTS: [&str; 3] = ["red", "blue", PLAIN];
-const PODS: usize = 12;
+const PODS: usize = 200;
+/// How many there are before the speaker goes.
+const BEFORE: usize = 12;
+/// The last numbers of their addresses.
+const ADDRESSES: [u8; 2] = [20, 250];
 
-fn mk_pods<'a>(cluster: &'a Cluster, prefix: &str) -> Vec<Pod<'a>> {
-    let tenants = TENANTS.into_iter().cycle().take(PODS).enumerate();
+fn mk_pods<'a>(cluster: &'a Cluster, prefix: &str, number: usize) -> Vec<Pod<'a>> {
+    let tenants = TENANTS.into_iter().cycle().take(number).enumerate();
     tenants
         .map(|(number, tenant)| {
             let name = format!("{prefix}{number}");
@@ -31,7 +35,7 @@ fn mk_pods<'a>(cluster: &'a Cluster, prefix: &str) -> Vec<Pod<'a>> {
 fn assert_shut(cluster: &Cluster, pods: &mut [Pod<'_>]) {
     let answered: usize = with_all(pods, |pod| {
         pod.add();
-        let seen = pod.connect(Duration::from_millis(1500));
+        let seen = pod.connect(Duration::from_millis(300));
         seen.iter().flatten().count()
     })
     .into_iter()
@@ -102,13 +106,13 @@ fn reboot(cluster: &Cluster) {
 
 #[test]
 fn while_the_speaker_is_stopped() {
-    let cluster = Cluster::armed(&bridge(), [20, 60]);
-    let mut before = mk_pods(&cluster, "before");
+    let cluster = Cluster::armed(&bridge(), ADDRESSES);
+    let mut before = mk_pods(&cluster, "before", BEFORE);
     for pod in &mut before {
         pod.add();
     }
     cluster.lab.stop(NODE, SPEAKER);
-    let mut pods = mk_pods(&cluster, "pod");
+    let mut pods = mk_pods(&cluster, "pod", PODS);
     assert_shut(&cluster, &mut pods);
     for pod in &pods {
         assert!(pod.said.contains("no speaker listens"), "{}", pod.said);
@@ -129,9 +133,9 @@ fn while_the_speaker_is_stopped() {
 
 #[test]
 fn after_the_nodes_start() {
-    let cluster = Cluster::armed(&bridge(), [20, 60]);
+    let cluster = Cluster::armed(&bridge(), ADDRESSES);
     reboot(&cluster);
-    let mut pods = mk_pods(&cluster, "pod");
+    let mut pods = mk_pods(&cluster, "pod", PODS);
     assert_shut(&cluster, &mut pods);
     assert!(pods.iter().any(|pod| pod.said.contains("boot.nft: loaded")));
     assert_served(&cluster, &mut pods);
@@ -140,7 +144,7 @@ fn after_the_nodes_start() {
 /// When the policies have gone, what the plugin would load goes too: the next start holds nobody up.
 #[test]
 fn without_policies_the_nodes_start_holds_nobody_up() {
-    let cluster = Cluster::armed(&bridge(), [20, 60]);
+    let cluster = Cluster::armed(&bridge(), ADDRESSES);
     cluster.remove_policies();
     cluster.until("the file goes", || !cluster.boot_file().exists());
     cluster.until("and the rules", || cluster.dropped().is_none());
@@ -158,7 +162,7 @@ fn without_policies_the_nodes_start_holds_nobody_up() {
 
 #[test]
 fn the_plugin_comes_back_when_the_cni_writes_its_list_anew_and_goes_when_all_goes() {
-    let cluster = Cluster::armed(&bridge(), [20, 60]);
+    let cluster = Cluster::armed(&bridge(), ADDRESSES);
     let path = cluster.lists().join("10-pods.conflist");
     let with = fs::read_to_string(&path).unwrap();
     let mut list: serde_json::Value = serde_json::from_str(&with).unwrap();

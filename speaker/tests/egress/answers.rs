@@ -1,13 +1,13 @@
 //! What was asked from outside is answered by the address that was asked, whoever the tenant of the pod is; and a Service
 //! of the cluster's is judged by the endpoint behind it.
 
-use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
 use landfall_lab::server::TCP_PORT;
-use landfall_lab::{Mac, Netns, Network};
+use landfall_lab::{Mac, Network};
 use landfall_speaker::node_rules::NodeRules as _;
 
+use super::cni::Cni;
 use super::flow::{A_WHILE, line, remote};
 use super::node::{Cluster, Plan};
 
@@ -20,32 +20,6 @@ fn service_ips() -> [IpAddr; 2] {
 
 fn vips() -> [IpAddr; 2] {
     landfall_lab::address::vips(0)
-}
-
-/// Translates as kube-proxy does; `hide` as it does for Services whose endpoints are on other nodes too.
-fn deliver(node: &Netns, from: [SocketAddr; 2], to: [SocketAddr; 2], hide: bool) {
-    let mut script = String::from(
-        "add table inet proxy
-         add chain inet proxy pre { type nat hook prerouting priority dstnat; }
-         add chain inet proxy post { type nat hook postrouting priority srcnat; }
-",
-    );
-    for ((from, to), family) in from.into_iter().zip(to).zip(["ip", "ip6"]) {
-        let _ = writeln!(
-            script,
-            "add rule inet proxy pre {family} daddr {} tcp dport {} dnat {family} to {to}",
-            from.ip(),
-            from.port()
-        );
-        if hide {
-            let _ = writeln!(
-                script,
-                "add rule inet proxy post {family} daddr {} ct status dnat masquerade",
-                to.ip()
-            );
-        }
-    }
-    node.nft(&script).unwrap();
 }
 
 fn at(addresses: [IpAddr; 2], port: u16) -> [SocketAddr; 2] {
@@ -67,100 +41,121 @@ fn answered(cluster: &Cluster, asked: [IpAddr; 2], port: u16, seen: [IpAddr; 2])
 
 #[test]
 fn a_node_port_answers_as_the_node() {
-    let cluster = Cluster::armed(&Plan::default());
-    cluster.lab.serve_pods().unwrap();
-    let node = cluster.node_ips();
-    deliver(
-        cluster.node(),
-        at(node, NODE_PORT),
-        at(cluster.pod(0).addresses, TCP_PORT),
-        false,
-    );
-    answered(&cluster, node, NODE_PORT, remote());
+    Cni::each(|cni| {
+        let cluster = Cluster::armed(&Plan {
+            cni,
+            ..Plan::default()
+        });
+        cluster.lab.serve_pods().unwrap();
+        let node = cluster.node_ips();
+        cni.deliver(
+            cluster.node(),
+            at(node, NODE_PORT),
+            at(cluster.pod(0).addresses, TCP_PORT),
+            false,
+        );
+        answered(&cluster, node, NODE_PORT, remote());
+    });
 }
 
 #[test]
 fn a_vip_answers_as_itself() {
-    let cluster = Cluster::armed(&Plan::default());
-    cluster.lab.serve_pods().unwrap();
-    for (vip, node) in vips().into_iter().zip(cluster.node_ips()) {
-        cluster
-            .lab
-            .router()
-            .ip(&format!("route add {vip} via {node}"))
-            .unwrap();
-    }
-    deliver(
-        cluster.node(),
-        at(vips(), SERVICE_PORT),
-        at(cluster.pod(0).addresses, TCP_PORT),
-        false,
-    );
-    answered(&cluster, vips(), SERVICE_PORT, remote());
+    Cni::each(|cni| {
+        let cluster = Cluster::armed(&Plan {
+            cni,
+            ..Plan::default()
+        });
+        cluster.lab.serve_pods().unwrap();
+        for (vip, node) in vips().into_iter().zip(cluster.node_ips()) {
+            cluster
+                .lab
+                .router()
+                .ip(&format!("route add {vip} via {node}"))
+                .unwrap();
+        }
+        cni.deliver(
+            cluster.node(),
+            at(vips(), SERVICE_PORT),
+            at(cluster.pod(0).addresses, TCP_PORT),
+            false,
+        );
+        answered(&cluster, vips(), SERVICE_PORT, remote());
+    });
 }
 
 /// The pod is another node's, whose answers come back by an interface of the cluster's: this node has never heard of it.
 #[test]
 fn a_node_port_answers_for_the_pod_of_another_node() {
-    let cluster = Cluster::armed(&Plan {
-        management: true,
-        ..Plan::default()
+    Cni::each(|cni| {
+        let cluster = Cluster::armed(&Plan {
+            cni,
+            management: true,
+            ..Plan::default()
+        });
+        cluster.lab.serve_pods().unwrap();
+        let node = cluster.node_ips();
+        let there = cluster.lab.node("node2").unwrap().pods[0].addresses;
+        cni.deliver(
+            cluster.node(),
+            at(node, NODE_PORT),
+            at(there, TCP_PORT),
+            true,
+        );
+        let own = cluster
+            .lab
+            .node("node1")
+            .unwrap()
+            .addresses(Network::Management);
+        answered(&cluster, node, NODE_PORT, own);
     });
-    cluster.lab.serve_pods().unwrap();
-    let node = cluster.node_ips();
-    let there = cluster.lab.node("node2").unwrap().pods[0].addresses;
-    deliver(
-        cluster.node(),
-        at(node, NODE_PORT),
-        at(there, TCP_PORT),
-        true,
-    );
-    let own = cluster
-        .lab
-        .node("node1")
-        .unwrap()
-        .addresses(Network::Management);
-    answered(&cluster, node, NODE_PORT, own);
 }
 
 /// A pod that asks a Service whose endpoint is outside leaves as if it had asked that.
 #[test]
 fn a_service_is_judged_by_its_endpoint() {
-    let cluster = Cluster::armed(&Plan::default());
-    let services = at(service_ips(), SERVICE_PORT);
-    deliver(cluster.node(), services, at(remote(), TCP_PORT), false);
-    let by_pod = [cluster.egress_ips(), cluster.node_ips()];
-    for (number, seen) in by_pod.into_iter().enumerate() {
-        for (service, seen) in services.into_iter().zip(seen) {
-            let heard = line(&cluster.pod(number).netns, service, A_WHILE)
-                .unwrap_or_else(|error| panic!("{service}: {error}\n{}", cluster.state()));
-            assert_eq!(heard, seen, "{service} of pod {number}");
+    Cni::each(|cni| {
+        let cluster = Cluster::armed(&Plan {
+            cni,
+            ..Plan::default()
+        });
+        let services = at(service_ips(), SERVICE_PORT);
+        cni.deliver(cluster.node(), services, at(remote(), TCP_PORT), false);
+        let by_pod = [cluster.egress_ips(), cluster.node_ips()];
+        for (number, seen) in by_pod.into_iter().enumerate() {
+            for (service, seen) in services.into_iter().zip(seen) {
+                let heard = line(&cluster.pod(number).netns, service, A_WHILE)
+                    .unwrap_or_else(|error| panic!("{service}: {error}\n{}", cluster.state()));
+                assert_eq!(heard, seen, "{service} of pod {number}");
+            }
         }
-    }
-    cluster.assert_clean(&cluster.node_ips());
+        cluster.assert_clean(&cluster.node_ips());
+    });
 }
 
 /// And one whose endpoint is a pod stays in the cluster.
 #[test]
 fn a_service_of_pods_stays_in_the_cluster() {
-    let mut cluster = Cluster::build(&Plan {
-        management: true,
-        ..Plan::default()
+    Cni::each(|cni| {
+        let mut cluster = Cluster::build(&Plan {
+            cni,
+            management: true,
+            ..Plan::default()
+        });
+        for policy in cluster.egress.policies.values_mut() {
+            policy.gateway = None;
+        }
+        cluster.start();
+        cluster.apply();
+        cluster.await_armed();
+        cluster.lab.serve_pods().unwrap();
+        let there = cluster.lab.node("node2").unwrap().pods[0].addresses;
+        let services = at(service_ips(), SERVICE_PORT);
+        cni.deliver(cluster.node(), services, at(there, TCP_PORT), false);
+        for (service, own) in services.into_iter().zip(cluster.pod(0).addresses) {
+            assert_eq!(line(&cluster.pod(0).netns, service, A_WHILE).unwrap(), own);
+        }
+        assert_eq!(cluster.dropped("no-gateway"), 0);
     });
-    for policy in cluster.egress.policies.values_mut() {
-        policy.gateway = None;
-    }
-    cluster.start();
-    cluster.apply();
-    cluster.await_armed();
-    cluster.lab.serve_pods().unwrap();
-    let there = cluster.lab.node("node2").unwrap().pods[0].addresses;
-    let services = at(service_ips(), SERVICE_PORT);
-    deliver(cluster.node(), services, at(there, TCP_PORT), false);
-    for (service, own) in services.into_iter().zip(cluster.pod(0).addresses) {
-        assert_eq!(line(&cluster.pod(0).netns, service, A_WHILE).unwrap(), own);
-    }
-    assert_eq!(cluster.dropped("no-gateway"), 0);
 }
 
 /// Where the programs deliver, a client's packet comes from the leader with the pod's address by now, and the leader may be

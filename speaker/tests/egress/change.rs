@@ -107,6 +107,11 @@ fn beside_nftables() {
 }
 
 #[test]
+fn beside_iptables_nft() {
+    comes_and_goes(Cni::IptablesNft);
+}
+
+#[test]
 fn beside_iptables_legacy() {
     comes_and_goes(Cni::IptablesLegacy);
 }

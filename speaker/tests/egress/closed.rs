@@ -12,6 +12,7 @@ use landfall_lab::{Mac, Netns, Network, Nic, PodLinks};
 use landfall_speaker::node_rules::NodeRules as _;
 use pnet_packet::ipv4::{self, MutableIpv4Packet};
 
+use super::cni::Cni;
 use super::flow::{A_WHILE, Datagrams, line, remote, seen_as};
 use super::node::{Cluster, PATIENCE, POLICY, Plan, until};
 use super::wire::NOWHERE;
@@ -226,29 +227,37 @@ fn without_a_gateway_a_tenant_waits_for_one() {
 }
 
 /// A pod with the address of another. On a bridge that is not seen here, where both come in by the bridge.
-#[test]
-fn a_forged_source_gets_nothing() {
-    for pod_links in [PodLinks::PointToPoint, PodLinks::Bridge] {
-        let cluster = Cluster::armed(&Plan {
-            pod_links,
-            ..Plan::default()
+fn gets_nothing_by_anothers_address(cni: Cni, pod_links: PodLinks) {
+    let cluster = Cluster::armed(&Plan {
+        cni,
+        pod_links,
+        ..Plan::default()
+    });
+    for (remote, tenant) in remote().into_iter().zip(cluster.pod(0).addresses) {
+        forge(&cluster, tenant);
+        let forger = &cluster.pod(1).netns;
+        let before = cluster.dropped("forged");
+        forger.run(|| {
+            let socket = UdpSocket::bind((tenant, 0)).unwrap();
+            for _ in 0..5 {
+                socket.send_to(b"forged", (remote, UDP_PORT)).unwrap();
+            }
         });
-        for (remote, tenant) in remote().into_iter().zip(cluster.pod(0).addresses) {
-            forge(&cluster, tenant);
-            let forger = &cluster.pod(1).netns;
-            let before = cluster.dropped("forged");
-            forger.run(|| {
-                let socket = UdpSocket::bind((tenant, 0)).unwrap();
-                for _ in 0..5 {
-                    socket.send_to(b"forged", (remote, UDP_PORT)).unwrap();
-                }
-            });
-            // On a bridge already what asks for the router.
-            until("it is counted", || cluster.dropped("forged") >= before + 3);
-        }
-        assert_eq!(cluster.wire.outbound(), [].into(), "{pod_links:?}");
-        assert_eq!(cluster.wire.arrived(), [].into(), "{pod_links:?}");
+        // On a bridge already what asks for the router.
+        until("it is counted", || cluster.dropped("forged") >= before + 3);
     }
+    assert_eq!(cluster.wire.outbound(), [].into(), "{pod_links:?}");
+    assert_eq!(cluster.wire.arrived(), [].into(), "{pod_links:?}");
+}
+
+#[test]
+fn a_forged_source_on_a_bridge_gets_nothing() {
+    Cni::each(|cni| gets_nothing_by_anothers_address(cni, PodLinks::Bridge));
+}
+
+#[test]
+fn a_forged_source_on_a_link_of_its_own_gets_nothing() {
+    Cni::each(|cni| gets_nothing_by_anothers_address(cni, PodLinks::PointToPoint));
 }
 
 /// The first pod's address is at the second, too.
@@ -291,19 +300,24 @@ fn an_address_at_two_ports_of_a_bridge_is_the_firsts_or_nobodys() {
 /// From a bridge no address leaves that is not of the bridge.
 #[test]
 fn a_source_that_is_nobodys_gets_nothing() {
-    let cluster = Cluster::armed(&Plan::default());
-    let forger = &cluster.pod(1).netns;
-    forger.ip("address add 10.244.9.9/32 dev eth0").unwrap();
-    forger.ip("address add 198.51.100.9/32 dev eth0").unwrap();
-    for from in ["10.244.9.9", "198.51.100.9"] {
-        let from: IpAddr = from.parse().unwrap();
-        forger.run(|| {
-            let socket = UdpSocket::bind((from, 0)).unwrap();
-            socket.send_to(b"forged", (remote()[0], UDP_PORT)).unwrap();
+    Cni::each(|cni| {
+        let cluster = Cluster::armed(&Plan {
+            cni,
+            ..Plan::default()
         });
-    }
-    until("both are counted", || cluster.dropped("forged") >= 2);
-    assert_eq!(cluster.wire.outbound(), [].into());
+        let forger = &cluster.pod(1).netns;
+        forger.ip("address add 10.244.9.9/32 dev eth0").unwrap();
+        forger.ip("address add 198.51.100.9/32 dev eth0").unwrap();
+        for from in ["10.244.9.9", "198.51.100.9"] {
+            let from: IpAddr = from.parse().unwrap();
+            forger.run(|| {
+                let socket = UdpSocket::bind((from, 0)).unwrap();
+                socket.send_to(b"forged", (remote()[0], UDP_PORT)).unwrap();
+            });
+        }
+        until("both are counted", || cluster.dropped("forged") >= 2);
+        assert_eq!(cluster.wire.outbound(), [].into());
+    });
 }
 
 /// What stays in the cluster is nobody's business, with a gateway or without.

@@ -1,5 +1,8 @@
 //! What stands in for a CNI's masquerade: pods leave as their node.
 
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
 use landfall_lab::Netns;
 
 /// By what the rule is made.
@@ -11,6 +14,14 @@ pub(super) enum Cni {
 }
 
 impl Cni {
+    /// Does it beside each of them.
+    pub(super) fn each(test: impl Fn(Self)) {
+        for cni in [Self::Nftables, Self::IptablesNft, Self::IptablesLegacy] {
+            println!("beside {cni:?}");
+            test(cni);
+        }
+    }
+
     fn tables(self) -> Option<[&'static str; 2]> {
         match self {
             Self::Nftables => None,
@@ -65,6 +76,56 @@ impl Cni {
         match self {
             Self::Nftables | Self::IptablesNft => self.masquerade(node),
             Self::IptablesLegacy => {} // No part of nftables.
+        }
+    }
+
+    /// Translates as kube-proxy does; `hide` as it does for Services whose endpoints are on other nodes too.
+    pub(super) fn deliver(
+        self,
+        node: &Netns,
+        from: [SocketAddr; 2],
+        to: [SocketAddr; 2],
+        hide: bool,
+    ) {
+        let ways = from.into_iter().zip(to);
+        let Some(tools) = self.tables() else {
+            let mut script = String::from(
+                "add table inet proxy
+                 add chain inet proxy pre { type nat hook prerouting priority dstnat; }
+                 add chain inet proxy post { type nat hook postrouting priority srcnat; }
+",
+            );
+            for ((from, to), family) in ways.zip(["ip", "ip6"]) {
+                let (ip, port, endpoint) = (from.ip(), from.port(), to.ip());
+                let _ = writeln!(
+                    script,
+                    "add rule inet proxy pre {family} daddr {ip} tcp dport {port} dnat {family} to {to}"
+                );
+                if hide {
+                    let _ = writeln!(
+                        script,
+                        "add rule inet proxy post {family} daddr {endpoint} ct status dnat masquerade"
+                    );
+                }
+            }
+            return node.nft(&script).unwrap();
+        };
+        for ((from, to), tool) in ways.zip(tools) {
+            let (ip, port, endpoint) = (from.ip(), from.port(), to.ip());
+            let rule = |chain: &str, rule: &str| {
+                node.exec(&format!("{tool} -t nat -A {chain} {rule}"))
+                    .unwrap();
+            };
+            rule(
+                "PREROUTING",
+                &format!("-d {ip} -p tcp --dport {port} -j DNAT --to-destination {to}"),
+            );
+            if hide {
+                rule(
+                    "POSTROUTING",
+                    &format!("-d {endpoint} -m conntrack --ctstate DNAT -j MASQUERADE"),
+                );
+            }
         }
     }
 
