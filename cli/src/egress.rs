@@ -39,7 +39,7 @@ Examples:
 
 Exit codes:
   0  all is well
-  1  there is something to look at: a policy that is not in force, a packet that is dropped, nothing found, or it failed
+  1  there is something to look at (a policy not in force, a packet dropped, nothing found), or it failed
   2  the arguments were wrong";
 
 /// The arguments of `landfall egress`.

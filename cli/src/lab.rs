@@ -25,13 +25,14 @@ Examples:
   Keep a lab up and play with it:
     landfall lab up --nodes 4
     landfall lab status
-    landfall lab exec client -- bash -c 'exec 3<>/dev/tcp/10.88.0.200/80; echo whoami >&3; head -1 <&3'
+    landfall lab exec client -- \\
+      bash -c 'exec 3<>/dev/tcp/10.88.0.200/80; echo whoami >&3; head -1 <&3'
     landfall lab fault uplink-down node1
     landfall lab fault heal
     landfall lab down
 
-The lab makes network namespaces lf-… and needs root, iproute2 and nftables. The host's own network is left
-alone. There is no kube-proxy: the speakers deliver to the pods themselves (--delivery native).";
+The lab makes network namespaces lf-… and needs root, iproute2 and nftables. The host's own network is left alone. \
+There is no kube-proxy: the speakers deliver to the pods themselves (--delivery native).";
 
 /// The arguments of `landfall lab`.
 #[derive(Debug, clap::Args)]

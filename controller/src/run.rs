@@ -93,7 +93,9 @@ async fn lead(
 ) {
     metrics.lead(true);
     let of_allocation = settings.ipam.kinds.iter().copied();
-    let kinds: Vec<_> = of_allocation.chain([Kind::Pod]).collect();
+    let kinds: Vec<_> = of_allocation
+        .chain([Kind::Pod, Kind::ServiceCidr])
+        .collect();
     let source = source::kubernetes(&client, &kinds, Options::default(), &ignored);
     let sink = Arc::new(Kubernetes::new(client, identity.to_owned()));
     index::run(source, sink, settings, term, shared, metrics.clone()).await;

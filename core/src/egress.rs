@@ -44,7 +44,7 @@ use crate::model::{
 use crate::selector::Labels;
 use choice::Rank;
 pub use explain::{Cluster, Explanation, Outcome, Topic};
-pub use inside::inside;
+pub use inside::{Networks, Place};
 use judge::Offers;
 use lookup::{Carriers, Seekers};
 pub use shadow::{shadow, shadow_nets, shadows};
@@ -81,7 +81,8 @@ fn matters(id: &ObjectId) -> bool {
         ObjectId::Service(_)
         | ObjectId::EndpointSlice(_)
         | ObjectId::Node(_)
-        | ObjectId::Advertisement(_) => false,
+        | ObjectId::Advertisement(_)
+        | ObjectId::ServiceCidr(_) => false,
     }
 }
 
@@ -340,7 +341,8 @@ impl EgressIndex {
             Object::Service(_)
             | Object::EndpointSlice(_)
             | Object::Node(_)
-            | Object::Advertisement(_) => {}
+            | Object::Advertisement(_)
+            | Object::ServiceCidr(_) => {}
         }
     }
 
@@ -358,7 +360,8 @@ impl EgressIndex {
             ObjectId::Service(_)
             | ObjectId::EndpointSlice(_)
             | ObjectId::Node(_)
-            | ObjectId::Advertisement(_) => {}
+            | ObjectId::Advertisement(_)
+            | ObjectId::ServiceCidr(_) => {}
         }
     }
 

@@ -172,7 +172,7 @@ impl GroupIndex {
             Object::EgressPolicy(policy) => {
                 self.set_gateways(&policy.name, Some(&policy.spec));
             }
-            Object::Namespace(_) | Object::Pod(_) => {}
+            Object::Namespace(_) | Object::Pod(_) | Object::ServiceCidr(_) => {}
         }
     }
 
@@ -202,7 +202,7 @@ impl GroupIndex {
             }
             ObjectId::VirtualIp(address) => self.forget_vip(*address),
             ObjectId::EgressPolicy(name) => self.set_gateways(name, None),
-            ObjectId::Namespace(_) | ObjectId::Pod(_) => {}
+            ObjectId::Namespace(_) | ObjectId::Pod(_) | ObjectId::ServiceCidr(_) => {}
         }
     }
 

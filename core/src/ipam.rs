@@ -50,6 +50,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use crate::model::{
     Event, Holder, Kind, Namespace, Node, NodeName, Object, ObjectId, ObjectKey, OldFlows, Pool,
     Service, VirtualIp,
@@ -121,6 +123,7 @@ pub struct Ipam {
     policies: BTreeMap<Arc<str>, PolicyState>,
     namespaces: BTreeMap<Arc<str>, Labels>,
     nodes: BTreeMap<NodeName, Node>,
+    service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     virtual_ips: BTreeMap<IpAddr, VirtualIp>,
     ledger: Ledger,
     /// Which Services' observed ingress shows an address.
@@ -164,6 +167,7 @@ impl Ipam {
                 Object::Node(node) => self.apply_node(node),
                 Object::VirtualIp(vip) => self.apply_virtual_ip(vip, now),
                 Object::EgressPolicy(policy) => self.apply_policy(*policy),
+                Object::ServiceCidr(cidr) => self.set_service_cidr(&cidr.name, Some(cidr.cidrs)),
                 Object::EndpointSlice(_) | Object::Advertisement(_) | Object::Pod(_) => {}
             },
             Event::Delete(id) => match id {
@@ -175,6 +179,7 @@ impl Ipam {
                 ObjectId::Node(name) => self.delete_node(&name),
                 ObjectId::VirtualIp(address) => self.delete_virtual_ip(address),
                 ObjectId::EgressPolicy(name) => self.delete_policy(&name, now),
+                ObjectId::ServiceCidr(name) => self.set_service_cidr(&name, None),
                 ObjectId::EndpointSlice(_) | ObjectId::Advertisement(_) | ObjectId::Pod(_) => {}
             },
             Event::Unwatched(_) => {}
@@ -198,7 +203,8 @@ impl Ipam {
                     | Kind::Pool
                     | Kind::Advertisement
                     | Kind::EgressPolicy
-                    | Kind::Pod => {}
+                    | Kind::Pod
+                    | Kind::ServiceCidr => {}
                 }
             }
         }
@@ -491,6 +497,16 @@ impl Ipam {
     fn delete_node(&mut self, name: &NodeName) {
         if let Some(node) = self.nodes.remove(name) {
             self.ledger.set_node(name, &node.addresses, &[]);
+            self.overlaps = None;
+        }
+    }
+
+    fn set_service_cidr(&mut self, name: &Arc<str>, cidrs: Option<Vec<IpNet>>) {
+        let before = match cidrs {
+            Some(cidrs) => self.service_cidrs.insert(name.clone(), cidrs),
+            None => self.service_cidrs.remove(name),
+        };
+        if before.as_ref() != self.service_cidrs.get(name) {
             self.overlaps = None;
         }
     }

@@ -262,6 +262,15 @@ pub struct Node {
     pub network_unavailable: bool,
 }
 
+/// A `ServiceCIDR`: networks that Services' cluster addresses are of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The networks.
+    pub cidrs: Vec<IpNet>,
+}
+
 /// A namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
@@ -440,6 +449,7 @@ pub enum Object {
     VirtualIp(VirtualIp),
     EgressPolicy(Box<EgressPolicy>),
     Pod(Pod),
+    ServiceCidr(ServiceCidr),
 }
 
 /// The identity of an [`Object`].
@@ -455,6 +465,7 @@ pub enum ObjectId {
     VirtualIp(IpAddr),
     EgressPolicy(Arc<str>),
     Pod(ObjectKey),
+    ServiceCidr(Arc<str>),
 }
 
 impl Object {
@@ -472,6 +483,7 @@ impl Object {
             Self::VirtualIp(vip) => ObjectId::VirtualIp(vip.address),
             Self::EgressPolicy(policy) => ObjectId::EgressPolicy(policy.name.clone()),
             Self::Pod(pod) => ObjectId::Pod(pod.key.clone()),
+            Self::ServiceCidr(cidr) => ObjectId::ServiceCidr(cidr.name.clone()),
         }
     }
 }
@@ -489,6 +501,7 @@ pub enum Kind {
     VirtualIp,
     EgressPolicy,
     Pod,
+    ServiceCidr,
 }
 
 /// What a source tells an index.

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as corev1;
 use k8s_openapi::api::discovery::v1 as discoveryv1;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as metav1;
 use landfall_api::virtual_ip::ServiceReference;
 use landfall_api::{IPAddressPool, L2Advertisement, VirtualIP, annotations, duration};
@@ -282,6 +283,21 @@ impl Project for corev1::Node {
             network_unavailable: status.conditions.into_iter().flatten().any(|condition| {
                 condition.type_ == "NetworkUnavailable" && condition.status == "True"
             }),
+        }))
+    }
+}
+
+impl Project for ServiceCIDR {
+    fn project(self) -> Result<model::Object, ProjectError> {
+        let name = name_of("ServiceCIDR", &self.metadata)?;
+        let cidrs = self.spec.unwrap_or_default().cidrs;
+        Ok(model::Object::ServiceCidr(model::ServiceCidr {
+            name: name.into(),
+            cidrs: cidrs
+                .into_iter()
+                .flatten()
+                .filter_map(|cidr| cidr.parse().ok())
+                .collect(),
         }))
     }
 }

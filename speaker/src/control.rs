@@ -53,7 +53,10 @@ pub(crate) fn router(shared: Shared, now: impl Fn() -> Duration + Send + Sync + 
 
 async fn egress(State(asked): State<Asked>) -> Json<Egress> {
     let speaker = asked.shared.lock();
-    let mut policies: BTreeMap<String, PolicyUse> = BTreeMap::new();
+    let known = speaker.policies();
+    let mut policies: BTreeMap<String, PolicyUse> = known
+        .map(|policy| (policy.to_string(), PolicyUse::default()))
+        .collect();
     for (policy, usage) in speaker.usage() {
         policies.insert(policy.to_string(), use_of(usage));
     }

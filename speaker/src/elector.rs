@@ -68,6 +68,7 @@ pub fn kinds() -> BTreeSet<Kind> {
     groups::KINDS
         .into_iter()
         .chain(egress_index::KINDS)
+        .chain([Kind::ServiceCidr])
         .collect()
 }
 
@@ -268,9 +269,7 @@ impl Speaker {
             Event::Delete(id) => matches!(id, ObjectId::Pool(_) | ObjectId::Advertisement(_)),
             Event::Synced(_) | Event::Unwatched(_) => false,
         };
-        if let Event::Apply(Object::Node(_)) | Event::Delete(ObjectId::Node(_)) = &event {
-            self.plan.nodes_changed();
-        }
+        self.plan.look_at(&event);
         let adapted = self.attached.adapt(&event);
         if let Some(Event::Apply(Object::Pod(own))) = &adapted {
             self.early.forget(&own.key);
@@ -483,9 +482,12 @@ impl Speaker {
             self.desired.forget();
             self.apply_soon(now);
         }
-        if tick.all && self.identity.manifests {
+        if tick.all {
             let addresses = self.election.addresses();
-            self.index.tell_addresses(addresses);
+            self.tell_networks(&addresses);
+            if self.identity.manifests {
+                self.index.tell_addresses(addresses);
+            }
         }
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();

@@ -69,8 +69,7 @@ impl ControlPlane {
         let netns = lab.management_host(HOST, HOST_NUMBER)?;
         let directory = lab.directory().join("control-plane");
         fs::create_dir_all(&directory)?;
-        let address = Network::Management.v4(HOST_NUMBER);
-        let forward = Forward::start(&netns, SocketAddr::from((address, PORT)))?;
+        let forward = Forward::start(&netns, Self::address())?;
         let plane = Self {
             lab: Arc::clone(lab),
             netns,
@@ -79,7 +78,7 @@ impl ControlPlane {
             binaries,
             forward,
         };
-        plane.write_credentials(address.into())?;
+        plane.write_credentials(Self::address().ip())?;
         plane.start_etcd()?;
         plane.start_api_server()?;
         plane.block_on(plane.ready())?;
@@ -183,9 +182,14 @@ impl ControlPlane {
         self.directory.join(name).display().to_string()
     }
 
+    /// Where the API server listens inside the lab.
+    pub fn address() -> SocketAddr {
+        (Network::Management.v4(HOST_NUMBER), PORT).into()
+    }
+
     /// The API server's URL inside the lab.
     fn server() -> String {
-        format!("https://{}:{PORT}", Network::Management.v4(HOST_NUMBER))
+        format!("https://{}", Self::address())
     }
 
     fn write_credentials(&self, address: IpAddr) -> anyhow::Result<()> {
@@ -247,7 +251,6 @@ impl ControlPlane {
             .option("--bind-address", "0.0.0.0")
             .option("--secure-port", PORT)
             .option("--advertise-address", Network::Management.v4(HOST_NUMBER))
-            .option("--endpoint-reconciler-type", "none")
             .option("--service-cluster-ip-range", SERVICE_CIDRS)
             .option("--authorization-mode", "RBAC")
             // Pods of tests run as nobody in particular.

@@ -28,6 +28,7 @@ type Need = (
 
 const LANDFALL: &str = "landfall.dev";
 const EVENTS: &str = "events.k8s.io";
+const NETWORKING: &str = "networking.k8s.io";
 const LEASES: &str = "coordination.k8s.io";
 const LEASE: &str = "landfall-controller";
 
@@ -44,6 +45,22 @@ const CONTROLLER: &[Need] = &[
     ),
     ("", "namespaces", "", "list", "", "runtime source: watcher"),
     ("", "namespaces", "", "watch", "", "runtime source: watcher"),
+    (
+        NETWORKING,
+        "servicecidrs",
+        "",
+        "list",
+        "",
+        "runtime source: watcher",
+    ),
+    (
+        NETWORKING,
+        "servicecidrs",
+        "",
+        "watch",
+        "",
+        "runtime source: watcher",
+    ),
     ("", "nodes", "", "list", "", "runtime source: watcher"),
     ("", "nodes", "", "watch", "", "runtime source: watcher"),
     (
@@ -226,6 +243,22 @@ const SPEAKER: &[Need] = &[
     (
         LANDFALL,
         "egresspolicies",
+        "",
+        "watch",
+        "",
+        "runtime source: watcher",
+    ),
+    (
+        NETWORKING,
+        "servicecidrs",
+        "",
+        "list",
+        "",
+        "runtime source: watcher",
+    ),
+    (
+        NETWORKING,
+        "servicecidrs",
         "",
         "watch",
         "",

@@ -13,12 +13,14 @@ EGRESS IS DISARMED ON THIS NODE.
   - The node is no policy's gateway until it is armed again.
 It stays so until `landfall egress arm`, or until the speaker restarts. In-cluster traffic is untouched.";
 
+// Where the lines end is for who reads it to say.
 const MEANING: &str = "\
-For when Landfall itself is what keeps a node's pods from the outside. Until `landfall egress arm`, or until the
-speaker restarts, the node's pods leave as if there were no egress policies: as a rule with the node's own address,
-not their tenant's. Their open flows are cut. What the node is the gateway of, another node takes over first; if none
-can, nothing is done, unless --force says so: then packets of other nodes' pods may leave by this node's own address,
-too.";
+For when Landfall itself is what keeps a node's pods from the outside. Until `landfall egress arm`, or until the \
+speaker restarts, the node's pods leave as if there were no egress policies: as a rule with the node's own address, \
+not their tenant's. Their open flows are cut.
+
+What the node is the gateway of, another node takes over first; if none can, nothing is done, unless --force says so: \
+then packets of other nodes' pods may leave by this node's own address, too.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = MEANING)]

@@ -75,15 +75,12 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
         };
         (text, !found.bindings.is_empty())
     };
-    if args.output == Format::Json {
+    if any || args.output == Format::Json {
         print::result(text)?;
-        return Ok(any);
     }
     let here: Egress = control::get(socket, path::EGRESS).await?;
-    if any {
-        print::result(text)?;
-    } else {
-        print::note(why_none(&here));
+    if !any {
+        print::note(why_none(&here, args.policy.as_deref()));
     }
     for note in dropped(&here, args.policy.as_deref()) {
         print::note(note);
@@ -112,13 +109,18 @@ fn dropped(here: &Egress, policy: Option<&str>) -> Vec<String> {
 }
 
 /// What a node is, that has no bindings.
-fn why_none(here: &Egress) -> String {
+fn why_none(here: &Egress, policy: Option<&str>) -> String {
     let node = &here.node;
     if !here.enabled {
         return format!("None: the speaker of {node} runs without --egress.");
     }
     if here.disarmed {
         return format!("None: egress is disarmed on {node} (`landfall egress arm` ends that).");
+    }
+    if let Some(policy) = policy.filter(|policy| !here.policies.contains_key(*policy)) {
+        return format!(
+            "None: {node} knows no EgressPolicy {policy} (`landfall egress list` says which there are)."
+        );
     }
     if here.gateway_of.is_empty() {
         return format!(
@@ -248,12 +250,17 @@ mod tests {
             enabled: true,
             ..Egress::default()
         };
-        assert!(why_none(&here).contains("no policy's gateway"));
+        assert!(why_none(&here, None).contains("no policy's gateway"));
         here.gateway_of.push("mail".into());
-        assert!(why_none(&here).contains("the gateway of mail"));
+        assert!(why_none(&here, None).contains("the gateway of mail"));
+        here.policies
+            .insert("mail".into(), control::PolicyUse::default());
+        let of = |policy| why_none(&here, Some(policy));
+        assert!(of("mail").contains("the gateway of mail"));
+        assert!(of("male").contains("no EgressPolicy male"));
         here.disarmed = true;
-        assert!(why_none(&here).contains("disarmed"));
+        assert!(why_none(&here, None).contains("disarmed"));
         here.enabled = false;
-        assert!(why_none(&here).contains("without --egress"));
+        assert!(why_none(&here, None).contains("without --egress"));
     }
 }

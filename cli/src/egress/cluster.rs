@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource, ResourceExt as _};
@@ -143,12 +145,33 @@ pub(super) async fn read(client: &Client) -> anyhow::Result<Read> {
             read.cluster.not_ready.insert(name.clone());
         }
         if let Ok(Object::Node(node)) = node.project() {
+            let event = Event::Apply(Object::Node(node.clone()));
+            read.cluster.networks.apply(&event);
             read.cluster.nodes.insert(name, node);
         }
+    }
+    let slices = api_server(client).await?.into_iter();
+    let slices = slices.map(Project::project);
+    let services = match all::<ServiceCIDR>(client).await {
+        // Kubernetes before 1.33.
+        Err(error) if is_not_served(&error) => Vec::new(),
+        services => services?,
+    };
+    for object in slices.chain(services.into_iter().map(Project::project)) {
+        let event = Event::Apply(object?);
+        read.cluster.networks.apply(&event);
     }
     read.cluster.cluster_ips = cluster_ips(all::<Service>(client).await?);
     read.index.reconcile();
     Ok(read)
+}
+
+/// The slices of the API server's own addresses.
+async fn api_server(client: &Client) -> anyhow::Result<Vec<EndpointSlice>> {
+    let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
+    let its = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
+    let list = api.list(&its).await;
+    Ok(list.context("listing endpointslices of default")?.items)
 }
 
 fn is_not_served(error: &anyhow::Error) -> bool {

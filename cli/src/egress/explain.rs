@@ -11,7 +11,13 @@ use super::table::aligned;
 use super::{ApiArgs, Format, parse_pod};
 use crate::print;
 
+// Where the lines end is for who reads it to say.
+const KNOWN: &str = "\
+It says what controller and speakers conclude from the objects of the API. What only speakers know of each other is not \
+asked: an address of a node that its Node object does not list stays in the cluster, and counts as outside here.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = KNOWN)]
 pub(super) struct Args {
     /// Whose packet.
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = parse_pod)]

@@ -211,13 +211,14 @@ pub fn ready_condition(status: &PoolStatus) -> Condition {
             kind: POOL_READY.into(),
             status: "True".into(),
             reason: "NoOverlap".into(),
-            message: "no other pool, node address or pod CIDR lies in this pool".into(),
+            message: "no other pool, node address, pod or Service CIDR lies in this pool".into(),
         };
     };
     let reason = match first {
         Overlap::Pool(_) => "OverlapsPool",
         Overlap::Node(..) => "OverlapsNode",
         Overlap::PodCidr(..) => "OverlapsPodCIDR",
+        Overlap::ServiceCidr(_) => "OverlapsServiceCIDR",
     };
     let mut named: Vec<String> = status
         .overlaps
@@ -227,6 +228,7 @@ pub fn ready_condition(status: &PoolStatus) -> Condition {
             Overlap::Pool(pool) => format!("IPAddressPool {pool}"),
             Overlap::Node(node, address) => format!("node {node}'s address {address}"),
             Overlap::PodCidr(node, cidr) => format!("node {node}'s pod CIDR {cidr}"),
+            Overlap::ServiceCidr(cidr) => format!("the Service CIDR {cidr}"),
         })
         .collect();
     let more = status.overlaps.len().saturating_sub(MAX_OVERLAPS);

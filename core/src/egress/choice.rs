@@ -28,6 +28,11 @@ impl Rank {
             policy.name.clone(),
         )
     }
+
+    /// Whether only the name decides between two.
+    pub(super) fn is_as_specific_as(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
 }
 
 /// The address of `offered` that a pod leaves by: the one whose xxh64 (seed 0) with the pod's namespace and name is highest.

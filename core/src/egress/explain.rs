@@ -5,9 +5,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
-use super::{EgressIndex, PodState, inside, shadows};
+use super::choice::Rank;
+use super::inside::{Networks, Place, holding};
+use super::{EgressIndex, PodState, shadows};
 use crate::ip::Family;
 use crate::model::{Condition, EgressPolicy, Node, NodeName, ObjectKey, VirtualIp, bits};
 
@@ -22,6 +22,8 @@ pub struct Cluster {
     pub vips: BTreeMap<IpAddr, VirtualIp>,
     /// The Services' cluster addresses.
     pub cluster_ips: BTreeMap<IpAddr, ObjectKey>,
+    /// The networks that are its own.
+    pub networks: Networks,
 }
 
 /// What a step is about.
@@ -163,7 +165,12 @@ impl EgressIndex {
         let name = &policy.name;
         step(Topic::Policy, format!("{name} has the pod"));
         for other in claims {
-            let text = format!("{} selects it too, and is less specific", other.name);
+            let why = if Rank::of(other).is_as_specific_as(&Rank::of(policy)) {
+                "is as specific: the first by name has it"
+            } else {
+                "is less specific"
+            };
+            let text = format!("{} selects it too, and {why}", other.name);
             step(Topic::OtherPolicy, text);
         }
         let vip = cluster.vips.get(&to).filter(|_| policy.spec.hairpin);
@@ -172,7 +179,10 @@ impl EgressIndex {
             let text = format!("spec.hairpin of {name} is not for its own addresses");
             step(Topic::Policy, text);
         }
-        let shadows = vip.map(|_| shadows(cluster.vips.keys(), &self.inside(cluster)));
+        let shadows = vip.map(|_| {
+            let pods = self.judged.keys().copied();
+            shadows(cluster.vips.keys(), &cluster.networks.with(pods))
+        });
         let has_none = shadows.is_some_and(|shadows| !shadows.contains_key(&to));
         if has_none {
             let text = format!(
@@ -302,18 +312,18 @@ impl EgressIndex {
         if let Some(judged) = self.judged.get(&to) {
             return (format!("pod {}", judged.pod), true);
         }
-        let mut nodes = cluster.nodes.values();
-        if let Some(node) = nodes.find(|node| node.addresses.contains(&to)) {
-            return (format!("node {}", node.name), true);
-        }
-        match holding(&self.inside(cluster), to) {
-            Some(net) => (format!("in {net}, which is the cluster's own"), true),
-            None => ("outside the cluster".to_owned(), false),
-        }
-    }
-
-    fn inside(&self, cluster: &Cluster) -> BTreeSet<IpNet> {
-        inside(cluster.nodes.values(), self.judged.keys().copied())
+        let text = match cluster.networks.place(to) {
+            Some(Place::Node(node)) => format!("node {node}"),
+            Some(Place::ApiServer) => "the API server".to_owned(),
+            Some(Place::Service(net)) => {
+                format!(
+                    "in {net}, the network of Services' cluster addresses, and no Service has it"
+                )
+            }
+            Some(Place::Network(net)) => format!("in {net}, which is the cluster's own"),
+            None => return ("outside the cluster".to_owned(), false),
+        };
+        (text, true)
     }
 
     fn why_no_address(&self, policy: &EgressPolicy, pod: &ObjectKey, family: Family) -> String {
@@ -334,13 +344,6 @@ impl EgressIndex {
             pod.namespace
         )
     }
-}
-
-/// The narrowest of the networks that an address lies in.
-fn holding(nets: &BTreeSet<IpNet>, address: IpAddr) -> Option<&IpNet> {
-    nets.iter()
-        .filter(|net| net.contains(&address))
-        .max_by_key(|net| net.prefix_len())
 }
 
 fn condition<'a>(conditions: &'a [Condition], kind: &str) -> Option<&'a Condition> {

@@ -312,6 +312,14 @@ impl Ipam {
                 }
             }
         }
+        for &cidr in self.service_cidrs.values().flatten() {
+            for pool in pools.meeting(cidr) {
+                found
+                    .entry(pool)
+                    .or_default()
+                    .insert(Overlap::ServiceCidr(cidr));
+            }
+        }
         found
     }
 }

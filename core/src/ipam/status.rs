@@ -179,6 +179,8 @@ pub enum Overlap {
     Node(NodeName, IpAddr),
     /// A node's pods have addresses in it.
     PodCidr(NodeName, ipnet::IpNet),
+    /// Services have cluster addresses in it.
+    ServiceCidr(ipnet::IpNet),
 }
 
 /// What a pool's status should say.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
@@ -97,6 +98,7 @@ pub fn kubernetes(client: &Client, kinds: &[Kind], options: Options, ignored: &I
             Kind::VirtualIp => tasks.spawn(follower.follow::<VirtualIP>()),
             Kind::EgressPolicy => tasks.spawn(follower.follow::<EgressPolicy>()),
             Kind::Pod => tasks.spawn(follower.follow_while::<Pod>(pods_wanted.clone())),
+            Kind::ServiceCidr => tasks.spawn(follower.follow::<ServiceCIDR>()),
         };
     }
     Source {
@@ -129,7 +131,8 @@ fn needs_pods(object: &Object) -> bool {
         | Object::Namespace(_)
         | Object::Pool(_)
         | Object::Advertisement(_)
-        | Object::Pod(_) => false,
+        | Object::Pod(_)
+        | Object::ServiceCidr(_) => false,
     }
 }
 
@@ -144,15 +147,30 @@ fn fields(kind: Kind) -> Option<&'static str> {
         | Kind::Pool
         | Kind::Advertisement
         | Kind::VirtualIp
-        | Kind::EgressPolicy => None,
+        | Kind::EgressPolicy
+        | Kind::ServiceCidr => None,
         // What has ended has no address any more, and there may be many of them.
         Kind::Pod => Some("status.phase!=Succeeded,status.phase!=Failed"),
     }
 }
 
-/// Whether a server without the kind has none of it: who upgrades may bring the new CRD later.
-fn is_optional(kind: Kind) -> bool {
-    kind == Kind::EgressPolicy
+/// What follows where a server does not serve a kind, if the kind may be missing.
+fn without(kind: Kind) -> Option<&'static str> {
+    match kind {
+        // Who upgrades may bring the new CRD later.
+        Kind::EgressPolicy => Some("there is none of it: apply the chart's crds directory"),
+        Kind::ServiceCidr => Some(
+            "Kubernetes has it from version 1.33 on: an address of the Services' network that no Service has counts as outside",
+        ),
+        Kind::Service
+        | Kind::EndpointSlice
+        | Kind::Node
+        | Kind::Namespace
+        | Kind::Pool
+        | Kind::Advertisement
+        | Kind::VirtualIp
+        | Kind::Pod => None,
+    }
 }
 
 fn is_not_served(problem: &watcher::Error) -> bool {
@@ -204,12 +222,12 @@ impl Follower {
             let event = match stream.try_next().await {
                 Ok(Some(event)) => event,
                 Ok(None) => return,
-                Err(problem) if is_optional(kind) && is_not_served(&problem) => {
+                Err(problem)
+                    if let Some(then) = without(kind)
+                        && is_not_served(&problem) =>
+                {
                     if !std::mem::replace(&mut absent, true) {
-                        tracing::warn!(
-                            ?kind,
-                            "the API server does not serve this kind, so there is none: apply the chart's crds directory"
-                        );
+                        tracing::warn!(?kind, "the API server does not serve this kind: {then}");
                         if sender.send(Event::Synced(kind)).await.is_err() {
                             return;
                         }
@@ -312,6 +330,7 @@ fn id_of(kind: Kind, meta: &ObjectMeta) -> Option<ObjectId> {
         Kind::Advertisement => ObjectId::Advertisement(name.into()),
         Kind::EgressPolicy => ObjectId::EgressPolicy(name.into()),
         Kind::Pod => ObjectId::Pod(key()),
+        Kind::ServiceCidr => ObjectId::ServiceCidr(name.into()),
         // The name is the address, an IPv6 one's with dashes.
         Kind::VirtualIp => ObjectId::VirtualIp(name.replace('-', ":").parse().ok()?),
     })

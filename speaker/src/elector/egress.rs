@@ -12,10 +12,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use landfall_core::egress::{EgressIndex, Judged, inside};
+use landfall_core::egress::{EgressIndex, Judged, Networks};
 use landfall_core::election::policy_id;
 use landfall_core::groups::Group;
-use landfall_core::model::{NodeName, OldFlows};
+use landfall_core::model::{Event, NodeName, OldFlows};
 use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
@@ -31,7 +31,9 @@ pub(super) struct Plan {
     /// All was listed once: what is known is acted upon.
     begun: bool,
     wanted: Egress,
-    /// The cluster's own networks may be others by now.
+    /// The cluster's own networks.
+    networks: Networks,
+    /// They may be others by now, or pods' addresses are.
     inside_stale: bool,
     /// How many tenants a policy has on each node.
     hosts: BTreeMap<PolicyName, BTreeMap<NodeName, usize>>,
@@ -160,9 +162,9 @@ impl Plan {
         }
     }
 
-    /// A node's networks may have changed.
-    pub(super) fn nodes_changed(&mut self) {
-        self.inside_stale = true;
+    /// Takes in what an event says of the cluster's own networks.
+    pub(super) fn look_at(&mut self, event: &Event) {
+        self.inside_stale |= self.networks.apply(event);
     }
 
     fn count(&mut self, pod: Option<&Pod>, more: bool) {
@@ -252,6 +254,16 @@ impl Speaker {
         }
     }
 
+    /// Takes in which addresses the nodes say they have. VIPs are not theirs, wherever they are found.
+    pub(super) fn tell_networks(&mut self, addresses: &BTreeMap<IpAddr, NodeName>) {
+        let own = addresses
+            .iter()
+            .filter(|(address, _)| self.index.virtual_ip(**address).is_none())
+            .map(|(address, node)| (*address, node.clone()));
+        let known = self.election.known().collect();
+        self.plan.inside_stale |= self.plan.networks.tell(own, &known);
+    }
+
     /// Draws conclusions about tenants; whether anything came of it.
     pub(super) fn reconcile_egress(&mut self) -> bool {
         self.plan.reconcile(&mut self.egress, &self.identity.node)
@@ -277,7 +289,7 @@ impl Speaker {
         }
         if std::mem::take(&mut self.plan.inside_stale) || self.plan.wanted.inside.is_empty() {
             let pods = self.egress.judged().keys().copied();
-            self.plan.wanted.inside = inside(self.index.nodes().values(), pods);
+            self.plan.wanted.inside = self.plan.networks.with(pods);
         }
         let wanted = &self.plan.wanted;
         let waits = |policy: &&Policy| policy.gateway.is_some() && policy.led_to().is_none();

@@ -104,8 +104,8 @@ impl Facts<'_> {
         let total = taken.values().sum();
         let of = named(taken.iter().map(|(name, number)| (&**name, *number)));
         let message = format!(
-            "{} that it selects {} of more specific policies: {of}; {pod} for one is selected by {} and by {winner}, \
-             which has it: make the selectors tell them apart, or leave it so",
+            "{} that it selects {} of policies that go first, the more specific or, of equals, the first by name: {of}; {pod} \
+             for one is selected by {} and by {winner}, which has it: make the selectors tell them apart, or leave it so",
             pods(total),
             if total == 1 {
                 "is a tenant"

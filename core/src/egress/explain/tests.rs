@@ -1,7 +1,7 @@
 use super::super::tests::{mk_labels, mk_pod, mk_policy, mk_pool, mk_vip};
 use super::super::*;
 use super::*;
-use crate::model::{Bandwidth, Event, Namespace, Object};
+use crate::model::{Bandwidth, Endpoint, EndpointSlice, Event, Namespace, Object, ServiceCidr};
 
 const OUT: &str = "203.0.113.7";
 
@@ -44,9 +44,14 @@ impl World {
                 pod_cidrs: vec![pods.parse().unwrap()],
                 network_unavailable: false,
             };
+            world.network(Object::Node(node.clone()));
             world.cluster.nodes.insert(name.into(), node);
         }
         world
+    }
+
+    fn network(&mut self, object: Object) {
+        assert!(self.cluster.networks.apply(&Event::Apply(object)));
     }
 
     fn put(&mut self, object: Object) {
@@ -87,6 +92,24 @@ impl World {
             }
             other => panic!("{other:?}"),
         }
+    }
+}
+
+/// Where the API server is reached.
+fn mk_slice(address: &str) -> EndpointSlice {
+    let address = address.parse().unwrap();
+    EndpointSlice {
+        key: ObjectKey::new("default", "kubernetes"),
+        service: ObjectKey::new("default", "kubernetes"),
+        family: Family::of(address),
+        ports: Vec::new(),
+        endpoints: vec![Endpoint {
+            address,
+            node: None,
+            ready: true,
+            serving: true,
+            terminating: false,
+        }],
     }
 }
 
@@ -163,7 +186,18 @@ fn the_more_specific_policy_wins_and_the_other_is_named() {
     assert_eq!(policy.as_deref(), Some("all"), "and it has no address");
     let said = text(&found);
     assert!(said.contains("policy: all has the pod"), "{said}");
-    assert!(said.contains("other policy: mail selects it too"), "{said}");
+    assert!(
+        said.contains(
+            "other policy: mail selects it too, and is as specific: the first by name has it"
+        ),
+        "{said}"
+    );
+    world.put(Object::EgressPolicy(Box::new(mk_policy("any", &[], &[]))));
+    let said = text(&world.explain("a/mta", OUT));
+    assert!(
+        said.contains("other policy: any selects it too, and is less specific"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -175,9 +209,19 @@ fn what_is_the_clusters_own_stays() {
         .cluster_ips
         .insert("10.96.0.9".parse().unwrap(), service);
     world.put(Object::Pod(mk_pod("b/stray", &[], &["172.16.0.9"])));
+    world.network(Object::ServiceCidr(ServiceCidr {
+        name: "kubernetes".into(),
+        cidrs: vec!["10.96.0.0/16".parse().unwrap()],
+    }));
+    world.network(Object::EndpointSlice(mk_slice("203.0.113.6")));
     for (to, said) in [
         ("192.0.2.32", "a VIP of this cluster, of EgressPolicy mail"),
         ("10.96.0.9", "the cluster address of Service b/db"),
+        (
+            "10.96.0.77",
+            "in 10.96.0.0/16, the network of Services' cluster addresses, and no Service has it",
+        ),
+        ("203.0.113.6", "the API server"),
         ("172.16.0.9", "pod b/stray"),
         ("192.0.2.12", "node n2"),
         ("10.0.1.77", "in 10.0.1.0/24, which is the cluster's own"),

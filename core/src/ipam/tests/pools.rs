@@ -1,8 +1,10 @@
 //! Which pool a Service is served from.
 
+use ipnet::IpNet;
+
 use super::world::*;
 use crate::ipam::Overlap;
-use crate::model::{Node, Object, ServiceAllocation};
+use crate::model::{Node, Object, ServiceAllocation, ServiceCidr};
 
 fn mk_rules(priority: u32) -> ServiceAllocation {
     ServiceAllocation {
@@ -172,12 +174,16 @@ fn overlaps_are_conditions_and_never_double_assignments() {
         overlaps(&world, "b").into_iter().collect::<Vec<_>>(),
         [Overlap::Pool("a".into())]
     );
+    let of_pods = Overlap::PodCidr("n1".into(), "198.51.100.128/25".parse().unwrap());
+    assert_eq!(overlaps(&world, "c"), [of_pods.clone()].into());
+    let services: IpNet = "198.51.100.0/26".parse().unwrap();
+    world.apply(Object::ServiceCidr(ServiceCidr {
+        name: "kubernetes".into(),
+        cidrs: vec![services],
+    }));
     assert_eq!(
-        overlaps(&world, "c").into_iter().collect::<Vec<_>>(),
-        [Overlap::PodCidr(
-            "n1".into(),
-            "198.51.100.128/25".parse().unwrap()
-        )]
+        overlaps(&world, "c"),
+        [of_pods, Overlap::ServiceCidr(services)].into()
     );
     // The node's own address is handed to nobody, not even on request; the shared one to one only.
     let mut exact = mk_service("exact");

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use landfall_api::{EgressPolicy, IPAddressPool, L2Advertisement};
 use landfall_core::model::{Kind, Object};
 use serde::de::DeserializeOwned;
@@ -83,6 +84,7 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
         ("v1", "Namespace") => (typed::<Namespace>, Kind::Namespace),
         ("v1", "Pod") => (typed::<Pod>, Kind::Pod),
         ("discovery.k8s.io/v1", "EndpointSlice") => (typed::<EndpointSlice>, Kind::EndpointSlice),
+        ("networking.k8s.io/v1", "ServiceCIDR") => (typed::<ServiceCIDR>, Kind::ServiceCidr),
         ("landfall.dev/v1alpha1", "IPAddressPool") => (own::<IPAddressPool>, Kind::Pool),
         ("landfall.dev/v1alpha1", "L2Advertisement") => {
             (own::<L2Advertisement>, Kind::Advertisement)
@@ -93,7 +95,7 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
                 line: Some(first_line),
                 message: format!(
                     "{version} {kind} is not read from manifests: use v1 Service, Node, Namespace or Pod, \
-                         discovery.k8s.io/v1 EndpointSlice, landfall.dev/v1alpha1 IPAddressPool, L2Advertisement or \
+                         discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 ServiceCIDR, landfall.dev/v1alpha1 IPAddressPool, L2Advertisement or \
                          EgressPolicy"
                 ),
             });

@@ -109,6 +109,11 @@ impl Speaker {
         Bindings(self.parts.datapath.clone())
     }
 
+    /// The policies that are known, gone ones whose flows go on among them.
+    pub fn policies(&self) -> impl Iterator<Item = &PolicyName> {
+        self.plan.policies()
+    }
+
     /// The policies that this node is the gateway of, as the election has it.
     pub fn gateway_of(&self) -> BTreeSet<PolicyName> {
         let led = self.election.leaderships();
