@@ -61,11 +61,39 @@ pub mod usage;
 pub use cluster::Cluster;
 pub use control_plane::{ControlPlane, HOST as CONTROL_HOST, ProxyMode};
 
+use std::fmt::Debug;
 use std::future::Future;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long anything may take on a busy machine before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Looks every 50 ms until there is something to see, or panics after [`PATIENCE`] with what was awaited and what there is
+/// instead. The twin of [`eventually`] for blocking code.
+pub fn until<T, E: Debug>(what: &str, look: impl FnMut() -> Result<T, E>) -> T {
+    until_within(PATIENCE, what, look)
+}
+
+/// The same, with more patience, or less.
+pub fn until_within<T, E: Debug>(
+    patience: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<T, E>,
+) -> T {
+    let begun = Instant::now();
+    loop {
+        let instead = match look() {
+            Ok(seen) => return seen,
+            Err(instead) => instead,
+        };
+        assert!(
+            begun.elapsed() < patience,
+            "still waiting for {what} after {patience:?}: {instead:?}"
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+}
 
 /// Looks every 20 ms until there is something to see, or panics after [`PATIENCE`] with what was awaited.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(

@@ -1,7 +1,8 @@
 //! A cluster whose pods leave by addresses of their own: one policy for all of them, of a pool of its own.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
@@ -9,9 +10,13 @@ use kube::api::{DeleteParams, PostParams};
 use landfall_api::EgressPolicy;
 use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::TCP_PORT;
-use landfall_lab::{Lab, Netns, Network};
+use landfall_lab::{Lab, Netns, Network, Pod};
 
-use crate::{Cluster, PATIENCE, chart};
+use crate::flows::Flow;
+use crate::{Cluster, chart, until};
+
+/// How long a try to connect may take.
+const TRY: Duration = Duration::from_secs(3);
 
 /// A pool for this purpose, and the policy whose pods leave by these addresses of it.
 fn objects(purpose: &str, egress_ips: &str) -> String {
@@ -96,14 +101,41 @@ fn servers(network: Network) -> [SocketAddr; 2] {
 /// # Panics
 /// If nobody does for long, or several do.
 pub fn gateway(lab: &Lab, address: IpAddr) -> String {
-    let begun = Instant::now();
-    loop {
+    until(&format!("one to answer for {address}"), || {
         let answers = who_answers(lab, address, Duration::from_secs(1));
         let answers = answers.expect("the lab asks who has an address");
-        if let [gateway] = answers.keys().collect::<Vec<_>>()[..] {
-            return gateway.clone();
+        match answers.keys().collect::<Vec<_>>()[..] {
+            [gateway] => Ok(gateway.clone()),
+            _ => Err(answers),
         }
-        assert!(begun.elapsed() < PATIENCE, "{answers:?} for {address}");
+    })
+}
+
+/// From where a server sees a pod, if it reaches it.
+pub fn seen_from(pod: &Pod, server: SocketAddr) -> io::Result<IpAddr> {
+    Flow::open_within(&pod.netns, server, TRY).map(|flow| flow.seen_from)
+}
+
+/// Waits until a server sees a pod come from an address as it should be.
+///
+/// # Panics
+/// If it does not for long.
+pub fn await_seen(pod: &Pod, server: SocketAddr, right: impl Fn(IpAddr) -> bool) {
+    let what = format!("{} to be seen as it should be by {server}", pod.name);
+    until(&what, || match seen_from(pod, server) {
+        Ok(seen) if right(seen) => Ok(()),
+        seen => Err(seen),
+    });
+}
+
+/// Waits until these servers see a pod come from the policy's addresses; it may leave by its node's before the policy is
+/// known there.
+///
+/// # Panics
+/// If they do not for long.
+pub fn await_egress(pod: &Pod, servers: impl IntoIterator<Item = SocketAddr>) {
+    for server in servers {
+        await_seen(pod, server, |seen| egress().contains(&seen));
     }
 }
 

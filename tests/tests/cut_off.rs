@@ -4,15 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::iter;
-use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::server::PodServer;
 use landfall_lab::{Lab, Netns, Pod, Topology};
+use landfall_tests::Cluster;
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::tenants::{self, egress, outside};
-use landfall_tests::{Cluster, PATIENCE};
+use landfall_tests::tenants::{self, await_egress, egress, outside};
 
 /// How long a try to connect may take.
 const TRY: Duration = Duration::from_secs(2);
@@ -29,9 +28,7 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
         let _near = PodServer::start(lab.client(), "near")?;
         let _far = PodServer::start(lab.remote(), "far")?;
         for pod in lab.pods() {
-            for server in outside() {
-                await_egress(pod, server);
-            }
+            await_egress(pod, outside());
         }
         let gateway = tenants::gateway(lab, egress()[0]);
         let (own, others): (Vec<&Pod>, Vec<&Pod>) = lab.pods().partition(|pod| pod.node == gateway);
@@ -46,9 +43,7 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
         lab.partition(&rest, &[&gateway], false)?;
         let cut = Instant::now();
         for pod in &others {
-            for server in outside() {
-                await_egress(pod, server);
-            }
+            await_egress(pod, outside());
         }
         let lost = flows::ask(&mut kept).err().unwrap_or_default();
         assert!(lost.is_empty(), "of the others' flows: {lost:?}");
@@ -86,9 +81,7 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
             lost.len()
         );
         for pod in &others {
-            for server in outside() {
-                await_egress(pod, server);
-            }
+            await_egress(pod, outside());
         }
         let lost = flows::ask(&mut kept).err().unwrap_or_default();
         assert!(lost.is_empty(), "of the others' flows: {lost:?}");
@@ -96,9 +89,7 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
         lab.heal()?;
         let healed = Instant::now();
         for pod in &own {
-            for server in outside() {
-                await_egress(pod, server);
-            }
+            await_egress(pod, outside());
         }
         println!(
             "its pods leave by the policy again after {:?}",
@@ -119,23 +110,6 @@ fn open(pod: &Pod, each: usize) -> Vec<Flow> {
         flow
     });
     flows.collect()
-}
-
-/// Waits until what a pod begins leaves by the policy's addresses.
-fn await_egress(pod: &Pod, server: SocketAddr) {
-    let begun = Instant::now();
-    loop {
-        let seen = Flow::open_within(&pod.netns, server, TRY).map(|flow| flow.seen_from);
-        if seen.as_ref().is_ok_and(|seen| egress().contains(seen)) {
-            return;
-        }
-        assert!(
-            begun.elapsed() < PATIENCE,
-            "{} at {server}: {seen:?}",
-            pod.name
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Counts what a node sends by the policy's addresses, at the switch.

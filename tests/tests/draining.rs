@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests stop the test")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,8 +15,8 @@ use landfall_core::ip::virtual_ip_name;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::tenants::{self, egress, outside};
-use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE};
+use landfall_tests::tenants::{self, await_egress, egress, outside, seen_from};
+use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, until_within};
 use serde_json::json;
 
 /// How long a try to connect may take.
@@ -116,10 +116,7 @@ fn with_flows(work: impl FnOnce(&Cluster, BTreeMap<String, Vec<Flow>>) -> anyhow
         let _near = PodServer::start(lab.client(), "near")?;
         let _far = PodServer::start(lab.remote(), "far")?;
         for pod in lab.pods() {
-            for server in outside() {
-                let by_policy = || egress().contains(&seen_from(pod, server)?).then_some(());
-                eventually("all leave by the policy", by_policy);
-            }
+            await_egress(pod, outside());
         }
         let open = |pod: &Pod| {
             let servers = outside();
@@ -138,12 +135,6 @@ fn all(lab: &Lab) -> Vec<&Pod> {
     lab.pods().collect()
 }
 
-/// From where a pod is seen at a server, if it reaches it.
-fn seen_from(pod: &Pod, server: SocketAddr) -> Option<IpAddr> {
-    let flow = Flow::open_within(&pod.netns, server, TRY);
-    flow.ok().map(|flow| flow.seen_from)
-}
-
 /// Waits until what pods begin leaves by their nodes; until then it leaves by the policy, or not at all.
 fn leave_as_the_nodes(lab: &Lab, pods: &[&Pod]) {
     let begun = Instant::now();
@@ -151,7 +142,7 @@ fn leave_as_the_nodes(lab: &Lab, pods: &[&Pod]) {
         let node = lab.node(&pod.node).unwrap().addresses(Network::Lan);
         for server in outside() {
             eventually("all leave by their nodes", || {
-                let seen = seen_from(pod, server)?;
+                let seen = seen_from(pod, server).ok()?;
                 let by_node = node.contains(&seen);
                 assert!(by_node || egress().contains(&seen), "{}: {seen}", pod.name);
                 by_node.then_some(())
@@ -194,13 +185,6 @@ fn says(cluster: &Cluster, words: &str) -> bool {
     conditions.iter().any(|it| it.message.contains(words))
 }
 
-fn eventually<T>(what: &str, mut come: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(it) = come() {
-            return it;
-        }
-        assert!(begun.elapsed() < 2 * PATIENCE, "{what}: not in time");
-        thread::sleep(Duration::from_millis(100));
-    }
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    until_within(2 * PATIENCE, what, || look().ok_or("nothing yet"))
 }

@@ -16,7 +16,7 @@ use landfall_api::EgressPolicy;
 use landfall_lab::server::{NEWS_PORT, TCP_PORT, UDP_PORT, WHO_AM_I};
 use landfall_lab::{Fault, Lab, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::tenants::{self, egress, gateway};
+use landfall_tests::tenants::{self, await_seen, egress, gateway};
 use landfall_tests::{Cluster, PATIENCE, ProxyMode, chart, eventually, objects};
 use serde_json::{Value, json};
 
@@ -123,7 +123,7 @@ fn the_receiver_sees_the_senders_egress_address() {
         let is_egress = |seen: IpAddr| by.contains(&seen);
         for pod in lab.pods() {
             for vip in vips {
-                await_seen(pod, *vip, |seen| !is_egress(seen));
+                await_seen(pod, SocketAddr::new(*vip, SMTP), |seen| !is_egress(seen));
             }
         }
         println!("without hairpin nobody sees the egress address");
@@ -143,7 +143,7 @@ fn the_receiver_sees_the_senders_egress_address() {
         for pod in &tenants.shop {
             let pod = lab.pods().find(|it| it.name == *pod).unwrap();
             for vip in tenants.own() {
-                await_seen(pod, *vip, |seen| !is_egress(seen));
+                await_seen(pod, SocketAddr::new(*vip, SMTP), |seen| !is_egress(seen));
             }
         }
         forgotten(lab, &tenants);
@@ -162,7 +162,7 @@ fn the_receiver_sees_the_senders_egress_address() {
         for pod in left {
             // The only pod of the last may have lost its power.
             for vip in &vips[..2 * SERVICES] {
-                await_seen(pod, *vip, |seen| !is_egress(seen));
+                await_seen(pod, SocketAddr::new(*vip, SMTP), |seen| !is_egress(seen));
             }
         }
         Ok(())
@@ -208,7 +208,9 @@ fn all_see(lab: &Lab, tenants: &Tenants) {
     for pod in lab.pods() {
         let addresses = tenants.addresses(pod);
         for vip in tenants.vips(pod) {
-            await_seen(pod, *vip, |seen| addresses.contains(&seen));
+            await_seen(pod, SocketAddr::new(*vip, SMTP), |seen| {
+                addresses.contains(&seen)
+            });
         }
     }
 }
@@ -222,21 +224,6 @@ fn by_iptables(cluster: &Cluster) {
             assert!(begun.elapsed() < PATIENCE, "the nftables mode's rules stay");
             thread::sleep(Duration::from_millis(100));
         }
-    }
-}
-
-/// Until a server sees a pod come from such an address.
-fn await_seen(pod: &Pod, vip: IpAddr, right: impl Fn(IpAddr) -> bool) {
-    let begun = Instant::now();
-    loop {
-        let seen = Flow::open_within(&pod.netns, SocketAddr::new(vip, SMTP), TRY);
-        let seen = seen.map(|flow| flow.seen_from);
-        if seen.as_ref().is_ok_and(|seen| right(*seen)) {
-            return;
-        }
-        let (name, passed) = (&pod.name, begun.elapsed());
-        assert!(passed < PATIENCE, "{name} to {vip}: {seen:?}");
-        thread::sleep(Duration::from_millis(100));
     }
 }
 

@@ -7,15 +7,13 @@
 mod cli;
 
 use std::net::{IpAddr, SocketAddr};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
-use landfall_tests::flows::Flow;
 use landfall_tests::tenants::{self, egress, outside};
-use landfall_tests::{Cluster, PATIENCE};
+use landfall_tests::{Cluster, until};
 
 /// How long a try to connect may take.
 const TRY: Duration = Duration::from_secs(3);
@@ -68,18 +66,14 @@ fn follow(lab: &Lab, pods: &[&Pod], before: By, after: By) {
     for pod in pods {
         let (before, after) = (before.addresses(lab, pod), after.addresses(lab, pod));
         for server in outside() {
-            loop {
-                let seen = seen_from(pod, server, begun);
+            until("all to follow", || {
+                let seen = seen_from(pod, server);
                 if after.contains(&seen) {
-                    break;
+                    return Ok(());
                 }
                 assert!(before.contains(&seen), "{} at {server}: {seen}", pod.name);
-                assert!(
-                    begun.elapsed() < PATIENCE,
-                    "{} at {server}: {seen}",
-                    pod.name
-                );
-            }
+                Err(format!("{} at {server}: {seen}", pod.name))
+            });
         }
     }
     println!("all leave by {after:?} after {:?}", begun.elapsed());
@@ -98,16 +92,7 @@ fn the_gateway_loses_power(lab: &Lab) -> Vec<&Pod> {
 }
 
 /// From where a pod is seen at a server, once it can reach it.
-fn seen_from(pod: &Pod, server: SocketAddr, begun: Instant) -> IpAddr {
-    loop {
-        match Flow::open_within(&pod.netns, server, TRY) {
-            Ok(flow) => return flow.seen_from,
-            Err(error) => assert!(
-                begun.elapsed() < PATIENCE,
-                "{} does not reach {server}: {error}",
-                pod.name
-            ),
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
+fn seen_from(pod: &Pod, server: SocketAddr) -> IpAddr {
+    let what = format!("{} to reach {server}", pod.name);
+    until(&what, || tenants::seen_from(pod, server))
 }

@@ -15,7 +15,8 @@ use landfall_lab::packets::{Raw, segment};
 use landfall_lab::server::{PodServer, TCP_PORT, WHO_AM_I};
 use landfall_lab::{Fault, Lab, Netns, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::{Cluster, PATIENCE, objects, tenants};
+use landfall_tests::tenants::{self, await_seen};
+use landfall_tests::{Cluster, PATIENCE, objects, until};
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -68,20 +69,15 @@ async fn services(cluster: &Cluster) -> Api<Service> {
 
 /// The Service's, once it has them.
 fn addresses(cluster: &Cluster) -> [IpAddr; 2] {
-    let begun = Instant::now();
-    loop {
+    until("the Service's addresses", || {
         let service = cluster.block_on(async { services(cluster).await.get("mail").await });
         let service = service.unwrap();
-        if let [first, second] = objects::ingress(&service)[..] {
-            return if first.is_ipv4() {
-                [first, second]
-            } else {
-                [second, first]
-            };
+        match objects::ingress(&service)[..] {
+            [first, second] if first.is_ipv4() => Ok([first, second]),
+            [first, second] => Ok([second, first]),
+            _ => Err(service.status),
         }
-        assert!(begun.elapsed() < PATIENCE, "{:?}", service.status);
-        thread::sleep(Duration::from_millis(100));
-    }
+    })
 }
 
 /// A server outside, of the family.
@@ -91,25 +87,20 @@ fn outside(v6: bool) -> SocketAddr {
 
 /// Until mail comes in to each pod, and each pod leaves by the Service's addresses.
 fn await_both_ways(lab: &Lab, vips: [IpAddr; 2]) {
-    let begun = Instant::now();
     for vip in vips {
-        let to = SocketAddr::new(vip, SMTP);
-        let within = Duration::from_secs(2);
-        while let Err(error) = Flow::open_within(lab.remote(), to, within) {
-            assert!(begun.elapsed() < PATIENCE, "{to}: {error}");
-        }
+        until_served(lab.remote(), SocketAddr::new(vip, SMTP));
         for pod in lab.pods() {
-            loop {
-                let seen = Flow::open_within(&pod.netns, outside(vip.is_ipv6()), within);
-                let seen = seen.map(|flow| flow.seen_from);
-                if seen.as_ref().is_ok_and(|seen| *seen == vip) {
-                    break;
-                }
-                assert!(begun.elapsed() < PATIENCE, "{}: {seen:?}", pod.name);
-                thread::sleep(Duration::from_millis(100));
-            }
+            await_seen(pod, outside(vip.is_ipv6()), |seen| seen == vip);
         }
     }
+}
+
+/// Until a server is reached.
+fn until_served(from: &Netns, to: SocketAddr) {
+    let what = format!("{to} to be served");
+    until(&what, || {
+        Flow::open_within(from, to, Duration::from_secs(2))
+    });
 }
 
 /// What belongs to no Service and to no flow: a SYN is refused; all else may be a flow's that is not known here yet, and meets

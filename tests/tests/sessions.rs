@@ -13,9 +13,9 @@ mod sessions {
     use landfall_lab::fault::SPEAKER;
     use landfall_lab::server::PodServer;
     use landfall_lab::{Fault, Lab, Pod, Topology};
+    use landfall_tests::Cluster;
     use landfall_tests::mta::Mta;
-    use landfall_tests::tenants::{self, egress};
-    use landfall_tests::{Cluster, PATIENCE};
+    use landfall_tests::tenants::{self, await_egress, egress, far};
 
     use session::{Kind, Session};
 
@@ -90,24 +90,8 @@ mod sessions {
 
     /// Waits until all pods leave by the policy's addresses.
     fn await_policy(lab: &Lab) {
-        let begun = Instant::now();
         for pod in lab.pods() {
-            for v6 in [false, true] {
-                loop {
-                    let seen = Session::open(pod, Kind::Asks, v6).map(|session| session.seen());
-                    if let Ok(Some(seen)) = seen
-                        && egress().contains(&seen)
-                    {
-                        break;
-                    }
-                    assert!(
-                        begun.elapsed() < PATIENCE,
-                        "{} leaves by {seen:?}",
-                        pod.name
-                    );
-                    thread::sleep(Duration::from_millis(100));
-                }
-            }
+            await_egress(pod, far());
         }
     }
 

@@ -3,8 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::events::v1::Event;
 use kube::Api;
@@ -12,7 +11,7 @@ use kube::api::ListParams;
 use landfall_lab::{Lab, Pod, Program};
 use landfall_tests::flows::Flow;
 use landfall_tests::tenants::{self, near};
-use landfall_tests::{Cluster, PATIENCE, chart};
+use landfall_tests::{Cluster, chart, until};
 use serde_json::Value;
 
 use super::{By, TRY, egress, follow, outside};
@@ -75,15 +74,8 @@ fn ended(output: &Output) -> (i32, String) {
     (output.status.code().unwrap_or(-1), text)
 }
 
-fn eventually<T>(what: &str, mut come: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(it) = come() {
-            return it;
-        }
-        assert!(begun.elapsed() < PATIENCE, "{what}: not in {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(200));
-    }
+fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    until(what, || look().ok_or("nothing yet"))
 }
 
 /// Asks, while pods leave by their policy's addresses.

@@ -73,11 +73,6 @@ impl Session {
         Ok(session)
     }
 
-    /// The address by which the server knows it.
-    pub(crate) fn seen(&self) -> Option<IpAddr> {
-        self.seen
-    }
-
     /// Goes on; an error if it cannot, or as another.
     pub(crate) fn go_on(&mut self) -> io::Result<()> {
         match self.kind {
