@@ -77,18 +77,14 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
 pub(super) fn is_alike(old: &Rules, new: &Rules) -> bool {
     match (&old.egress, &new.egress) {
         (None, None) => true,
-        (Some(old), Some(new)) => {
-            old.node == new.node
-                && old.uplinks == new.uplinks
-                && old.egress.inside == new.egress.inside
-        }
+        (Some(old), Some(new)) => old.node == new.node && old.uplinks == new.uplinks,
         _ => false,
     }
 }
 
 /// From `old` to `new`, which are alike, with the same ways.
 pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, config: &Config) {
-    if old.vips != new.vips {
+    if old.vips != new.vips || inside(old) != inside(new) {
         hairpin::replace_shadows(text, Some(old), new);
     }
     let (Some(old), Some(new)) = (&old.egress, &new.egress) else {
@@ -96,6 +92,13 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     };
     if old == new {
         return;
+    }
+    if old.egress.inside != new.egress.inside {
+        // Networks that touch are one element: which are new is not to be told apart.
+        for set in ["inside4", "inside6", "pods4", "pods6"] {
+            let _ = writeln!(text, "flush set inet {TABLE} egress-{set}");
+        }
+        networks(text, new);
     }
     let (before, after) = (&old.egress.policies, &new.egress.policies);
     for (name, policy) in after {
@@ -184,6 +187,16 @@ add rule inet {TABLE} egress-nowhere counter name egress-no-gateway drop"
             names(&leaving.uplinks)
         );
     }
+    networks(text, leaving);
+}
+
+/// The cluster's own networks.
+fn inside(rules: &Rules) -> Option<&BTreeSet<IpNet>> {
+    rules.egress.as_ref().map(|leaving| &leaving.egress.inside)
+}
+
+/// The elements of the sets of networks.
+fn networks(text: &mut String, leaving: &Leaving) {
     let inside = merged(&leaving.egress.inside);
     let pods = merged(&pod_networks(leaving));
     for (family, suffix) in [(Family::V4, 4), (Family::V6, 6)] {

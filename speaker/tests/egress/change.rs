@@ -1,10 +1,11 @@
 //! Policies come and go under living flows: a flow keeps the source it began with, or ends; none leaves with the pod's own
 //! address.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use landfall_lab::server::UDP_PORT;
 use landfall_speaker::egress::Policy;
 
 use super::cni::Cni;
@@ -361,4 +362,43 @@ fn an_address_that_is_used_again_begins_anew() {
     cluster.assert_clean(&cluster.node_ips());
     let flow = Pair::open(&pod, &outside, remote()[1]).unwrap();
     assert_eq!(flow.seen_as, cluster.egress_ips()[1]);
+}
+
+/// A network becomes the cluster's own, and is not any more, in a table that stays.
+#[test]
+fn a_network_becomes_the_clusters_own_and_the_rules_stay() {
+    let mut cluster = Cluster::armed(&Plan::default());
+    let pod = cluster.pod(0).netns.share();
+    let [remote, _] = remote();
+    let [node, egress] = [cluster.node_ips()[0], cluster.egress_ips()[0]].map(Some);
+    // What a table has counted goes with it.
+    cluster
+        .pod(1)
+        .netns
+        .ip("address add 10.244.9.9/32 dev eth0")
+        .unwrap();
+    cluster.pod(1).netns.run(|| {
+        let socket = UdpSocket::bind("10.244.9.9:0").unwrap();
+        socket.send_to(b"forged", (remote, UDP_PORT)).unwrap();
+    });
+    until("it has counted", || cluster.dropped("forged") > 0);
+    let counted = cluster.dropped("forged");
+    assert_eq!(seen_as(&pod, remote), (egress, egress));
+    for (is_own, by) in [(true, node), (false, egress)] {
+        let network: IpNet = "10.77.0.0/24".parse().unwrap();
+        if is_own {
+            cluster.egress.inside.insert(network);
+        } else {
+            cluster.egress.inside.remove(&network);
+        }
+        cluster.apply();
+        let set = "nft list set inet landfall egress-inside4";
+        until("it is told", || {
+            let listed = cluster.node().exec(set).unwrap();
+            listed.contains("10.77.0.0/24") == is_own
+        });
+        until("new flows follow", || seen_as(&pod, remote) == (by, by));
+    }
+    assert_eq!(cluster.dropped("forged"), counted);
+    cluster.assert_clean(&cluster.node_ips());
 }

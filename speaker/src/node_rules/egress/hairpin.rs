@@ -47,9 +47,7 @@ add rule inet {TABLE} egress-null meta mark and {egress:#x} == {egress:#x} {fami
 /// The shadows of VIPs, in place of those that were there.
 pub(super) fn replace_shadows(text: &mut String, old: Option<&Rules>, new: &Rules) {
     let shadows = |rules: &Rules| {
-        let leaving = rules.egress.as_ref();
-        let inside = leaving.map(|leaving| &leaving.egress.inside);
-        inside.map_or_else(BTreeMap::new, |inside| shadows(&rules.vips, inside))
+        super::inside(rules).map_or_else(BTreeMap::new, |inside| shadows(&rules.vips, inside))
     };
     let (old, new) = (old.map(shadows).unwrap_or_default(), shadows(new));
     let there = |all: &BTreeMap<IpAddr, IpAddr>| -> BTreeSet<Shade> {
