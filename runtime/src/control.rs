@@ -53,7 +53,7 @@ pub struct Egress {
     pub disarmed: bool,
     /// The policies that it is the gateway of.
     pub gateway_of: Vec<String>,
-    /// What is known of each here, of all that there are.
+    /// All policies that the node knows, and what their pods use of it.
     pub policies: BTreeMap<String, PolicyUse>,
 }
 

@@ -289,15 +289,18 @@ impl Project for corev1::Node {
 
 impl Project for ServiceCIDR {
     fn project(self) -> Result<model::Object, ProjectError> {
-        let name = name_of("ServiceCIDR", &self.metadata)?;
-        let cidrs = self.spec.unwrap_or_default().cidrs;
+        const KIND: &str = "ServiceCIDR";
+        let meta = self.metadata;
+        let name = name_of(KIND, &meta)?;
+        let cidrs = self.spec.unwrap_or_default().cidrs.unwrap_or_default();
+        let read = |cidr: String| {
+            let wrong = |_| error(KIND, &meta, format!("spec.cidrs: {cidr} is no network"));
+            cidr.parse().map_err(wrong)
+        };
+        let cidrs = cidrs.into_iter().map(read).collect::<Result<_, _>>()?;
         Ok(model::Object::ServiceCidr(model::ServiceCidr {
             name: name.into(),
-            cidrs: cidrs
-                .into_iter()
-                .flatten()
-                .filter_map(|cidr| cidr.parse().ok())
-                .collect(),
+            cidrs,
         }))
     }
 }

@@ -478,16 +478,17 @@ impl Speaker {
         self.answer_nodes();
         let tick = self.election.tick(now, wall, &self.index, &changed);
         self.send(tick.frames);
-        if tick.all {
-            self.desired.forget();
-            self.apply_soon(now);
+        if !self.election.is_listening() {
+            self.plan.know_networks();
         }
         if tick.all {
             let addresses = self.election.addresses();
-            self.tell_networks(&addresses);
+            self.plan.tell_networks(addresses.clone());
             if self.identity.manifests {
                 self.index.tell_addresses(addresses);
             }
+            self.desired.forget();
+            self.apply_soon(now);
         }
         if tick.all || std::mem::take(&mut self.nodes_stale) {
             self.tell_nodes();

@@ -75,6 +75,11 @@ pub fn until<T, E: Debug>(what: &str, look: impl FnMut() -> Result<T, E>) -> T {
     until_within(PATIENCE, what, look)
 }
 
+/// The same of what is there or not.
+pub fn until_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    until(what, || look().ok_or("nothing yet"))
+}
+
 /// The same, with more patience, or less.
 pub fn until_within<T, E: Debug>(
     patience: Duration,

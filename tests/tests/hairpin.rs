@@ -17,7 +17,7 @@ use landfall_lab::server::{NEWS_PORT, TCP_PORT, UDP_PORT, WHO_AM_I};
 use landfall_lab::{Fault, Lab, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, await_seen, egress, gateway};
-use landfall_tests::{Cluster, PATIENCE, ProxyMode, chart, eventually, objects};
+use landfall_tests::{Cluster, PATIENCE, ProxyMode, chart, eventually, objects, until_some};
 use serde_json::{Value, json};
 
 const SMTP: u16 = 25;
@@ -218,12 +218,11 @@ fn all_see(lab: &Lab, tenants: &Tenants) {
 /// kube-proxies that deliver by iptables in place of those by nftables.
 fn by_iptables(cluster: &Cluster) {
     cluster.start_kube_proxies(ProxyMode::Iptables).unwrap();
-    let begun = Instant::now();
     for node in cluster.lab().nodes() {
-        while node.netns.exec("nft list table ip kube-proxy").is_ok() {
-            assert!(begun.elapsed() < PATIENCE, "the nftables mode's rules stay");
-            thread::sleep(Duration::from_millis(100));
-        }
+        until_some("the nftables mode's rules to go", || {
+            let listed = node.netns.exec("nft list table ip kube-proxy");
+            listed.is_err().then_some(())
+        });
     }
 }
 

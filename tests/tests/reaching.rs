@@ -81,14 +81,21 @@ fn stay_in_the_cluster(lab: &Lab, pods: &[&Pod]) {
         .flat_map(|node| node.addresses(Network::Lan).map(|own| (node, own)))
         .map(|(node, own)| node.netns.run(|| TcpListener::bind((own, 0)).unwrap()))
         .collect();
-    let nodes = listening.iter().map(|it| it.local_addr().unwrap());
-    for to in [by_service, ControlPlane::address()]
-        .into_iter()
-        .chain(nodes)
-    {
-        for pod in pods {
+    for pod in pods {
+        for to in [by_service, ControlPlane::address()] {
             let reached = pod.netns.run(|| TcpStream::connect_timeout(&to, TRY));
             assert!(reached.is_ok(), "{} at {to}: {reached:?}", pod.name);
+        }
+        for listener in &listening {
+            let to = listener.local_addr().unwrap();
+            let reached = pod.netns.run(|| TcpStream::connect_timeout(&to, TRY));
+            assert!(reached.is_ok(), "{} at {to}: {reached:?}", pod.name);
+            let (_, seen) = listener.accept().unwrap();
+            assert!(
+                !egress().contains(&seen.ip()),
+                "{} at {to}: {seen}",
+                pod.name
+            );
         }
     }
 }

@@ -42,6 +42,7 @@ mod sessions {
             let _lines = PodServer::start(lab.remote(), "far")?;
             let mta = Mta::start(lab.remote(), THINKS)?;
             await_policy(lab);
+            remember_little(lab);
             // Silent through all of it.
             let pods: Vec<&Pod> = lab.pods().collect();
             let mut idle = open(
@@ -88,6 +89,14 @@ mod sessions {
         });
     }
 
+    /// Connection tracking forgets who is silent.
+    fn remember_little(lab: &Lab) {
+        for node in lab.nodes() {
+            let key = "net.netfilter.nf_conntrack_tcp_timeout_established";
+            node.netns.sysctl(key, &MEMORY.to_string()).unwrap();
+        }
+    }
+
     /// Waits until all pods leave by the policy's addresses.
     fn await_policy(lab: &Lab) {
         for pod in lab.pods() {
@@ -107,10 +116,6 @@ mod sessions {
         let strikes = |fault: &&Fault| matches!(fault, Fault::PowerOff | Fault::UplinkDown);
         let pods: Vec<&Pod> = lab.pods().collect();
         let spared = pods.len() - faults.iter().filter(strikes).count();
-        for node in lab.nodes() {
-            let key = "net.netfilter.nf_conntrack_tcp_timeout_established";
-            node.netns.sysctl(key, &MEMORY.to_string()).unwrap();
-        }
         let begun = Instant::now();
         let mut sessions = open(mta, &pods, &Kind::ALL, SESSIONS.div_ceil(spared));
         println!("{} sessions after {:?}", sessions.len(), begun.elapsed());
@@ -137,6 +142,8 @@ mod sessions {
                     lab.restart(&node.name, SPEAKER).unwrap();
                 }
             }
+            // A kube-proxy that began anew has its own mind.
+            remember_little(lab);
             await_policy(lab);
         }
         struck

@@ -13,7 +13,7 @@ EGRESS IS DISARMED ON THIS NODE.
   - The node is no policy's gateway until it is armed again.
 It stays so until `landfall egress arm`, or until the speaker restarts. In-cluster traffic is untouched.";
 
-// Where the lines end is for who reads it to say.
+// Without line breaks: clap breaks lines where the terminal does.
 const MEANING: &str = "\
 For when Landfall itself is what keeps a node's pods from the outside. Until `landfall egress arm`, or until the \
 speaker restarts, the node's pods leave as if there were no egress policies: as a rule with the node's own address, \

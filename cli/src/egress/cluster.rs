@@ -150,32 +150,58 @@ pub(super) async fn read(client: &Client) -> anyhow::Result<Read> {
             read.cluster.nodes.insert(name, node);
         }
     }
-    let slices = api_server(client).await?.into_iter();
-    let slices = slices.map(Project::project);
-    let services = match all::<ServiceCIDR>(client).await {
-        // Kubernetes before 1.33.
-        Err(error) if is_not_served(&error) => Vec::new(),
-        services => services?,
-    };
-    for object in slices.chain(services.into_iter().map(Project::project)) {
-        let event = Event::Apply(object?);
-        read.cluster.networks.apply(&event);
-    }
     read.cluster.cluster_ips = cluster_ips(all::<Service>(client).await?);
     read.index.reconcile();
     Ok(read)
 }
 
-/// The slices of the API server's own addresses.
-async fn api_server(client: &Client) -> anyhow::Result<Vec<EndpointSlice>> {
-    let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
-    let its = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
-    let list = api.list(&its).await;
-    Ok(list.context("listing endpointslices of default")?.items)
+impl Read {
+    /// Reads what else tells which addresses are the cluster's own. What may not be read counts as outside.
+    pub(super) async fn read_networks(&mut self, client: &Client) -> anyhow::Result<()> {
+        let slices = Api::<EndpointSlice>::namespaced(client.clone(), "default");
+        let api_server = slices.get_opt("kubernetes").await;
+        let api_server = api_server.context("getting endpointslice kubernetes of default");
+        let services = match all::<ServiceCIDR>(client).await {
+            // Kubernetes before 1.33.
+            Err(error) if is_not_served(&error) => Vec::new(),
+            services => allowed(services)?,
+        };
+        let api_server = allowed(api_server)?.map(Project::project);
+        let services = services.into_iter().map(Project::project);
+        for object in services.chain(api_server) {
+            match object {
+                Ok(object) => {
+                    self.cluster.networks.apply(&Event::Apply(object));
+                }
+                Err(problem) => print::note(format_args!("left out: {problem}")),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What was found; nothing, with a word about it, if it may not be seen.
+fn allowed<T: Default>(found: anyhow::Result<T>) -> anyhow::Result<T> {
+    match found {
+        Err(error) if code_of(&error) == Some(403) => {
+            print::note(format_args!(
+                "{error:#}: what it would tell of the cluster's own addresses is not known here"
+            ));
+            Ok(T::default())
+        }
+        found => found,
+    }
+}
+
+fn code_of(error: &anyhow::Error) -> Option<u16> {
+    match error.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) => Some(status.code),
+        _ => None,
+    }
 }
 
 fn is_not_served(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref::<kube::Error>(), Some(kube::Error::Api(status)) if status.code == 404)
+    code_of(error) == Some(404)
 }
 
 fn is_ready(node: &Node) -> bool {

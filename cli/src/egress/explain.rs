@@ -11,7 +11,7 @@ use super::table::aligned;
 use super::{ApiArgs, Format, parse_pod};
 use crate::print;
 
-// Where the lines end is for who reads it to say.
+// Without line breaks: clap breaks lines where the terminal does.
 const KNOWN: &str = "\
 It says what controller and speakers conclude from the objects of the API. What only speakers know of each other is not \
 asked: an address of a node that its Node object does not list stays in the cluster, and counts as outside here.";
@@ -46,7 +46,9 @@ fn parse_to(text: &str) -> Result<To, String> {
 
 /// Prints what becomes of it; whether it is not dropped.
 pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
-    let read = read(&args.api.client().await?).await?;
+    let client = args.api.client().await?;
+    let mut read = read(&client).await?;
+    read.read_networks(&client).await?;
     let (namespace, name) = args.pod.split_once('/').unwrap_or_default();
     let pod = ObjectKey::new(namespace, name);
     let Some(found) = read.index.explain(&pod, args.to.0, &read.cluster) else {

@@ -32,7 +32,7 @@ fn reserved() -> impl Iterator<Item = IpNet> {
 /// What an address of the cluster's own is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A node's, as the node says itself.
+    /// A node's.
     Node(NodeName),
     /// Where the API server is reached.
     ApiServer,
@@ -48,10 +48,14 @@ pub struct Networks {
     /// Of nodes by the API: their addresses and pod CIDRs.
     nodes: BTreeMap<NodeName, BTreeSet<IpNet>>,
     /// The addresses of nodes' interfaces, as their speakers say.
-    told: BTreeMap<NodeName, BTreeSet<IpAddr>>,
+    told: BTreeMap<IpAddr, NodeName>,
+    /// None of these is a node's, wherever it is found.
+    vips: BTreeSet<IpAddr>,
     services: BTreeMap<Arc<str>, BTreeSet<IpNet>>,
-    /// The endpoints of Service `default/kubernetes`, by slice.
-    api_server: BTreeMap<ObjectKey, BTreeSet<IpAddr>>,
+    /// The endpoints of Service `default/kubernetes`, as the API server writes them itself.
+    api_server: BTreeSet<IpAddr>,
+    /// What an earlier process knew.
+    earlier: BTreeSet<IpNet>,
 }
 
 /// Puts a value in its place; whether that changes anything.
@@ -64,6 +68,11 @@ fn put<K: Ord, T: PartialEq>(of: &mut BTreeMap<K, T>, key: K, value: Option<T>) 
         }
         None => of.remove(&key).is_some(),
     }
+}
+
+/// Whether the API server writes a slice itself, for its own addresses. Another of the same Service may be anybody's.
+fn is_api_server(slice: &ObjectKey) -> bool {
+    (&*slice.namespace, &*slice.name) == ("default", "kubernetes")
 }
 
 impl Networks {
@@ -79,46 +88,60 @@ impl Networks {
                 let all = cidr.cidrs.iter().map(IpNet::trunc).collect();
                 put(&mut self.services, cidr.name.clone(), Some(all))
             }
-            Event::Apply(Object::EndpointSlice(slice)) => {
-                let its = &slice.service;
-                let is = &*its.namespace == "default" && &*its.name == "kubernetes";
-                let addresses = || slice.endpoints.iter().map(|endpoint| endpoint.address);
-                let all = is.then(|| addresses().collect());
-                put(&mut self.api_server, slice.key.clone(), all)
+            Event::Apply(Object::EndpointSlice(slice)) if is_api_server(&slice.key) => {
+                let addresses = slice.endpoints.iter().map(|endpoint| endpoint.address);
+                self.tell_api_server(addresses.collect())
+            }
+            Event::Apply(Object::VirtualIp(vip)) => {
+                self.vips.insert(vip.address) && self.told.contains_key(&vip.address)
             }
             Event::Delete(ObjectId::Node(name)) => put(&mut self.nodes, name.clone(), None),
             Event::Delete(ObjectId::ServiceCidr(name)) => {
                 put(&mut self.services, name.clone(), None)
             }
-            Event::Delete(ObjectId::EndpointSlice(key)) => {
-                put(&mut self.api_server, key.clone(), None)
+            Event::Delete(ObjectId::EndpointSlice(key)) if is_api_server(key) => {
+                self.tell_api_server(BTreeSet::new())
+            }
+            Event::Delete(ObjectId::VirtualIp(address)) => {
+                self.vips.remove(address) && self.told.contains_key(address)
             }
             _ => false,
         }
     }
 
-    /// Takes in what addresses the nodes say they have; whether that changes anything. An address stays its node's for as long
-    /// as the node is `known`: one that is lost with its link is soon back.
-    pub fn tell(
-        &mut self,
-        addresses: impl IntoIterator<Item = (IpAddr, NodeName)>,
-        known: &BTreeSet<&NodeName>,
-    ) -> bool {
-        let before = self.told.len();
-        self.told.retain(|node, _| known.contains(node));
-        let mut changed = self.told.len() != before;
-        for (address, node) in addresses {
-            changed |= self.told.entry(node).or_default().insert(address);
-        }
-        changed
+    fn tell_api_server(&mut self, addresses: BTreeSet<IpAddr>) -> bool {
+        let before = std::mem::replace(&mut self.api_server, addresses);
+        before != self.api_server
+    }
+
+    /// Takes in which addresses the nodes say they have; whether that changes anything.
+    pub fn tell(&mut self, addresses: BTreeMap<IpAddr, NodeName>) -> bool {
+        let before = std::mem::replace(&mut self.told, addresses);
+        before != self.told
+    }
+
+    /// Takes in what an earlier process knew: it counts until [`Networks::forget`].
+    pub fn recall(&mut self, earlier: BTreeSet<IpNet>) {
+        self.earlier = earlier;
+    }
+
+    /// Who is there has spoken by now; whether that changes anything.
+    pub fn forget(&mut self) -> bool {
+        !std::mem::take(&mut self.earlier).is_empty()
+    }
+
+    /// Whose an address is, by the word of the nodes.
+    fn told(&self) -> impl Iterator<Item = (&IpAddr, &NodeName)> {
+        let told = self.told.iter();
+        told.filter(|(address, _)| !self.vips.contains(*address))
     }
 
     fn all(&self) -> BTreeSet<IpNet> {
-        let told = self.told.values().flatten();
-        let single = told.chain(self.api_server.values().flatten());
+        let told = self.told().map(|(address, _)| address);
+        let single = told.chain(&self.api_server).copied().map(IpNet::from);
         let nodes = self.nodes.values().flatten();
-        let nets = nodes.chain(self.services.values().flatten()).copied();
-        let single = single.copied().map(IpNet::from);
+        let nets = nodes.chain(self.services.values().flatten());
+        let nets = nets.chain(&self.earlier).copied();
         reserved().chain(nets).chain(single).collect()
     }
 
@@ -144,12 +167,10 @@ impl Networks {
         if let Some((node, _)) = of.find(|(_, nets)| nets.contains(&own)) {
             return Some(Place::Node(node.clone()));
         }
-        let mut told = self.told.iter();
-        if let Some((node, _)) = told.find(|(_, addresses)| addresses.contains(&address)) {
+        if let Some((_, node)) = self.told().find(|(told, _)| **told == address) {
             return Some(Place::Node(node.clone()));
         }
-        let mut of_api = self.api_server.values();
-        if of_api.any(|addresses| addresses.contains(&address)) {
+        if self.api_server.contains(&address) {
             return Some(Place::ApiServer);
         }
         let services: BTreeSet<IpNet> = self.services.values().flatten().copied().collect();
@@ -170,28 +191,66 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+    use crate::egress::tests::mk_vip;
+    use crate::ip::Family;
+    use crate::model::{Endpoint, EndpointSlice};
 
-    fn node(name: &str, addresses: &[&str]) -> Vec<(IpAddr, NodeName)> {
-        let addresses = addresses.iter().map(|address| address.parse().unwrap());
-        addresses.map(|address| (address, name.into())).collect()
+    #[test]
+    fn what_a_node_says_it_has_is_its_own_unless_it_is_a_vip() {
+        let mut networks = Networks::default();
+        let node = NodeName::from("n1");
+        let address: IpAddr = "192.0.2.7".parse().unwrap();
+        let told = BTreeMap::from([(address, node.clone())]);
+        assert!(networks.tell(told.clone()));
+        assert!(!networks.tell(told));
+        assert_eq!(networks.place(address), Some(Place::Node(node)));
+        assert!(networks.with([]).contains(&address.into()));
+        let vip = Event::Apply(Object::VirtualIp(mk_vip("192.0.2.7", "out", &[])));
+        assert!(networks.apply(&vip) && !networks.apply(&vip));
+        assert_eq!(networks.place(address), None);
+        assert!(!networks.with([]).contains(&address.into()));
+        assert!(networks.apply(&Event::Delete(ObjectId::VirtualIp(address))));
+        assert!(networks.with([]).contains(&address.into()));
+        assert!(networks.tell(BTreeMap::new()));
+        assert!(!networks.with([]).contains(&address.into()));
     }
 
     #[test]
-    fn what_a_node_says_it_has_is_its_own_until_it_is_forgotten() {
+    fn what_an_earlier_process_knew_counts_until_it_is_forgotten() {
         let mut networks = Networks::default();
-        let (one, two) = (NodeName::from("n1"), NodeName::from("n2"));
-        let both: BTreeSet<&NodeName> = [&one, &two].into();
-        let address: IpAddr = "192.0.2.7".parse().unwrap();
-        assert!(networks.tell(node("n1", &["192.0.2.7", "2001:db8::7"]), &both));
-        assert_eq!(networks.place(address), Some(Place::Node(one.clone())));
-        assert!(networks.with([]).contains(&address.into()));
-        // Its link has gone, and its addresses with it: nothing changes.
-        assert!(!networks.tell(node("n1", &["192.0.2.7"]), &both));
-        assert!(!networks.tell([], &both));
-        assert!(networks.with([]).contains(&address.into()));
-        assert!(networks.tell([], &[&two].into()));
-        assert_eq!(networks.place(address), None);
-        assert!(!networks.with([]).contains(&address.into()));
+        let net: IpNet = "192.0.2.7/32".parse().unwrap();
+        networks.recall([net].into());
+        assert!(networks.with([]).contains(&net));
+        assert!(networks.forget() && !networks.forget());
+        assert!(!networks.with([]).contains(&net));
+    }
+
+    #[test]
+    fn the_api_server_is_where_it_says_itself() {
+        let mut networks = Networks::default();
+        let slice = |name: &str, address: &str| {
+            let address = address.parse().unwrap();
+            Event::Apply(Object::EndpointSlice(EndpointSlice {
+                key: ObjectKey::new("default", name),
+                service: ObjectKey::new("default", "kubernetes"),
+                family: Family::of(address),
+                ports: Vec::new(),
+                endpoints: vec![Endpoint {
+                    address,
+                    node: None,
+                    ready: true,
+                    serving: true,
+                    terminating: false,
+                }],
+            }))
+        };
+        assert!(networks.apply(&slice("kubernetes", "203.0.113.6")));
+        assert!(!networks.apply(&slice("mine", "203.0.113.7")));
+        let place = |networks: &Networks, address: &str| networks.place(address.parse().unwrap());
+        assert_eq!(place(&networks, "203.0.113.6"), Some(Place::ApiServer));
+        assert_eq!(place(&networks, "203.0.113.7"), None);
+        assert!(networks.apply(&slice("kubernetes", "203.0.113.8")));
+        assert_eq!(place(&networks, "203.0.113.6"), None);
     }
 
     #[test]

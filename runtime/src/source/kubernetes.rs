@@ -154,27 +154,26 @@ fn fields(kind: Kind) -> Option<&'static str> {
     }
 }
 
-/// What follows where a server does not serve a kind, if the kind may be missing.
-fn without(kind: Kind) -> Option<&'static str> {
-    match kind {
+/// What follows where a server does not list a kind, if the kind may be missing.
+fn without(kind: Kind, problem: &watcher::Error) -> Option<&'static str> {
+    let watcher::Error::InitialListFailed(kube::Error::Api(status)) = problem else {
+        return None;
+    };
+    match (kind, status.code) {
         // Who upgrades may bring the new CRD later.
-        Kind::EgressPolicy => Some("there is none of it: apply the chart's crds directory"),
-        Kind::ServiceCidr => Some(
-            "Kubernetes has it from version 1.33 on: an address of the Services' network that no Service has counts as outside",
+        (Kind::EgressPolicy, 404) => Some(
+            "the API server does not serve this kind, so there is none: apply the chart's crds directory",
         ),
-        Kind::Service
-        | Kind::EndpointSlice
-        | Kind::Node
-        | Kind::Namespace
-        | Kind::Pool
-        | Kind::Advertisement
-        | Kind::VirtualIp
-        | Kind::Pod => None,
+        (Kind::ServiceCidr, 404) => Some(
+            "the API server does not serve this kind (Kubernetes does from 1.33 on): an address of the Services' network \
+             that no Service has counts as outside",
+        ),
+        (Kind::ServiceCidr, 403) => Some(
+            "not allowed to list this kind: an address of the Services' network that no Service has counts as outside; \
+             upgrade the chart, whose ClusterRoles allow it",
+        ),
+        _ => None,
     }
-}
-
-fn is_not_served(problem: &watcher::Error) -> bool {
-    matches!(problem, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
 }
 
 /// Notes whether an object is or names an egress policy.
@@ -222,12 +221,9 @@ impl Follower {
             let event = match stream.try_next().await {
                 Ok(Some(event)) => event,
                 Ok(None) => return,
-                Err(problem)
-                    if let Some(then) = without(kind)
-                        && is_not_served(&problem) =>
-                {
+                Err(problem) if let Some(then) = without(kind, &problem) => {
                     if !std::mem::replace(&mut absent, true) {
-                        tracing::warn!(?kind, "the API server does not serve this kind: {then}");
+                        tracing::warn!(?kind, "{then}");
                         if sender.send(Event::Synced(kind)).await.is_err() {
                             return;
                         }
@@ -347,6 +343,30 @@ fn project<K: Project>(object: K) -> Option<landfall_core::model::Object> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn failed(code: u16) -> watcher::Error {
+        let status = kube::core::Status {
+            code,
+            ..kube::core::Status::default()
+        };
+        watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status)))
+    }
+
+    #[test]
+    fn what_may_be_missing_is_done_without() {
+        for (kind, code, is_done_without) in [
+            (Kind::ServiceCidr, 404, true),
+            (Kind::ServiceCidr, 403, true),
+            (Kind::ServiceCidr, 500, false),
+            (Kind::EgressPolicy, 404, true),
+            // Policies that may not be seen are there all the same.
+            (Kind::EgressPolicy, 403, false),
+            (Kind::VirtualIp, 404, false),
+        ] {
+            let then = without(kind, &failed(code));
+            assert_eq!(then.is_some(), is_done_without, "{kind:?} {code}");
+        }
+    }
 
     #[test]
     fn metadata_names_what_projection_names() {

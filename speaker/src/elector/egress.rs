@@ -20,10 +20,21 @@ use landfall_core::steering::seed;
 use landfall_ebpf_common::tunnel_mac;
 
 use super::Speaker;
-use crate::datapath::egress::{Earlier, seed_of};
+use crate::datapath::egress::{Earlier, Was, seed_of};
 use crate::datapath::{self, Change as Told, NodeId};
 use crate::egress::{Egress, Gateway, Pod, Policy, PolicyName, Tenant};
 use crate::node_rules::{self, TUNNEL};
+
+/// Whether the cluster's own networks, as they are wanted, are those that are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Inside {
+    #[default]
+    Same,
+    /// They, or pods' addresses, may be others.
+    Stale,
+    /// The same, since conclusions were drawn last.
+    Moved,
+}
 
 /// What follows from what is known of tenants and policies.
 #[derive(Debug, Default)]
@@ -33,8 +44,7 @@ pub(super) struct Plan {
     wanted: Egress,
     /// The cluster's own networks.
     networks: Networks,
-    /// They may be others by now, or pods' addresses are.
-    inside_stale: bool,
+    inside: Inside,
     /// How many tenants a policy has on each node.
     hosts: BTreeMap<PolicyName, BTreeMap<NodeName, usize>>,
     /// As it was last given out.
@@ -46,7 +56,7 @@ pub(super) struct Plan {
     /// The policies with addresses where flows go on and none begins.
     draining: BTreeSet<PolicyName>,
     /// Whose tenants pods were by an earlier process's word.
-    earlier: Earlier,
+    earlier: BTreeMap<IpAddr, Was>,
 }
 
 impl Plan {
@@ -106,7 +116,7 @@ impl Plan {
             // Of all pods it matters where they are: whose flows go on is known at their node.
             addresses.extend(index.judged().keys());
         }
-        self.inside_stale |= !addresses.is_empty();
+        self.networks_moved(!addresses.is_empty());
         let touched = !changed.policies.is_empty();
         for address in &addresses {
             let before = self.wanted.pods.remove(address);
@@ -125,7 +135,11 @@ impl Plan {
         if self.begun {
             self.recall();
         }
-        touched || (self.inside_stale && !self.wanted.policies.is_empty())
+        let moved = self.inside == Inside::Moved;
+        if moved {
+            self.inside = Inside::Stale;
+        }
+        touched || moved && !self.wanted.policies.is_empty()
     }
 
     /// The policy by whose gateway a pod's flows from before go on, if it is not its tenant any more and that one's flows
@@ -164,7 +178,26 @@ impl Plan {
 
     /// Takes in what an event says of the cluster's own networks.
     pub(super) fn look_at(&mut self, event: &Event) {
-        self.inside_stale |= self.networks.apply(event);
+        let moved = self.networks.apply(event);
+        self.networks_moved(moved);
+    }
+
+    /// Takes in which addresses the nodes say they have.
+    pub(super) fn tell_networks(&mut self, addresses: BTreeMap<IpAddr, NodeName>) {
+        let moved = self.networks.tell(addresses);
+        self.networks_moved(moved);
+    }
+
+    /// All nodes that are there have spoken.
+    pub(super) fn know_networks(&mut self) {
+        let moved = self.networks.forget();
+        self.networks_moved(moved);
+    }
+
+    fn networks_moved(&mut self, moved: bool) {
+        if moved {
+            self.inside = Inside::Moved;
+        }
     }
 
     fn count(&mut self, pod: Option<&Pod>, more: bool) {
@@ -242,7 +275,8 @@ impl Speaker {
 
     /// What an earlier process has left of whose tenants pods were; before anything is listed.
     pub fn recall(&mut self, earlier: Earlier) {
-        self.plan.earlier = earlier;
+        self.plan.earlier = earlier.tenants;
+        self.plan.networks.recall(earlier.inside);
     }
 
     /// Tells the programs, if it is another thing than before.
@@ -252,16 +286,6 @@ impl Speaker {
             self.plan.told.clone_from(&leaving);
             self.parts.datapath.change(vec![Told::Egress(leaving)]);
         }
-    }
-
-    /// Takes in which addresses the nodes say they have. VIPs are not theirs, wherever they are found.
-    pub(super) fn tell_networks(&mut self, addresses: &BTreeMap<IpAddr, NodeName>) {
-        let own = addresses
-            .iter()
-            .filter(|(address, _)| self.index.virtual_ip(**address).is_none())
-            .map(|(address, node)| (*address, node.clone()));
-        let known = self.election.known().collect();
-        self.plan.inside_stale |= self.plan.networks.tell(own, &known);
     }
 
     /// Draws conclusions about tenants; whether anything came of it.
@@ -287,7 +311,8 @@ impl Speaker {
                 }
             }
         }
-        if std::mem::take(&mut self.plan.inside_stale) || self.plan.wanted.inside.is_empty() {
+        let inside = std::mem::take(&mut self.plan.inside);
+        if inside != Inside::Same || self.plan.wanted.inside.is_empty() {
             let pods = self.egress.judged().keys().copied();
             self.plan.wanted.inside = self.plan.networks.with(pods);
         }

@@ -213,7 +213,8 @@ fn networks(text: &mut String, leaving: &Leaving) {
     }
 }
 
-/// The networks that pods have their addresses of: nodes, and pods that lie elsewhere, are named one by one.
+/// The networks that pods have their addresses of, and Services, as which nobody sends: nodes, and pods that lie elsewhere,
+/// are named one by one.
 fn pod_networks(leaving: &Leaving) -> BTreeSet<IpNet> {
     let networks = leaving.egress.inside.iter();
     networks
@@ -250,6 +251,13 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
         "egress-judge meta mark set meta mark and {rest:#x}"
     ));
     rule("egress-judge fib daddr type { local, broadcast, anycast, multicast } accept");
+    // What has become the cluster's own ends, if it began by a gateway.
+    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        rule(&format!(
+            "egress-judge ct mark and {egress:#x} == {egress:#x} {family} daddr @egress-inside{suffix} \
+             counter name egress-translated drop"
+        ));
+    }
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
         for set in ["egress-inside", "vips"] {
             rule(&format!(

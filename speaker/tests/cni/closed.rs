@@ -41,6 +41,16 @@ fn assert_shut(cluster: &Cluster, pods: &mut [Pod<'_>]) {
     .into_iter()
     .sum();
     assert_eq!(answered, 0);
+    // And what they send again, all of them at once.
+    let answered: usize = thread::scope(|scope| {
+        let trying: Vec<_> = pods
+            .iter()
+            .map(|pod| scope.spawn(|| pod.connect(Duration::from_millis(1500))))
+            .collect();
+        let tried = trying.into_iter().flat_map(|trying| trying.join().unwrap());
+        tried.flatten().count()
+    });
+    assert_eq!(answered, 0);
     let frames = cluster.wire.outbound();
     assert!(frames.is_empty(), "{frames:?}\n{}", cluster.state());
     let dropped = cluster.dropped().expect("there is a table");
@@ -48,7 +58,7 @@ fn assert_shut(cluster: &Cluster, pods: &mut [Pod<'_>]) {
         "{} pods: nothing on the wire, {dropped} packets dropped",
         pods.len()
     );
-    assert!(dropped >= u64::try_from(2 * pods.len()).unwrap());
+    assert!(dropped >= u64::try_from(6 * pods.len()).unwrap());
     let near = cluster.lab.node("node2").unwrap();
     let near = near.addresses(Network::Management)[0];
     for pod in &*pods {

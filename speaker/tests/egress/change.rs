@@ -383,6 +383,8 @@ fn a_network_becomes_the_clusters_own_and_the_rules_stay() {
     });
     until("it has counted", || cluster.dropped("forged") > 0);
     let counted = cluster.dropped("forged");
+    let mut flow = Pair::open(&pod, cluster.lab.remote(), remote).unwrap();
+    assert_eq!(flow.seen_as, cluster.egress_ips()[0]);
     assert_eq!(seen_as(&pod, remote), (egress, egress));
     for (is_own, by) in [(true, node), (false, egress)] {
         let network: IpNet = "10.77.0.0/24".parse().unwrap();
@@ -398,6 +400,10 @@ fn a_network_becomes_the_clusters_own_and_the_rules_stay() {
             listed.contains("10.77.0.0/24") == is_own
         });
         until("new flows follow", || seen_as(&pod, remote) == (by, by));
+        if is_own {
+            flow.wait_no_longer_than(Duration::from_millis(300));
+            assert!(flow.pod_speaks().is_err(), "it has another source now");
+        }
     }
     assert_eq!(cluster.dropped("forged"), counted);
     cluster.assert_clean(&cluster.node_ips());

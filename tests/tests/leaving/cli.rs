@@ -11,7 +11,7 @@ use kube::api::ListParams;
 use landfall_lab::{Lab, Pod, Program};
 use landfall_tests::flows::Flow;
 use landfall_tests::tenants::{self, near};
-use landfall_tests::{Cluster, chart, until};
+use landfall_tests::{Cluster, chart, until_some};
 use serde_json::Value;
 
 use super::{By, TRY, egress, follow, outside};
@@ -74,15 +74,11 @@ fn ended(output: &Output) -> (i32, String) {
     (output.status.code().unwrap_or(-1), text)
 }
 
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    until(what, || look().ok_or("nothing yet"))
-}
-
 /// Asks, while pods leave by their policy's addresses.
 pub(super) fn says_what_is(cluster: &Cluster) {
     let cli = Cli::new(cluster);
     let lab = cluster.lab();
-    let text = eventually("the policy to be in force", || {
+    let text = until_some("the policy to be in force", || {
         let (code, text) = cli.reads(&["list"]);
         (code == 0).then_some(text)
     });
@@ -140,7 +136,7 @@ fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
     let (code, text) = cli.asks(&pod.node, &["bindings"]);
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("no policy's gateway"), "{text}");
-    let ports = eventually("ports in use in the status", || {
+    let ports = until_some("ports in use in the status", || {
         cli.policies()["portsInUse"]
             .as_u64()
             .filter(|ports| *ports > 0)
@@ -164,7 +160,7 @@ pub(super) fn disarms(cluster: &Cluster) {
     let (own, others): (Vec<&Pod>, Vec<&Pod>) = lab.pods().partition(|pod| pod.node == first);
     follow(lab, &others, By::Policy, By::Policy);
     follow(lab, &own, By::Policy, By::Node);
-    let second = eventually("another gateway", || {
+    let second = until_some("another gateway", || {
         Some(cli.gateway()).filter(|it| *it != first && !it.is_empty())
     });
     println!("{first} is disarmed, {second} is the gateway");
@@ -200,17 +196,17 @@ spec:
     );
     chart::apply(cluster.plane(), &policy).unwrap();
     let server = near()[0];
-    eventually("the policy without gateway", || {
+    until_some("the policy without gateway", || {
         let (code, text) = cli.explains(pod, server.ip());
         (code == 1 && text.contains("not selected by the EgressPolicy's gateways.nodeSelector"))
             .then_some(())
     });
-    eventually("packets are dropped", || {
+    until_some("packets are dropped", || {
         Flow::open_within(&pod.netns, server, TRY).err()
     });
     let (code, text) = cli.reads(&["list"]);
     assert!(code == 1 && text.contains("NoGateway"), "{text}");
-    let note = eventually("the Event", || {
+    let note = until_some("the Event", || {
         // More of them, should the first have come before the table was written.
         let _ = Flow::open_within(&pod.netns, server, Duration::from_millis(100));
         dropped(cluster)

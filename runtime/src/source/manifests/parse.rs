@@ -95,8 +95,8 @@ fn object(document: &str, offset: u64, kinds: &BTreeSet<Kind>) -> Result<Option<
                 line: Some(first_line),
                 message: format!(
                     "{version} {kind} is not read from manifests: use v1 Service, Node, Namespace or Pod, \
-                         discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 ServiceCIDR, landfall.dev/v1alpha1 IPAddressPool, L2Advertisement or \
-                         EgressPolicy"
+                         discovery.k8s.io/v1 EndpointSlice, networking.k8s.io/v1 ServiceCIDR, landfall.dev/v1alpha1 \
+                         IPAddressPool, L2Advertisement or EgressPolicy"
                 ),
             });
         }

@@ -38,8 +38,14 @@ pub struct Was {
     pub former: u64,
 }
 
-/// What an earlier process has left of tenants.
-pub type Earlier = BTreeMap<IpAddr, Was>;
+/// What an earlier process has left of tenants and of the cluster's own networks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Earlier {
+    /// Whose tenants pods were, by address.
+    pub tenants: BTreeMap<IpAddr, Was>,
+    /// The networks.
+    pub inside: BTreeSet<IpNet>,
+}
 
 /// Reads it from what is pinned in `pin_dir`; nothing, if nothing is.
 pub fn earlier(pin_dir: &Path) -> Earlier {
@@ -57,12 +63,18 @@ pub fn earlier(pin_dir: &Path) -> Earlier {
             policy: seed(tenant.policy),
             former: seed(tenant.former),
         };
+        let inside = MapData::from_pin(pins.map(map::INSIDE)).ok()?;
+        let inside: LpmTrie<_, [u8; 16], u32> = Map::LpmTrie(inside).try_into().ok()?;
         let known = tenants.iter().flatten();
-        Some(
-            known
+        let nets = inside.iter().flatten();
+        Some(Earlier {
+            tenants: known
                 .map(|(key, tenant)| (key.address(), was(tenant)))
                 .collect(),
-        )
+            inside: nets
+                .filter_map(|(key, _)| named((key.prefix_len(), key.data())))
+                .collect(),
+        })
     };
     read().unwrap_or_default()
 }
@@ -348,6 +360,14 @@ fn network(net: &IpNet) -> Network {
     let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
     let length = mapped + u32::from(net.prefix_len());
     (length, VipKey::from_address(net.network()).0)
+}
+
+/// A network by its key.
+fn named((length, address): Network) -> Option<IpNet> {
+    let address = VipKey(address).address();
+    let mapped = if address.is_ipv4() { 96 } else { 0 };
+    let length = u8::try_from(length.checked_sub(mapped)?).ok()?;
+    IpNet::new(address, length).ok()
 }
 
 /// The Ethernet addresses of this node's interfaces, by index.

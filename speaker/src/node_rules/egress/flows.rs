@@ -8,6 +8,7 @@
 //! - A pod is a tenant no more, or another policy's: what kept the pod's address by our word would leave with it, or by the
 //!   other's gateway. It is marked to be known for what began before, and goes on by the gateway of that; or is ended, if
 //!   the policy that is gone says so.
+//! - A remote has become the cluster's own: what left by a policy would reach it with the pod's address, and is ended.
 //! - The table was gone for a while, or an address is a new pod's: what somebody else translated is ended.
 //!
 //! What is ended begins anew with its next packet. Meanwhile the rules drop it.
@@ -63,6 +64,8 @@ pub(in super::super) struct Settling {
     free_former: BTreeSet<IpAddr>,
     /// All that kept its address ends, of all pods.
     free_all: bool,
+    /// The same of what is between two of the cluster's own.
+    free_inside: bool,
     inside: Vec<IpNet>,
     vips: BTreeSet<IpAddr>,
     judged: u32,
@@ -92,6 +95,7 @@ pub(in super::super) fn settling(
     let mut then = first.clone();
     match before {
         None | Some(Before::Unknown) => {
+            then.free_inside = true;
             then.end = tenants(leaving);
             for (address, pod) in own(leaving).filter(|(_, pod)| pod.tenant.is_none()) {
                 if pod.former.is_some() {
@@ -105,6 +109,7 @@ pub(in super::super) fn settling(
         Some(Before::Unarmed) => then.keep = tenants(leaving),
         Some(Before::Armed(old)) if Arc::ptr_eq(old, leaving) => {}
         Some(Before::Armed(old)) => {
+            then.free_inside = !leaving.egress.inside.is_subset(&old.egress.inside);
             for (address, pod) in own(leaving) {
                 let was = old.egress.pods.get(&address);
                 match was.filter(|was| was.node == old.node) {
@@ -206,7 +211,7 @@ impl Settling {
             &self.free,
             &self.free_former,
         ];
-        sets.iter().all(|set| set.is_empty()) && !self.free_all
+        sets.iter().all(|set| set.is_empty()) && !self.free_all && !self.free_inside
     }
 
     fn fate(&self, known: &Known) -> Option<Fate> {
@@ -219,7 +224,8 @@ impl Settling {
             } else {
                 &self.free
             };
-            return if self.free_all || of(freed) {
+            let joined = self.free_inside && self.is_own(known.from) && self.is_own(known.peer);
+            return if self.free_all || joined || of(freed) {
                 Some(Fate::Ended)
             } else if of(&self.swap) || of(&self.part) && !is_former {
                 Some(Fate::Marked(!is_former))
@@ -242,7 +248,12 @@ impl Settling {
     }
 
     fn is_inside(&self, address: IpAddr) -> bool {
-        self.vips.contains(&address) || self.inside.iter().any(|net| net.contains(&address))
+        self.vips.contains(&address) || self.is_own(address)
+    }
+
+    /// Whether an address is of the cluster's own networks, and no VIP.
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.inside.iter().any(|net| net.contains(&address))
     }
 
     /// Does it; how many connections were ended.
