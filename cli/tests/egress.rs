@@ -71,6 +71,7 @@ fn mk_router() -> Router {
             node: "n1".into(),
             bindings: wanted.then_some(binding).into_iter().collect(),
             more: usize::from(wanted) * 3,
+            copies: usize::from(wanted) * 2,
         })
     };
     let here = || async {
@@ -165,6 +166,7 @@ fn bindings_are_shown() {
     assert!(out.starts_with("POD     FROM "), "{out}");
     assert!(out.contains("192.0.2.32:4001"), "{out}");
     assert!(err.contains("3 more"), "{err}");
+    assert!(err.contains("2 more are kept at n1"), "{err}");
     let (out, err) = ends(&mut speaker.egress(&["bindings", "-o", "json"]), 0);
     let found: Bindings = serde_json::from_str(&out).unwrap();
     assert_eq!((found.bindings.len(), found.more), (1, 3));

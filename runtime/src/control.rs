@@ -113,6 +113,9 @@ pub struct Bindings {
     pub bindings: Vec<Binding>,
     /// How many there are more.
     pub more: usize,
+    /// How many it only keeps, for addresses that another node is the gateway of.
+    #[serde(default)]
+    pub copies: usize,
 }
 
 /// What a pod uses of its gateway.
@@ -139,6 +142,9 @@ pub struct Pods {
     pub node: String,
     /// Each of them, who uses most first.
     pub pods: Vec<PodUse>,
+    /// How many bindings it only keeps, for addresses that another node is the gateway of.
+    #[serde(default)]
+    pub copies: usize,
 }
 
 /// Whether a node is in force for egress policies.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -111,6 +112,7 @@ struct Found {
     node: String,
     bound: Vec<Bound>,
     more: usize,
+    copies: usize,
     pods: HashMap<IpAddr, String>,
 }
 
@@ -121,14 +123,14 @@ async fn find(
     most: usize,
     shown: impl Fn(&Bound, Option<&String>) -> bool + Send + 'static,
 ) -> Result<Found, Refusal> {
-    let (reader, node, pods) = {
+    let (reader, node, led, pods) = {
         let speaker = asked.shared.lock();
         let judged = speaker.egress().judged().iter();
         let pods: HashMap<IpAddr, String> = judged
             .map(|(address, judged)| (*address, judged.pod.to_string()))
             .collect();
         let node = speaker.election().me().to_string();
-        (speaker.bindings(), node, pods)
+        (speaker.bindings(), node, speaker.led_egress(), pods)
     };
     if let Some(pod) = &which.pod
         && !pods.values().any(|known| known == pod)
@@ -138,18 +140,26 @@ async fn find(
     }
     // All of them are read: a million take a second.
     let read = tokio::task::spawn_blocking(move || {
+        let copies = AtomicUsize::new(0);
         let wanted = |bound: &Bound| {
             let policy = which.policy.as_deref();
             let of_policy = policy.is_none_or(|name| bound.policy.as_deref() == Some(name));
             let known = pods.get(&bound.pod.ip());
             let of_pod = which.pod.as_ref().is_none_or(|pod| known == Some(pod));
-            of_policy && of_pod && shown(bound, known)
+            if !of_policy || !of_pod {
+                return false;
+            }
+            // Kept for the address's gateway, or until they end: they leave there.
+            let is_copy = !led.contains(&bound.egress.ip());
+            copies.fetch_add(usize::from(is_copy), Ordering::Relaxed);
+            !is_copy && shown(bound, known)
         };
         let read = reader.list(most, &wanted);
         read.map(|(bound, more)| Found {
             node,
             bound,
             more,
+            copies: copies.load(Ordering::Relaxed),
             pods,
         })
     });
@@ -180,6 +190,7 @@ async fn bindings(
         bindings: bindings.collect(),
         node: found.node,
         more: found.more,
+        copies: found.copies,
     }))
 }
 
@@ -204,10 +215,14 @@ async fn pods(
         lock(&all).add(bound, pod);
         false
     });
-    let node = found.await?.node;
+    let found = found.await?;
     let mut pods = std::mem::take(&mut *lock(&sums)).finish();
     pods.truncate(most);
-    Ok(Json(Pods { node, pods }))
+    Ok(Json(Pods {
+        node: found.node,
+        pods,
+        copies: found.copies,
+    }))
 }
 
 fn lock(sums: &Mutex<Sums>) -> MutexGuard<'_, Sums> {
@@ -217,27 +232,26 @@ fn lock(sums: &Mutex<Sums>) -> MutexGuard<'_, Sums> {
 /// How many pairs of pod and remote are told apart; more than that are counted for their pods only.
 const MAX_TARGETS: usize = 100_000;
 
-/// Bindings by pod and policy.
+/// Bindings by pod (by address, if nobody has it) and policy.
 #[derive(Default)]
 struct Sums {
-    pods: BTreeMap<(IpAddr, Option<PolicyName>), PodUse>,
+    pods: BTreeMap<String, BTreeMap<Option<PolicyName>, PodUse>>,
     targets: HashMap<(IpAddr, SocketAddr, u8), u64>,
 }
 
 impl Sums {
     fn add(&mut self, one: &Bound, pod: Option<&String>) {
         let address = one.pod.ip();
-        let known = self
-            .pods
-            .entry((address, one.policy.clone()))
-            .or_insert_with(|| PodUse {
-                policy: one.policy.as_ref().map(ToString::to_string),
-                pod: pod.cloned().unwrap_or_else(|| address.to_string()),
-                bindings: 0,
-                resting: 0,
-                most_to_one: 0,
-                busiest: None,
-            });
+        let pod = pod.cloned().unwrap_or_else(|| address.to_string());
+        let of_pod = self.pods.entry(pod.clone()).or_default();
+        let known = of_pod.entry(one.policy.clone()).or_insert_with(|| PodUse {
+            policy: one.policy.as_ref().map(ToString::to_string),
+            pod,
+            bindings: 0,
+            resting: 0,
+            most_to_one: 0,
+            busiest: None,
+        });
         if one.state == FlowState::Resting {
             known.resting += 1;
             return;
@@ -257,7 +271,8 @@ impl Sums {
 
     /// Who has most first.
     fn finish(self) -> Vec<PodUse> {
-        let mut pods: Vec<PodUse> = self.pods.into_values().collect();
+        let pods = self.pods.into_values();
+        let mut pods: Vec<PodUse> = pods.flat_map(BTreeMap::into_values).collect();
         pods.sort_by_key(|pod| std::cmp::Reverse(pod.bindings));
         pods
     }
@@ -364,13 +379,15 @@ mod tests {
             mk_bound("10.1.0.2:2", "198.51.100.2:25", FlowState::Opening),
             mk_bound("10.1.0.2:3", "198.51.100.2:25", FlowState::Closing),
             mk_bound("10.1.0.2:4", "198.51.100.2:25", FlowState::Resting),
+            // The same pod by its other address.
+            mk_bound("[fd00::2]:1", "[2001:db8::1]:25", FlowState::Established),
         ];
         let mut sums = Sums::default();
         for one in &bound {
             let name = "a/mta".to_owned();
             sums.add(
                 one,
-                (one.pod.ip().to_string() == "10.1.0.2").then_some(&name),
+                one.pod.ip().to_string().ends_with('2').then_some(&name),
             );
         }
         let pods = sums.finish();
@@ -378,7 +395,7 @@ mod tests {
         let of: Vec<_> = pods.iter().map(of).collect();
         assert_eq!(
             of,
-            [("a/mta".into(), 3, 1, 2), ("10.1.0.1".into(), 1, 0, 1)]
+            [("a/mta".into(), 4, 1, 2), ("10.1.0.1".into(), 1, 0, 1)]
         );
         assert_eq!(pods[0].busiest, Some("198.51.100.2:25".parse().unwrap()));
     }

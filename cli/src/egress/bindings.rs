@@ -1,5 +1,6 @@
 //! `landfall egress bindings`.
 
+use clap::builder::RangedU64ValueParser;
 use landfall_runtime::control::{self, Binding, Bindings, Egress, PodUse, Pods, path};
 
 use super::table::{aligned, or_none};
@@ -18,7 +19,12 @@ pub(super) struct Args {
     #[arg(long)]
     by_pod: bool,
     /// Show so many at most.
-    #[arg(long, default_value_t = 1000, value_name = "NUMBER")]
+    #[arg(
+        long,
+        default_value_t = 1000,
+        value_name = "NUMBER",
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..)
+    )]
     most: usize,
     /// How to print it.
     #[arg(short, long, default_value = "table")]
@@ -57,13 +63,13 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
         return exec::at(node, &args.speaker, &args.words()).await;
     }
     let socket = &args.speaker.socket;
-    let (text, any) = if args.by_pod {
+    let (text, any, copies) = if args.by_pod {
         let found: Pods = control::get(socket, &args.query(path::PODS)).await?;
         let text = match args.output {
             Format::Json => serde_json::to_string_pretty(&found)?,
             Format::Table => pods(&found),
         };
-        (text, !found.pods.is_empty())
+        (text, !found.pods.is_empty(), found.copies)
     } else {
         let found: Bindings = control::get(socket, &args.query(path::BINDINGS)).await?;
         if found.more > 0 && args.output == Format::Table {
@@ -73,14 +79,24 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
             Format::Json => serde_json::to_string_pretty(&found)?,
             Format::Table => table(&found),
         };
-        (text, !found.bindings.is_empty())
+        (text, !found.bindings.is_empty(), found.copies)
     };
-    if any || args.output == Format::Json {
+    let is_json = args.output == Format::Json;
+    if any || is_json {
         print::result(text)?;
+    }
+    if any && is_json {
+        return Ok(true);
     }
     let here: Egress = control::get(socket, path::EGRESS).await?;
     if !any {
         print::note(why_none(&here, args.policy.as_deref()));
+    }
+    if copies > 0 {
+        let node = &here.node;
+        print::note(format_args!(
+            "{copies} more are kept at {node} for the gateway of their addresses, which is another node (`landfall egress list`)."
+        ));
     }
     for note in dropped(&here, args.policy.as_deref()) {
         print::note(note);
@@ -202,6 +218,7 @@ mod tests {
                 state: "established".into(),
             }],
             more: 0,
+            copies: 0,
         };
         let text = table(&found);
         let lines: Vec<&str> = text.lines().collect();

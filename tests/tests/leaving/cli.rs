@@ -136,6 +136,16 @@ fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
     let (code, text) = cli.asks(&pod.node, &["bindings"]);
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("no policy's gateway"), "{text}");
+    // Who stands by has it, and says so of the copy.
+    let standby = until_some("a standby", || {
+        cli.policies()["standby"].as_str().map(str::to_owned)
+    });
+    let text = until_some("the copy", || {
+        let (code, text) = cli.asks(&standby, &["bindings", "--pod", &name]);
+        assert_eq!(code, 1, "{text}");
+        text.contains("kept at").then_some(text)
+    });
+    assert!(!text.contains("established"), "{text}");
     let ports = until_some("ports in use in the status", || {
         cli.policies()["portsInUse"]
             .as_u64()

@@ -122,6 +122,14 @@ impl Speaker {
             .collect()
     }
 
+    /// The addresses of these, and those where flows of policies that are gone go on.
+    pub fn led_egress(&self) -> BTreeSet<IpAddr> {
+        let led = self.election.leaderships();
+        led.filter_map(|(id, _)| self.group(id))
+            .flat_map(|group| group.vips.iter().map(|vip| vip.address))
+            .collect()
+    }
+
     /// Whether packets of egress policies' pods are treated on this node at all.
     pub fn treats_egress(&self) -> bool {
         self.identity.egress_mark.is_some()
