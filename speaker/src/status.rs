@@ -363,7 +363,10 @@ impl Reporter {
         };
         for vip in &group.vips {
             let mut status = status(speaker, group, vip, &verdicts);
-            if abandoned {
+            if !speaker.hears_most() {
+                // Another may lead where most nodes are, and have flows of them: what is said to be over is freed.
+                status.drained.clear();
+            } else if abandoned {
                 status.abandon(speaker.draining_on(vip.address));
             }
             self.say(speaker, group, vip, status, now, wall, writes);

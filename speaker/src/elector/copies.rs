@@ -151,6 +151,11 @@ impl Speaker {
             .collect()
     }
 
+    /// Whether no other node can be a gateway of the same addresses without this one hearing of it.
+    pub fn hears_most(&self) -> bool {
+        self.copies.licence == Licence::Full
+    }
+
     /// Looks what this node may do as a gateway, if nodes came or went or it may do less by now.
     pub(super) fn check_licence(
         &mut self,
