@@ -23,10 +23,21 @@ pub(crate) fn code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            print::note(format_args!("error: {error:#}"));
+            print::note(format_args!("error: {}", said(&error)));
             ExitCode::from(if lacks(&error) { LACKING } else { FAILED })
         }
     }
+}
+
+/// An error and its causes; but for those that it has named itself, as those of libraries do.
+fn said(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Whether the machine is at fault, not Landfall.
@@ -49,5 +60,18 @@ fn lacks(error: &anyhow::Error) -> bool {
             | LabError::Invalid(_),
         )
         | None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow::anyhow!("no such file")
+            .context("reading a: no such file")
+            .context("pass --file");
+        assert_eq!(said(&error), "pass --file: reading a: no such file");
     }
 }
