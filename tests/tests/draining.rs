@@ -15,7 +15,7 @@ use landfall_core::ip::virtual_ip_name;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
-use landfall_tests::tenants::{self, await_egress, egress, outside, seen_from};
+use landfall_tests::tenants::{self, await_egress, await_seen, egress, outside, seen_from};
 use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, until_within};
 use serde_json::json;
 
@@ -72,13 +72,7 @@ fn flows_outlive_their_policy_and_their_gateway() {
 #[test]
 fn flows_end_with_a_policy_that_cuts() {
     with_flows(|cluster, flows| {
-        let cuts = json!({"spec": {"onDelete": "Cut"}});
-        cluster.block_on(async {
-            let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
-            let patch = Patch::Merge(&cuts);
-            let params = PatchParams::default();
-            policies.patch("mail", &params, &patch).await.unwrap();
-        });
+        patch(cluster, &json!({"onDelete": "Cut"}));
         eventually("on record", || {
             let terms = record(cluster, egress()[0])?.spec.egress_terms;
             let cuts = |terms: &landfall_api::virtual_ip::EgressTerms| {
@@ -100,6 +94,60 @@ fn flows_end_with_a_policy_that_cuts() {
             assert_eq!(lost.len(), number, "{pod}: {lost:?}");
         }
         Ok(())
+    });
+}
+
+/// What a policy's pods began goes on by the addresses that the policy had then; what they begin leaves by those that it has.
+#[test]
+fn flows_keep_their_address_when_their_policy_gets_others() {
+    with_flows(|cluster, mut flows| {
+        let lab = cluster.lab();
+        let others = Network::Lan.both(235);
+        let egress_ips = json!({"addresses": others, "pool": null, "ipFamilies": null});
+        patch(cluster, &json!({"egressIPs": egress_ips}));
+        let follow = |pods: &[&Pod]| {
+            let begun = Instant::now();
+            for pod in pods {
+                for server in outside() {
+                    await_seen(pod, server, |seen| {
+                        let known = others.contains(&seen) || egress().contains(&seen);
+                        assert!(known, "{}: {seen}", pod.name);
+                        others.contains(&seen)
+                    });
+                }
+            }
+            println!("all leave by the new addresses after {:?}", begun.elapsed());
+        };
+        follow(&all(lab));
+        go_on(&mut flows);
+        let gateway = leader(cluster);
+        flows.retain(|pod, _| !pod.starts_with(&gateway));
+        thread::sleep(AGE);
+        lab.inject(&gateway, Fault::PowerOff).unwrap();
+        eventually("another gateway", || {
+            (leader(cluster) != gateway).then_some(())
+        });
+        go_on(&mut flows);
+        let left: Vec<&Pod> = lab.pods().filter(|pod| pod.node != gateway).collect();
+        follow(&left);
+        assert!(egress().iter().all(|it| is_held(cluster, *it)));
+        drop(flows);
+        eventually("free", || {
+            let held = egress().iter().any(|it| is_held(cluster, *it));
+            (!held).then_some(())
+        });
+        assert!(others.iter().all(|it| is_held(cluster, *it)));
+        Ok(())
+    });
+}
+
+/// Changes the policy's spec.
+fn patch(cluster: &Cluster, spec: &serde_json::Value) {
+    cluster.block_on(async {
+        let policies: Api<EgressPolicy> = Api::all(cluster.client().await.unwrap());
+        let patch = json!({"spec": spec});
+        let (params, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        policies.patch("mail", &params, &patch).await.unwrap();
     });
 }
 
