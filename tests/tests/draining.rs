@@ -47,21 +47,14 @@ fn flows_outlive_their_policy_and_their_gateway() {
         flows.retain(|pod, _| !pod.starts_with(&gateway));
         thread::sleep(AGE);
         go_on(&mut flows);
-        lab.inject(&gateway, Fault::PowerOff).unwrap();
-        eventually("another gateway", || {
-            let leader = leader(cluster);
-            (!leader.is_empty() && leader != gateway).then_some(())
-        });
+        lose_power(cluster, &gateway);
         go_on(&mut flows);
         let left: Vec<&Pod> = lab.pods().filter(|pod| pod.node != gateway).collect();
         leave_as_the_nodes(lab, &left);
         assert!(egress().iter().all(|it| is_held(cluster, *it)));
         drop(flows);
         let begun = Instant::now();
-        eventually("free", || {
-            let held = egress().iter().any(|it| is_held(cluster, *it));
-            (!held).then_some(())
-        });
+        await_free(cluster);
         println!(
             "the addresses rest {:?} after the last flow",
             begun.elapsed()
@@ -84,10 +77,7 @@ fn flows_end_with_a_policy_that_cuts() {
         tenants::delete(cluster, "mail")?;
         let begun = Instant::now();
         leave_as_the_nodes(cluster.lab(), &all(cluster.lab()));
-        eventually("free", || {
-            let held = egress().iter().any(|it| is_held(cluster, *it));
-            (!held).then_some(())
-        });
+        await_free(cluster);
         println!("free after {:?}", begun.elapsed());
         for (pod, mut flows) in flows {
             let number = flows.len();
@@ -126,20 +116,13 @@ fn flows_keep_their_address_when_their_policy_gets_others() {
         println!("{gateway}, which loses its power, leads the old addresses, {next} the new ones");
         flows.retain(|pod, _| !pod.starts_with(&gateway));
         thread::sleep(AGE);
-        lab.inject(&gateway, Fault::PowerOff).unwrap();
-        eventually("another gateway", || {
-            let leader = leader(cluster);
-            (!leader.is_empty() && leader != gateway).then_some(())
-        });
+        lose_power(cluster, &gateway);
         go_on(&mut flows);
         let left: Vec<&Pod> = lab.pods().filter(|pod| pod.node != gateway).collect();
         follow(&left);
         assert!(egress().iter().all(|it| is_held(cluster, *it)));
         drop(flows);
-        eventually("free", || {
-            let held = egress().iter().any(|it| is_held(cluster, *it));
-            (!held).then_some(())
-        });
+        await_free(cluster);
         assert!(others.iter().all(|it| is_held(cluster, *it)));
         Ok(())
     });
@@ -222,6 +205,23 @@ fn record(cluster: &Cluster, address: IpAddr) -> Option<VirtualIP> {
 
 fn is_held(cluster: &Cluster, address: IpAddr) -> bool {
     record(cluster, address).is_some_and(|it| !it.spec.egress_policies.is_empty())
+}
+
+/// Waits until the policy's addresses are nobody's.
+fn await_free(cluster: &Cluster) {
+    eventually("free", || {
+        let held = egress().iter().any(|it| is_held(cluster, *it));
+        (!held).then_some(())
+    });
+}
+
+/// The gateway's node loses its power, and another is the gateway.
+fn lose_power(cluster: &Cluster, gateway: &str) {
+    cluster.lab().inject(gateway, Fault::PowerOff).unwrap();
+    eventually("another gateway", || {
+        let leader = leader(cluster);
+        (!leader.is_empty() && leader != gateway).then_some(())
+    });
 }
 
 /// Who leads the policy's address, as it is said on record.
