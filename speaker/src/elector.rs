@@ -483,10 +483,10 @@ impl Speaker {
         }
         if tick.all {
             let addresses = self.election.addresses();
-            self.plan.tell_networks(addresses.clone());
             if self.identity.manifests {
-                self.index.tell_addresses(addresses);
+                self.index.tell_addresses(addresses.clone());
             }
+            self.plan.tell_networks(addresses);
             self.desired.forget();
             self.apply_soon(now);
         }

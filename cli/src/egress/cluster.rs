@@ -144,10 +144,9 @@ pub(super) async fn read(client: &Client) -> anyhow::Result<Read> {
         if !is_ready(&node) {
             read.cluster.not_ready.insert(name.clone());
         }
-        if let Ok(Object::Node(node)) = node.project() {
-            let event = Event::Apply(Object::Node(node.clone()));
-            read.cluster.networks.apply(&event);
-            read.cluster.nodes.insert(name, node);
+        if let Ok(node) = node.project() {
+            read.cluster.networks.apply(&Event::Apply(node));
+            read.cluster.nodes.insert(name);
         }
     }
     read.cluster.cluster_ips = cluster_ips(all::<Service>(client).await?);

@@ -9,13 +9,13 @@ use super::choice::Rank;
 use super::inside::{Networks, Place, holding};
 use super::{EgressIndex, PodState, shadows};
 use crate::ip::Family;
-use crate::model::{Condition, EgressPolicy, Node, NodeName, ObjectKey, VirtualIp, bits};
+use crate::model::{Condition, EgressPolicy, NodeName, ObjectKey, VirtualIp, bits};
 
 /// What the answer depends on beside the index.
 #[derive(Clone, Debug, Default)]
 pub struct Cluster {
     /// The nodes.
-    pub nodes: BTreeMap<NodeName, Node>,
+    pub nodes: BTreeSet<NodeName>,
     /// Those that are not ready, as the API has it.
     pub not_ready: BTreeSet<NodeName>,
     /// All VIPs.
@@ -245,7 +245,7 @@ impl EgressIndex {
             at += ", the pod's own node";
         }
         step(Topic::Gateway, at);
-        if !cluster.nodes.contains_key(&gateway) {
+        if !cluster.nodes.contains(&gateway) {
             let text = format!("there is no node {gateway} any more: its successor is being found");
             step(Topic::Gateway, text);
         } else if cluster.not_ready.contains(&gateway) {

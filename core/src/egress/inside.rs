@@ -191,9 +191,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
-    use crate::egress::tests::mk_vip;
-    use crate::ip::Family;
-    use crate::model::{Endpoint, EndpointSlice};
+    use crate::egress::tests::{mk_slice, mk_vip};
 
     #[test]
     fn what_a_node_says_it_has_is_its_own_unless_it_is_a_vip() {
@@ -229,20 +227,7 @@ mod tests {
     fn the_api_server_is_where_it_says_itself() {
         let mut networks = Networks::default();
         let slice = |name: &str, address: &str| {
-            let address = address.parse().unwrap();
-            Event::Apply(Object::EndpointSlice(EndpointSlice {
-                key: ObjectKey::new("default", name),
-                service: ObjectKey::new("default", "kubernetes"),
-                family: Family::of(address),
-                ports: Vec::new(),
-                endpoints: vec![Endpoint {
-                    address,
-                    node: None,
-                    ready: true,
-                    serving: true,
-                    terminating: false,
-                }],
-            }))
+            Event::Apply(Object::EndpointSlice(mk_slice(name, address)))
         };
         assert!(networks.apply(&slice("kubernetes", "203.0.113.6")));
         assert!(!networks.apply(&slice("mine", "203.0.113.7")));

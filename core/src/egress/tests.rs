@@ -2,7 +2,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::model::{EgressSource, Namespace, Purpose, ServiceAllocation, VirtualIp};
+use crate::model::{
+    EgressSource, Endpoint, EndpointSlice, Namespace, Purpose, ServiceAllocation, VirtualIp,
+};
 use crate::selector::{LabelSelector, Labels};
 
 pub(super) fn mk_labels(labels: &[(&str, &str)]) -> Labels {
@@ -57,6 +59,24 @@ pub(super) fn mk_pool(name: &str, namespaces: &[&str]) -> Pool {
         quarantine: Duration::ZERO,
         retain_assigned: false,
         flaw: None,
+    }
+}
+
+/// A slice of the API server's Service.
+pub(super) fn mk_slice(name: &str, address: &str) -> EndpointSlice {
+    let address = address.parse().unwrap();
+    EndpointSlice {
+        key: ObjectKey::new("default", name),
+        service: ObjectKey::new("default", "kubernetes"),
+        family: Family::of(address),
+        ports: Vec::new(),
+        endpoints: vec![Endpoint {
+            address,
+            node: None,
+            ready: true,
+            serving: true,
+            terminating: false,
+        }],
     }
 }
 

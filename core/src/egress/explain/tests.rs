@@ -1,7 +1,7 @@
-use super::super::tests::{mk_labels, mk_pod, mk_policy, mk_pool, mk_vip};
+use super::super::tests::{mk_labels, mk_pod, mk_policy, mk_pool, mk_slice, mk_vip};
 use super::super::*;
 use super::*;
-use crate::model::{Bandwidth, Endpoint, EndpointSlice, Event, Namespace, Object, ServiceCidr};
+use crate::model::{Bandwidth, Event, Namespace, Node, Object, ServiceCidr};
 
 const OUT: &str = "203.0.113.7";
 
@@ -44,8 +44,8 @@ impl World {
                 pod_cidrs: vec![pods.parse().unwrap()],
                 network_unavailable: false,
             };
-            world.network(Object::Node(node.clone()));
-            world.cluster.nodes.insert(name.into(), node);
+            world.network(Object::Node(node));
+            world.cluster.nodes.insert(name.into());
         }
         world
     }
@@ -92,24 +92,6 @@ impl World {
             }
             other => panic!("{other:?}"),
         }
-    }
-}
-
-/// Where the API server is reached.
-fn mk_slice(address: &str) -> EndpointSlice {
-    let address = address.parse().unwrap();
-    EndpointSlice {
-        key: ObjectKey::new("default", "kubernetes"),
-        service: ObjectKey::new("default", "kubernetes"),
-        family: Family::of(address),
-        ports: Vec::new(),
-        endpoints: vec![Endpoint {
-            address,
-            node: None,
-            ready: true,
-            serving: true,
-            terminating: false,
-        }],
     }
 }
 
@@ -213,7 +195,7 @@ fn what_is_the_clusters_own_stays() {
         name: "kubernetes".into(),
         cidrs: vec!["10.96.0.0/16".parse().unwrap()],
     }));
-    world.network(Object::EndpointSlice(mk_slice("203.0.113.6")));
+    world.network(Object::EndpointSlice(mk_slice("kubernetes", "203.0.113.6")));
     for (to, said) in [
         ("192.0.2.32", "a VIP of this cluster, of EgressPolicy mail"),
         ("10.96.0.9", "the cluster address of Service b/db"),
