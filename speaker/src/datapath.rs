@@ -22,6 +22,7 @@ mod qdisc;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod uplink;
 mod worker;
 

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use landfall_core::model::{NodeName, Protocol};
@@ -15,6 +15,7 @@ use landfall_core::steering;
 use landfall_ebpf_common::FlowKey;
 use landfall_ebpf_common::rendezvous::{bucket, hash};
 
+use super::thread;
 use super::worker::{SharedTables, lock};
 use super::{Held, PortId, PortState};
 use compare::{Known, reconcile};
@@ -81,10 +82,7 @@ impl Flows {
             look_at: Instant::now(),
             away: BTreeMap::new(),
         };
-        let thread = thread::Builder::new()
-            .name("flows".to_owned())
-            .spawn(move || task.run())
-            .expect("the system has a thread to spare");
+        let thread = thread::start("flows", move || task.run());
         Self {
             shared,
             thread: Some(thread),
@@ -183,7 +181,7 @@ struct Task {
 impl Task {
     fn run(&mut self) {
         while let Some(mut maps) = self.wait() {
-            thread::sleep(GATHER);
+            std::thread::sleep(GATHER);
             if Instant::now() >= self.compare_at {
                 self.compare(&mut maps);
             }

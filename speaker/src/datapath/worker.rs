@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::net::if_::if_indextoname;
@@ -19,6 +19,7 @@ use super::flows::Flows;
 use super::metrics::{Metrics, RestoredLabels};
 use super::pins::Pins;
 use super::tables::{Tables, TablesError};
+use super::thread;
 use super::uplink::Uplink;
 use super::{
     Attachment, BucketHolders, Change, Config, DataPath, Held, Interfaces, Leaving, NodeId,
@@ -84,10 +85,7 @@ impl Worker {
             last_reason: None,
             unguarded: BTreeMap::new(),
         };
-        let thread = thread::Builder::new()
-            .name("datapath".to_owned())
-            .spawn(move || task.run())
-            .expect("the system has a thread to spare");
+        let thread = thread::start("datapath", move || task.run());
         Self {
             shared,
             flows,

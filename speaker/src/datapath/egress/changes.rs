@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aya::Ebpf;
@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::super::tables::{TablesError, taken};
+use super::super::thread;
 use super::super::worker::lock;
 use super::copies::reopened;
 use crate::replication::Happened;
@@ -126,10 +127,7 @@ impl Changes {
             told: Box::new(told),
             stop: Arc::clone(&stop),
         };
-        let thread = thread::Builder::new()
-            .name("bindings".to_owned())
-            .spawn(move || task.run())
-            .expect("the system has a thread to spare");
+        let thread = thread::start("bindings", move || task.run());
         Self {
             stop,
             thread: Some(thread),
@@ -160,7 +158,7 @@ impl Task {
             if !self.source.wait() {
                 continue;
             }
-            thread::sleep(GATHER);
+            std::thread::sleep(GATHER);
             let changes = self.source.read(BATCH);
             if !changes.is_empty() {
                 self.tell(Happened::Changes(changes));
@@ -182,7 +180,7 @@ impl Task {
                 Ok(()) | Err(TrySendError::Closed(_)) => return,
                 Err(TrySendError::Full(back)) => happened = back,
             }
-            thread::sleep(BUSY);
+            std::thread::sleep(BUSY);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aya::programs::SchedClassifier;
@@ -23,6 +23,7 @@ use super::super::Hook;
 use super::super::attached::{Attached, Side as _};
 use super::super::layout::SHAPES as SHARED;
 use super::super::pins::Pins;
+use super::super::thread;
 use super::super::uplink::{classifier, load};
 use super::super::worker::lock;
 use super::attach::{self, Side};
@@ -154,10 +155,7 @@ impl Gateway {
             taken: 0,
             again: None,
         };
-        let thread = thread::Builder::new()
-            .name("gateway".to_owned())
-            .spawn(move || task.run())
-            .expect("the system has a thread to spare");
+        let thread = thread::start("gateway", move || task.run());
         Self {
             shared,
             pin_dir,
