@@ -24,6 +24,8 @@ mod restarts;
 mod scene;
 #[path = "announcing/steering.rs"]
 mod steering;
+#[path = "announcing/table.rs"]
+mod table;
 #[path = "announcing/wire.rs"]
 mod wire;
 

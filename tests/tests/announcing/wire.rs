@@ -15,6 +15,7 @@ use serde_json::json;
 
 use crate::scene::{Scene, eventually};
 use crate::steering::pods;
+use crate::table::Table;
 
 /// As many connections reach every one of three nodes, but for one time in ten thousand.
 const CONNECTIONS: usize = 30;
@@ -195,23 +196,6 @@ pub(crate) fn behind_nodes(scene: &Scene<'_>) {
     }
     for network in behind::networks(3) {
         router.ip(&format!("route del {network}")).unwrap();
-    }
-}
-
-/// An nftables table of somebody else's, for a while.
-struct Table<'a>(&'a Netns, &'a str);
-
-impl<'a> Table<'a> {
-    fn load(host: &'a Netns, name: &'a str, chains: &str) -> Self {
-        host.nft(&format!("table inet {name} {{\n{chains}\n}}\n"))
-            .unwrap();
-        Self(host, name)
-    }
-}
-
-impl Drop for Table<'_> {
-    fn drop(&mut self) {
-        let _ = self.0.nft(&format!("delete table inet {}\n", self.1));
     }
 }
 
