@@ -133,6 +133,25 @@ pub struct PodUse {
     pub most_to_one: u64,
     /// That remote.
     pub busiest: Option<SocketAddr>,
+    /// What was counted of its packets at this node since the pod is known here.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+/// Packets of a pod at its gateway, and their bytes, link-layer header included.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// To remotes.
+    pub out_packets: u64,
+    /// Their bytes.
+    pub out_bytes: u64,
+    /// From remotes.
+    pub in_packets: u64,
+    /// Their bytes.
+    pub in_bytes: u64,
+    /// Refused or dropped, by reason.
+    pub dropped: BTreeMap<String, u64>,
 }
 
 /// What pods use of a node as their gateway.

@@ -12,11 +12,14 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Json;
 use axum::routing::{get, post};
-use landfall_runtime::control::{Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, path};
+use landfall_ebpf_common::egress::gateway::PolicyCount;
+use landfall_runtime::control::{
+    Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, Traffic, path,
+};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::datapath::egress::{Bound, FlowState, Usage};
+use crate::datapath::egress::{Bound, FlowState, Usage, drops};
 use crate::egress::PolicyName;
 use crate::runtime::Shared;
 
@@ -210,19 +213,46 @@ async fn pods(
     let most = which.most.unwrap_or(MOST);
     let sums = Arc::new(Mutex::new(Sums::default()));
     let all = Arc::clone(&sums);
+    let tenants = tenants(&asked, &which);
     // Summed up as they are read: all of them would not fit beside what else the speaker holds.
     let found = find(&asked, which, 0, move |bound, pod| {
         lock(&all).add(bound, pod);
         false
     });
     let found = found.await?;
-    let mut pods = std::mem::take(&mut *lock(&sums)).finish();
+    let mut sums = std::mem::take(&mut *lock(&sums));
+    let reader = asked.shared.lock().bindings();
+    let counts = tokio::task::spawn_blocking(move || reader.counts()).await;
+    for (address, count) in counts.unwrap_or_default() {
+        if let Some((pod, policy)) = tenants.get(&address)
+            && count != PolicyCount::default()
+        {
+            sums.count(pod, policy, &count);
+        }
+    }
+    let mut pods = sums.finish();
     pods.truncate(most);
     Ok(Json(Pods {
         node: found.node,
         pods,
         copies: found.copies,
     }))
+}
+
+/// The pods that are asked for, by address, of policies that this node is the gateway of.
+fn tenants(asked: &Asked, which: &Which) -> HashMap<IpAddr, (String, PolicyName)> {
+    let speaker = asked.shared.lock();
+    let here = speaker.gateway_of();
+    let judged = speaker.egress().judged().iter();
+    let tenants = judged.filter_map(|(address, judged)| {
+        let policy = judged.tenant.as_ref()?.policy.clone();
+        Some((*address, (judged.pod.to_string(), policy)))
+    });
+    tenants
+        .filter(|(_, (_, policy))| here.contains(policy))
+        .filter(|(_, (_, policy))| which.policy.as_deref().is_none_or(|it| it == &**policy))
+        .filter(|(_, (pod, _))| which.pod.as_ref().is_none_or(|it| it == pod))
+        .collect()
 }
 
 fn lock(sums: &Mutex<Sums>) -> MutexGuard<'_, Sums> {
@@ -232,26 +262,34 @@ fn lock(sums: &Mutex<Sums>) -> MutexGuard<'_, Sums> {
 /// How many pairs of pod and remote are told apart; more than that are counted for their pods only.
 const MAX_TARGETS: usize = 100_000;
 
-/// Bindings by pod (by address, if nobody has it) and policy.
+/// By pod (by address, if nobody has it) and policy.
+type ByPod = BTreeMap<String, BTreeMap<Option<PolicyName>, PodUse>>;
+
+/// What pods have and have sent.
 #[derive(Default)]
 struct Sums {
-    pods: BTreeMap<String, BTreeMap<Option<PolicyName>, PodUse>>,
+    pods: ByPod,
     targets: HashMap<(IpAddr, SocketAddr, u8), u64>,
+}
+
+fn of<'a>(pods: &'a mut ByPod, pod: &str, policy: Option<&PolicyName>) -> &'a mut PodUse {
+    let of_pod = pods.entry(pod.to_owned()).or_default();
+    of_pod.entry(policy.cloned()).or_insert_with(|| PodUse {
+        policy: policy.map(ToString::to_string),
+        pod: pod.to_owned(),
+        bindings: 0,
+        resting: 0,
+        most_to_one: 0,
+        busiest: None,
+        traffic: Traffic::default(),
+    })
 }
 
 impl Sums {
     fn add(&mut self, one: &Bound, pod: Option<&String>) {
         let address = one.pod.ip();
         let pod = pod.cloned().unwrap_or_else(|| address.to_string());
-        let of_pod = self.pods.entry(pod.clone()).or_default();
-        let known = of_pod.entry(one.policy.clone()).or_insert_with(|| PodUse {
-            policy: one.policy.as_ref().map(ToString::to_string),
-            pod,
-            bindings: 0,
-            resting: 0,
-            most_to_one: 0,
-            busiest: None,
-        });
+        let known = of(&mut self.pods, &pod, one.policy.as_ref());
         if one.state == FlowState::Resting {
             known.resting += 1;
             return;
@@ -266,6 +304,21 @@ impl Sums {
         if *ports > known.most_to_one {
             known.most_to_one = *ports;
             known.busiest = Some(one.remote);
+        }
+    }
+
+    /// Adds what was counted of a pod by one of its addresses.
+    fn count(&mut self, pod: &str, policy: &PolicyName, count: &PolicyCount) {
+        let known = of(&mut self.pods, pod, Some(policy));
+        let traffic = &mut known.traffic;
+        traffic.out_packets += count.out_packets;
+        traffic.out_bytes += count.out_bytes;
+        traffic.in_packets += count.in_packets;
+        traffic.in_bytes += count.in_bytes;
+        for (reason, packets) in drops(count) {
+            if packets > 0 {
+                *traffic.dropped.entry(reason.to_owned()).or_default() += packets;
+            }
         }
     }
 
@@ -390,13 +443,31 @@ mod tests {
                 one.pod.ip().to_string().ends_with('2').then_some(&name),
             );
         }
+        let count = PolicyCount {
+            out_packets: 3,
+            out_bytes: 300,
+            quota: 2,
+            ..PolicyCount::default()
+        };
+        for _ in 0..2 {
+            sums.count("a/mta", &"mail".into(), &count);
+        }
+        sums.count("a/refused", &"mail".into(), &count);
         let pods = sums.finish();
         let of = |pod: &PodUse| (pod.pod.clone(), pod.bindings, pod.resting, pod.most_to_one);
         let of: Vec<_> = pods.iter().map(of).collect();
         assert_eq!(
             of,
-            [("a/mta".into(), 4, 1, 2), ("10.1.0.1".into(), 1, 0, 1)]
+            [
+                ("a/mta".into(), 4, 1, 2),
+                ("10.1.0.1".into(), 1, 0, 1),
+                ("a/refused".into(), 0, 0, 0)
+            ]
         );
+        let traffic = &pods[0].traffic;
+        assert_eq!((traffic.out_packets, traffic.out_bytes), (6, 600));
+        assert_eq!(traffic.dropped, BTreeMap::from([("quota".into(), 4)]));
+        assert_eq!(pods[1].traffic, Traffic::default());
         assert_eq!(pods[0].busiest, Some("198.51.100.2:25".parse().unwrap()));
     }
 }

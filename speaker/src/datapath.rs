@@ -36,6 +36,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use landfall_core::model::{NodeName, Protocol};
 use landfall_core::steering::Distribution;
+use landfall_ebpf_common::egress::gateway::PolicyCount;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
@@ -324,6 +325,8 @@ pub trait DataPath: Send + Sync {
     fn was_gateway_of(&self, policy: &PolicyName) -> bool;
     /// What the pods of each policy use of this node as their gateway.
     fn usage(&self) -> BTreeMap<PolicyName, egress::Usage>;
+    /// What was counted at this node of each pod whose gateway it is or would be, by the pod's address.
+    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount>;
     /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.
     ///
     /// # Errors

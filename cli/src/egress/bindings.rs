@@ -1,5 +1,7 @@
 //! `landfall egress bindings`.
 
+use std::collections::BTreeMap;
+
 use clap::builder::RangedU64ValueParser;
 use landfall_runtime::control::{self, Binding, Bindings, Egress, PodUse, Pods, path};
 
@@ -15,7 +17,7 @@ pub(super) struct Args {
     /// Only those of this pod.
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = parse_pod)]
     pod: Option<String>,
-    /// How many each pod has, who has most first.
+    /// How many each pod has, who has most first; the bytes of its packets, and how many were not let through, by reason.
     #[arg(long)]
     by_pod: bool,
     /// Show so many at most.
@@ -63,11 +65,12 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
         return exec::at(node, &args.speaker, &args.words()).await;
     }
     let socket = &args.speaker.socket;
+    let here: Egress = control::get(socket, path::EGRESS).await?;
     let (text, any, copies) = if args.by_pod {
         let found: Pods = control::get(socket, &args.query(path::PODS)).await?;
         let text = match args.output {
             Format::Json => serde_json::to_string_pretty(&found)?,
-            Format::Table => pods(&found),
+            Format::Table => pods(&found, &here),
         };
         (text, !found.pods.is_empty(), found.copies)
     } else {
@@ -88,7 +91,6 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
     if any && is_json {
         return Ok(true);
     }
-    let here: Egress = control::get(socket, path::EGRESS).await?;
     if !any {
         print::note(why_none(&here, args.policy.as_deref()));
     }
@@ -109,19 +111,39 @@ fn dropped(here: &Egress, policy: Option<&str>) -> Vec<String> {
     let policies = here.policies.iter();
     let asked = policies.filter(|(name, _)| policy.is_none_or(|policy| policy == **name));
     let lines = asked.filter_map(|(name, used)| {
-        let reasons = used.dropped.iter().filter(|(_, packets)| **packets > 0);
-        let reasons: Vec<String> = reasons
-            .map(|(reason, packets)| format!("{reason} {packets}"))
-            .collect();
-        let reasons = reasons.join(", ");
-        (!reasons.is_empty()).then(|| {
-            format!(
-                "Packets of {name} not let through at {}: {reasons}.",
-                here.node
-            )
-        })
+        let reasons = reasons(&used.dropped)?;
+        Some(format!(
+            "Packets of {name} not let through at {}: {reasons}.",
+            here.node
+        ))
     });
     lines.collect()
+}
+
+/// Numbers of packets by reason, if there are any.
+fn reasons(dropped: &BTreeMap<String, u64>) -> Option<String> {
+    let some = dropped.iter().filter(|(_, packets)| **packets > 0);
+    let some: Vec<String> = some
+        .map(|(reason, packets)| format!("{reason} {packets}"))
+        .collect();
+    (!some.is_empty()).then(|| some.join(", "))
+}
+
+/// So many bytes, in three digits.
+fn bytes(number: u64) -> String {
+    const UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
+    if number < 1000 {
+        return format!("{number} B");
+    }
+    let power = number.ilog10() / 3;
+    let unit = 1000_u64.pow(power);
+    let (whole, tenths) = (number / unit, number % unit / (unit / 10));
+    let unit = UNITS[power as usize - 1];
+    if whole < 100 {
+        format!("{whole}.{tenths} {unit}")
+    } else {
+        format!("{whole} {unit}")
+    }
 }
 
 /// What a node is, that has no bindings.
@@ -174,15 +196,21 @@ fn table(found: &Bindings) -> String {
     aligned(&header, &rows)
 }
 
-fn pods(found: &Pods) -> String {
+fn pods(found: &Pods, here: &Egress) -> String {
     let row = |it: &PodUse| {
+        let policy = it.policy.as_ref().and_then(|name| here.policies.get(name));
+        let quota = policy.and_then(|policy| policy.quota_per_pod);
+        let quota = quota.map_or(String::new(), |quota| format!("/{quota}"));
         vec![
             it.pod.clone(),
             or_none(it.policy.as_ref()),
             it.bindings.to_string(),
             it.resting.to_string(),
-            it.most_to_one.to_string(),
+            format!("{}{quota}", it.most_to_one),
             or_none(it.busiest),
+            bytes(it.traffic.out_bytes),
+            bytes(it.traffic.in_bytes),
+            or_none(reasons(&it.traffic.dropped)),
         ]
     };
     let rows: Vec<Vec<String>> = found.pods.iter().map(row).collect();
@@ -193,6 +221,9 @@ fn pods(found: &Pods) -> String {
         "RESTING",
         "MOST TO ONE",
         "REMOTE",
+        "OUT",
+        "IN",
+        "DROPPED",
     ];
     aligned(&header, &rows)
 }
@@ -235,6 +266,21 @@ mod tests {
         ];
         assert_eq!(words, expected);
         assert_eq!(lines[0].find("STATE"), lines[1].find("established"));
+    }
+
+    #[test]
+    fn bytes_are_short() {
+        for (number, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_000, "1.0 kB"),
+            (99_999, "99.9 kB"),
+            (100_000, "100 kB"),
+            (123_456_789, "123 MB"),
+            (u64::MAX, "18.4 EB"),
+        ] {
+            assert_eq!(bytes(number), text);
+        }
     }
 
     #[test]

@@ -261,17 +261,17 @@ fn drop(reason: Reason) -> i32 {
 
 /// The same of a packet of a policy's.
 #[inline(always)]
-fn drop_of(policy: u16, reason: Reason) -> i32 {
-    maps::note_of(policy, reason as u32, 0);
+fn drop_of(policy: u16, pod: &[u8; 16], reason: Reason) -> i32 {
+    maps::note_of(policy, pod, reason as u32, 0);
     DROP
 }
 
 /// A packet of a policy's goes on.
 #[inline(always)]
-fn passed(context: &TcContext, policy: u16, reason: Reason) {
+fn passed(context: &TcContext, policy: u16, pod: &[u8; 16], reason: Reason) {
     // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
     let bytes = unsafe { (*context.skb.skb).len };
-    maps::note_of(policy, reason as u32, bytes);
+    maps::note_of(policy, pod, reason as u32, bytes);
 }
 
 /// Finds a later fragment's ports, and notes a first one's. False, if they are not known.
@@ -317,14 +317,14 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         },
     };
     if maps::is_silent(&packet.to.address) {
-        return drop_of(found.policy, Reason::Silent);
+        return drop_of(found.policy, &packet.flow.client, Reason::Silent);
     }
     let Some(policy) = policy_of(&found) else {
         // The guard has sent on what is a pod's of this node.
         return if leaves {
             NOT_OURS
         } else {
-            drop_of(found.policy, Reason::NotGateway)
+            drop_of(found.policy, &packet.flow.client, Reason::NotGateway)
         };
     };
     if leaves != (found.node == 0) {
@@ -338,13 +338,13 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         return drop(Reason::Forged);
     }
     if pace::is_over(context, policy, found.policy, maps::OUT) {
-        return drop_of(found.policy, Reason::Bandwidth);
+        return drop_of(found.policy, &packet.flow.client, Reason::Bandwidth);
     }
     if leaves {
         if translate_out(context, packet, hairpin).is_none() {
-            return drop_of(found.policy, Reason::Unreadable);
+            return drop_of(found.policy, &packet.flow.client, Reason::Unreadable);
         }
-        passed(context, found.policy, Reason::Out);
+        passed(context, found.policy, &packet.flow.client, Reason::Out);
         if !hairpin {
             return NEXT;
         }
@@ -353,25 +353,25 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         return match hop {
             Some(hop) if is_at(packet, hop) => come_in(context, policy.uplink, None),
             Some(hop) => forward(packet, hop),
-            None => drop_of(found.policy, Reason::NoWay),
+            None => drop_of(found.policy, &packet.flow.client, Reason::NoWay),
         };
     }
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
-        return drop_of(found.policy, Reason::NoWay);
+        return drop_of(found.policy, &packet.flow.client, Reason::NoWay);
     };
     let own = signed(found.hop, found.node);
     if packet.ttl <= 1 {
-        maps::note_of(found.policy, Reason::Expired as u32, 0);
+        maps::note_of(found.policy, &packet.flow.client, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
     }
     if pace::lengths(context, packet).0 > hop.mtu {
-        maps::note_of(found.policy, Reason::TooBig as u32, 0);
+        maps::note_of(found.policy, &packet.flow.client, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
     }
     if translate_out(context, packet, hairpin).is_none() || lower(context, packet).is_none() {
-        return drop_of(found.policy, Reason::Unreadable);
+        return drop_of(found.policy, &packet.flow.client, Reason::Unreadable);
     }
-    passed(context, found.policy, Reason::Out);
+    passed(context, found.policy, &packet.flow.client, Reason::Out);
     if hairpin && is_at(packet, hop) {
         return come_in(context, hop.interface, Some(&hop.mac));
     }
@@ -477,7 +477,7 @@ fn begin<F: Family>(
         } else {
             Reason::Unreadable
         };
-        return Err(drop_of(source.policy, reason));
+        return Err(drop_of(source.policy, &packet.flow.client, reason));
     }
     let begins = match packet.kind {
         Kind::Whole if packet.protocol == TCP => packet.is_syn(),
@@ -487,7 +487,7 @@ fn begin<F: Family>(
     };
     let state = maps::egress(&VipKey(source.egress));
     if state.flags & egress_flag::SILENT != 0 {
-        return Err(drop_of(source.policy, Reason::Silent));
+        return Err(drop_of(source.policy, &packet.flow.client, Reason::Silent));
     }
     // The connection may be one whose binding was not copied in time.
     let goes_on = !begins
@@ -497,16 +497,21 @@ fn begin<F: Family>(
         && state.flags & egress_flag::LED != 0
         && flow::now().wrapping_sub(state.since) < ticks(RESUME);
     if !begins && !goes_on {
-        return Err(drop_of(source.policy, Reason::Unknown));
+        return Err(drop_of(source.policy, &packet.flow.client, Reason::Unknown));
     }
     if state.flags & egress_flag::FROZEN != 0 {
-        return Err(drop_of(source.policy, Reason::Frozen));
+        return Err(drop_of(source.policy, &packet.flow.client, Reason::Frozen));
     }
     let Some(hop) = maps::route(uplink, &destination) else {
-        return Err(drop_of(source.policy, Reason::NoWay));
+        return Err(drop_of(source.policy, &packet.flow.client, Reason::NoWay));
     };
     if packet.ttl <= 1 && !leaves {
-        maps::note_of(source.policy, Reason::Expired as u32, 0);
+        maps::note_of(
+            source.policy,
+            &packet.flow.client,
+            Reason::Expired as u32,
+            0,
+        );
         return Err(landfall_gateway_answer(
             context.skb.skb,
             say::EXPIRED,
@@ -525,7 +530,7 @@ fn begin<F: Family>(
         return flow::find_out::<F>(packet).ok_or(DROP);
     }
     let refused = made == Reason::Quota as u32 || made == Reason::NoPort as u32;
-    maps::note_of(source.policy, made, 0);
+    maps::note_of(source.policy, &packet.flow.client, made, 0);
     if !refused && made != Reason::NoRoom as u32 {
         return Err(DROP);
     }
@@ -595,13 +600,13 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         return unbound(context, packet, readable);
     };
     if maps::is_silent(&packet.flow.vip.0) {
-        return drop_of(found.policy, Reason::Silent);
+        return drop_of(found.policy, &packet.to.address, Reason::Silent);
     }
     let Some(policy) = policy_of(&found) else {
-        return drop_of(found.policy, Reason::NotGateway);
+        return drop_of(found.policy, &packet.to.address, Reason::NotGateway);
     };
     if pace::is_over(context, policy, found.policy, maps::IN) {
-        return drop_of(found.policy, Reason::Bandwidth);
+        return drop_of(found.policy, &packet.to.address, Reason::Bandwidth);
     }
     // A copy may have been here before it was known that its remote is a VIP.
     let hairpin = found.node != 0
@@ -609,24 +614,24 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
             && crate::maps::vip(&VipKey(packet.flow.client)).is_some();
     if found.hop == 0 {
         if translate_in(context, packet, hairpin).is_none() {
-            return drop_of(found.policy, Reason::Unreadable);
+            return drop_of(found.policy, &packet.to.address, Reason::Unreadable);
         }
         // So that the check of its way back finds the way that the pod's packets go.
         // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
         let before = unsafe { (*context.skb.skb).mark };
         context.set_mark(before | maps::mark());
-        passed(context, found.policy, Reason::In);
+        passed(context, found.policy, &packet.to.address, Reason::In);
         return NEXT;
     }
     let Some(node) = maps::node(found.hop).filter(|node| node.interface != 0) else {
-        return drop_of(found.policy, Reason::NoWay);
+        return drop_of(found.policy, &packet.to.address, Reason::NoWay);
     };
     if packet.ttl <= 1 {
-        maps::note_of(found.policy, Reason::Expired as u32, 0);
+        maps::note_of(found.policy, &packet.to.address, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, 0);
     }
     if pace::lengths(context, packet).0 > node.mtu {
-        maps::note_of(found.policy, Reason::TooBig as u32, 0);
+        maps::note_of(found.policy, &packet.to.address, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | node.mtu << 16, 0);
     }
     let translated = translate_in(context, packet, hairpin).is_some()
@@ -634,12 +639,12 @@ fn inward<F: Family>(context: &TcContext, readable: bool) -> i32 {
         && context.skb.store(0, &node.mac, 0).is_ok()
         && context.skb.store(6, &node.own, 0).is_ok();
     if !translated {
-        return drop_of(found.policy, Reason::Unreadable);
+        return drop_of(found.policy, &packet.to.address, Reason::Unreadable);
     }
     if tunnelled(context.skb.skb, found.hop).is_none() {
-        return drop_of(found.policy, Reason::NoWay);
+        return drop_of(found.policy, &packet.to.address, Reason::NoWay);
     }
-    passed(context, found.policy, Reason::In);
+    passed(context, found.policy, &packet.to.address, Reason::In);
     // SAFETY: it takes numbers only.
     unsafe { bpf_redirect(node.interface, 0) as i32 }
 }

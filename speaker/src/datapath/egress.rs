@@ -39,7 +39,7 @@ pub use list::{Bound, State as FlowState};
 pub use plan::{Peer, PeerId, Surroundings, Uplink};
 pub use standing::{Licence, Standing};
 pub use tally::Bindings;
-pub use usage::Usage;
+pub use usage::{Usage, drops};
 
 pub(super) use attach::Side;
 pub(super) use landfall_ebpf_common::egress::gateway::map::CHANGES;

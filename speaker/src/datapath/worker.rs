@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use landfall_ebpf_common::egress::gateway::PolicyCount;
 use nix::net::if_::if_indextoname;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
@@ -158,6 +159,10 @@ impl DataPath for Worker {
 
     fn usage(&self) -> BTreeMap<PolicyName, egress::Usage> {
         self.gateway.usage()
+    }
+
+    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+        self.gateway.pod_counts()
     }
 
     fn bindings(

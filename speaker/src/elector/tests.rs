@@ -14,6 +14,7 @@ use landfall_core::model::{
     Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectKey, Pool, Protocol, Service,
     ServicePort, VirtualIp,
 };
+use landfall_ebpf_common::egress::gateway::PolicyCount;
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::sync::watch;
@@ -124,6 +125,10 @@ impl DataPath for Lower {
 
     fn usage(&self) -> BTreeMap<PolicyName, Usage> {
         self.usage.lock().unwrap().clone()
+    }
+
+    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+        BTreeMap::new()
     }
 
     fn bindings(

@@ -473,6 +473,8 @@ pub mod map {
     pub const CHANGES: &str = "GATE_CHANGES";
     /// [`PolicyCount`](super::PolicyCount)s, by CPU, at the place of a policy's number.
     pub const COUNTS: &str = "GATE_COUNTS";
+    /// The same of each pod whose gateway this node is or would be, by its address, as in a [`VipKey`](crate::VipKey).
+    pub const POD_COUNTS: &str = "GATE_POD_COUNTS";
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key as Prefix, LpmTrie};
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address, Binding, Key, V4, V6};
 use landfall_ebpf_common::egress::gateway::{
@@ -68,6 +68,9 @@ static GATE_SETTINGS: Array<GateSettings> = Array::with_max_entries(1, 0);
 static GATE_REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
 #[map]
 static GATE_COUNTS: PerCpuArray<PolicyCount> = PerCpuArray::with_max_entries(MAX_POLICIES, 0);
+#[map]
+static GATE_POD_COUNTS: PerCpuHashMap<[u8; 16], PolicyCount> =
+    PerCpuHashMap::with_max_entries(MAX_SOURCES, BPF_F_NO_PREALLOC);
 #[map]
 static GATE_ROOM_V4: PerCpuArray<Room<V4>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -393,11 +396,15 @@ pub(super) fn note_number(reason: u32) {
     }
 }
 
-/// The same, of a packet of a policy's.
+/// The same, of a packet of a policy's and a pod's.
 #[inline(always)]
-pub(super) fn note_of(policy: u16, reason: u32, bytes: u32) {
+pub(super) fn note_of(policy: u16, pod: &[u8; 16], reason: u32, bytes: u32) {
     note_number(reason);
     if let Some(count) = GATE_COUNTS.get_ptr_mut(u32::from(policy)) {
+        // SAFETY: as above.
+        unsafe { (*count).note(reason, bytes) };
+    }
+    if let Some(count) = GATE_POD_COUNTS.get_ptr_mut(pod) {
         // SAFETY: as above.
         unsafe { (*count).note(reason, bytes) };
     }

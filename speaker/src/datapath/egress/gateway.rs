@@ -15,7 +15,7 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use landfall_ebpf_common::GATEWAY_KEEP;
 use landfall_ebpf_common::egress::binding::Times;
-use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, Reason};
+use landfall_ebpf_common::egress::gateway::{GateSettings, MAX_BINDINGS, PolicyCount, Reason};
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
@@ -252,6 +252,13 @@ impl Gateway {
     pub fn usage(&self) -> BTreeMap<PolicyName, Usage> {
         let tables = lock(&self.shared.tables);
         tables.as_ref().map(Tables::usage).unwrap_or_default()
+    }
+
+    /// What was counted of each pod that leaves here or would, by its address.
+    pub fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+        let tables = lock(&self.shared.tables);
+        let counts = tables.as_ref().map(Tables::counts_of_pods);
+        counts.unwrap_or_default()
     }
 
     /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.

@@ -9,7 +9,7 @@ use landfall_ebpf_common::egress::ports::{Crowd, Returned};
 use super::super::layout::{Prefix, Shape, shape};
 
 /// Every map of a gateway that outlives the process. The first six have room for as many as the user says.
-pub(in super::super) const SHAPES: [Shape; 22] = [
+pub(in super::super) const SHAPES: [Shape; 23] = [
     shape::<Key<V4>, Binding<V4>>(map::OUT_V4, MapType::Hash, common::MAX_BINDINGS),
     shape::<Key<V4>, Binding<V4>>(map::IN_V4, MapType::Hash, common::MAX_BINDINGS),
     shape::<Key<V6>, Binding<V6>>(map::OUT_V6, MapType::Hash, common::MAX_BINDINGS),
@@ -32,6 +32,11 @@ pub(in super::super) const SHAPES: [Shape; 22] = [
     shape::<u32, common::GateSettings>(map::SETTINGS, MapType::Array, 1),
     shape::<u32, u64>(map::REASONS, MapType::PerCpuArray, common::Reason::COUNT),
     shape::<u32, common::PolicyCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_POLICIES),
+    shape::<[u8; 16], common::PolicyCount>(
+        map::POD_COUNTS,
+        MapType::PerCpuHash,
+        common::MAX_SOURCES,
+    ),
 ];
 
 /// How many of them have room for as many as the user says.

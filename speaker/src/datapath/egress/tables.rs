@@ -8,7 +8,7 @@ use std::path::Path;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key as Prefix, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::util::nr_cpus;
 use ipnet::IpNet;
 use landfall_core::election::policy_id;
@@ -22,7 +22,7 @@ use landfall_ebpf_common::egress::gateway::{
 use xxhash_rust::xxh64::xxh64;
 
 use super::super::pins::Pins;
-use super::super::tables::{Numbers, TablesError, network, taken};
+use super::super::tables::{Numbers, TablesError, forget, network, taken};
 use super::attach::is_attached;
 use super::keeper::{Kept, Orphaned};
 use super::plan::{HopId, HopPlan, NodePlan, PeerId, Plan, PolicyPlan, SourcePlan};
@@ -51,6 +51,9 @@ pub(in super::super) struct Tables {
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
     counts: PerCpuArray<MapData, PolicyCount>,
+    /// Of pods whose gateway this node is or would be.
+    pod_counts: PerCpuHashMap<MapData, [u8; 16], PolicyCount>,
+    counted: BTreeSet<VipKey>,
     /// The names of the policies whose numbers this process has learnt.
     names: BTreeMap<u32, PolicyName>,
     /// What the keeper has counted last.
@@ -178,7 +181,10 @@ impl Tables {
             };
             (flags != 0).then_some((key, state))
         });
+        let pod_counts: PerCpuHashMap<_, [u8; 16], PolicyCount> = taken(ebpf, map::POD_COUNTS)?;
         Ok(Self {
+            counted: pod_counts.keys().flatten().map(VipKey).collect(),
+            pod_counts,
             states: states.collect(),
             owners: known.map(|(key, source)| (key, source.identity)).collect(),
             sources,
@@ -328,6 +334,7 @@ impl Tables {
             })
             .collect();
         sync(&mut self.sources, &sources)?;
+        self.count_pods(&sources)?;
         if plan.knows_pods() {
             let owners = plan.owners.iter();
             self.owners = owners
@@ -335,6 +342,36 @@ impl Tables {
                 .collect();
         }
         Ok(())
+    }
+
+    /// Makes room to count in for pods that leave here or would, and for no others.
+    fn count_pods(&mut self, sources: &BTreeMap<VipKey, Source>) -> Result<(), TablesError> {
+        let here = sources.iter().filter(|(_, source)| source.policy != 0);
+        let wanted: BTreeSet<VipKey> = here.map(|(address, _)| *address).collect();
+        let cpus = nr_cpus().map_err(|(_, error)| error)?;
+        for pod in wanted.difference(&self.counted) {
+            let nothing = PerCpuValues::try_from(vec![PolicyCount::default(); cpus])?;
+            self.pod_counts.insert(pod.0, nothing, 0)?;
+        }
+        for pod in self.counted.difference(&wanted) {
+            forget(self.pod_counts.remove(&pod.0))?;
+        }
+        self.counted = wanted;
+        Ok(())
+    }
+
+    /// What was counted of each pod, all CPUs together.
+    pub(in super::super) fn counts_of_pods(&self) -> BTreeMap<IpAddr, PolicyCount> {
+        let counts = self.pod_counts.iter().flatten();
+        counts
+            .map(|(pod, of_cpus)| {
+                let mut count = PolicyCount::default();
+                for of_cpu in of_cpus.iter() {
+                    count += *of_cpu;
+                }
+                (VipKey(pod).address(), count)
+            })
+            .collect()
     }
 
     /// What is known of the flows of policies whose gateway is elsewhere stays, and moves no packet.

@@ -36,12 +36,17 @@ impl Usage {
 
     /// Packets that were refused or dropped, by a word for the reason.
     pub fn drops(&self) -> [(&'static str, u64); 5] {
-        [
-            ("quota", self.count.quota),
-            ("no-port", self.count.no_port),
-            ("no-room", self.count.no_room),
-            ("bandwidth", self.count.bandwidth),
-            ("others", self.count.others),
-        ]
+        drops(&self.count)
     }
+}
+
+/// What of it was refused or dropped, by a word for the reason.
+pub fn drops(count: &PolicyCount) -> [(&'static str, u64); 5] {
+    [
+        ("quota", count.quota),
+        ("no-port", count.no_port),
+        ("no-room", count.no_room),
+        ("bandwidth", count.bandwidth),
+        ("others", count.others),
+    ]
 }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use landfall_core::groups::GroupId;
+use landfall_ebpf_common::egress::gateway::PolicyCount;
 
 use super::super::Speaker;
 use crate::datapath::egress::{Bound, Usage};
@@ -185,5 +186,10 @@ impl Bindings {
         wanted: &dyn Fn(&Bound) -> bool,
     ) -> std::io::Result<(Vec<Bound>, usize)> {
         self.0.bindings(most, wanted)
+    }
+
+    /// What was counted of each pod, by its address.
+    pub fn counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+        self.0.pod_counts()
     }
 }

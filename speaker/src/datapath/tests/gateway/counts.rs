@@ -1,5 +1,7 @@
 //! What is counted of each policy: packets and bytes both ways, and what was refused, to nobody else's account.
 
+use landfall_ebpf_common::egress::gateway::PolicyCount;
+
 use super::*;
 use crate::datapath::egress::Usage;
 
@@ -33,7 +35,7 @@ fn packets_are_counted_for_their_policy() {
         after.in_packets -= before.0.in_packets;
         after.in_bytes -= before.0.in_bytes;
         after.others -= before.0.others;
-        let expected = landfall_ebpf_common::egress::gateway::PolicyCount {
+        let expected = PolicyCount {
             out_packets: 1,
             out_bytes: syn.len() as u64,
             in_packets: 1,
@@ -43,6 +45,41 @@ fn packets_are_counted_for_their_policy() {
         };
         assert_eq!(after, expected);
         assert_eq!(gate.usage("shop").count, before.1, "another's");
+    }
+}
+
+/// Of each pod, too, and of no other; a pod that is nobody's tenant any more is not counted.
+#[test]
+fn packets_are_counted_for_their_pod() {
+    let mut gate = Gate::load();
+    for world in WORLDS {
+        let of = |gate: &Gate, pod: IpAddr| gate.maps.counts_of_pods().get(&pod).copied();
+        let syn = segment(world, world.pod, 4000, SYN);
+        let port = ports(&gate.comes(&syn).1).0;
+        let ack = mk_tcp(443, port, SYN | ACK);
+        let back = mk(STRANGER, world.remote, world.egress, 6, 64, &ack);
+        assert_eq!(gate.comes(&back).0, SENT);
+        let stray = mk_tcp(4001, 443, ACK);
+        gate.drops(
+            &mk(OTHER, world.pod, world.remote, 6, 64, &stray),
+            Reason::Unknown,
+        );
+        let expected = PolicyCount {
+            out_packets: 1,
+            out_bytes: syn.len() as u64,
+            in_packets: 1,
+            in_bytes: back.len() as u64,
+            others: 1,
+            ..PolicyCount::default()
+        };
+        assert_eq!(of(&gate, world.pod), Some(expected));
+        assert_eq!(of(&gate, world.friend), Some(PolicyCount::default()));
+        let mut egress = mk_egress();
+        egress.pods.remove(&world.pod);
+        gate.set(&egress);
+        assert_eq!(of(&gate, world.pod), None);
+        gate.set(&mk_egress());
+        assert_eq!(of(&gate, world.pod), Some(PolicyCount::default()));
     }
 }
 
