@@ -133,14 +133,14 @@ pub struct PodUse {
     pub most_to_one: u64,
     /// That remote.
     pub busiest: Option<SocketAddr>,
-    /// What was counted of its packets at this node since the pod is known here.
+    /// What was counted of its packets at this node since the pod is known here; nothing, if it is not, or is another
+    /// policy's by now: its flows only go on.
     #[serde(flatten)]
-    pub traffic: Traffic,
+    pub traffic: Option<Traffic>,
 }
 
 /// Packets of a pod at its gateway, and their bytes, link-layer header included.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct Traffic {
     /// To remotes.
     pub out_packets: u64,

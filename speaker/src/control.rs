@@ -13,9 +13,7 @@ use axum::http::StatusCode;
 use axum::response::Json;
 use axum::routing::{get, post};
 use landfall_ebpf_common::egress::gateway::PolicyCount;
-use landfall_runtime::control::{
-    Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, Traffic, path,
-};
+use landfall_runtime::control::{Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, path};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -167,10 +165,12 @@ async fn find(
         })
     });
     let read = read.await.map_err(std::io::Error::other).flatten();
-    read.map_err(|error| {
-        let said = format!("the bindings cannot be read: {error}\n");
-        (StatusCode::INTERNAL_SERVER_ERROR, said)
-    })
+    read.map_err(|error| unreadable("bindings", &error))
+}
+
+fn unreadable(what: &str, error: &std::io::Error) -> Refusal {
+    let said = format!("the {what} cannot be read: {error}\n");
+    (StatusCode::INTERNAL_SERVER_ERROR, said)
 }
 
 async fn bindings(
@@ -213,7 +213,7 @@ async fn pods(
     let most = which.most.unwrap_or(MOST);
     let sums = Arc::new(Mutex::new(Sums::default()));
     let all = Arc::clone(&sums);
-    let tenants = tenants(&asked, &which);
+    let only = which.clone();
     // Summed up as they are read: all of them would not fit beside what else the speaker holds.
     let found = find(&asked, which, 0, move |bound, pod| {
         lock(&all).add(bound, pod);
@@ -223,11 +223,11 @@ async fn pods(
     let mut sums = std::mem::take(&mut *lock(&sums));
     let reader = asked.shared.lock().bindings();
     let counts = tokio::task::spawn_blocking(move || reader.counts()).await;
-    for (address, count) in counts.unwrap_or_default() {
-        if let Some((pod, policy)) = tenants.get(&address)
-            && count != PolicyCount::default()
-        {
-            sums.count(pod, policy, &count);
+    let counts = counts.map_err(std::io::Error::other).flatten();
+    let counts = counts.map_err(|error| unreadable("packet counts", &error))?;
+    for (address, (pod, policy)) in tenants(&asked, &only) {
+        if let Some(count) = counts.get(&address) {
+            sums.count(&pod, &policy, count);
         }
     }
     let mut pods = sums.finish();
@@ -281,7 +281,7 @@ fn of<'a>(pods: &'a mut ByPod, pod: &str, policy: Option<&PolicyName>) -> &'a mu
         resting: 0,
         most_to_one: 0,
         busiest: None,
-        traffic: Traffic::default(),
+        traffic: None,
     })
 }
 
@@ -307,10 +307,17 @@ impl Sums {
         }
     }
 
-    /// Adds what was counted of a pod by one of its addresses.
+    /// Adds what was counted of a pod by one of its addresses. One that has neither bindings nor counts is not listed.
     fn count(&mut self, pod: &str, policy: &PolicyName, count: &PolicyCount) {
+        let is_listed = || {
+            let of_pod = self.pods.get(pod);
+            of_pod.is_some_and(|policies| policies.contains_key(&Some(policy.clone())))
+        };
+        if *count == PolicyCount::default() && !is_listed() {
+            return;
+        }
         let known = of(&mut self.pods, pod, Some(policy));
-        let traffic = &mut known.traffic;
+        let traffic = known.traffic.get_or_insert_default();
         traffic.out_packets += count.out_packets;
         traffic.out_bytes += count.out_bytes;
         traffic.in_packets += count.in_packets;
@@ -453,6 +460,7 @@ mod tests {
             sums.count("a/mta", &"mail".into(), &count);
         }
         sums.count("a/refused", &"mail".into(), &count);
+        sums.count("a/quiet", &"mail".into(), &PolicyCount::default());
         let pods = sums.finish();
         let of = |pod: &PodUse| (pod.pod.clone(), pod.bindings, pod.resting, pod.most_to_one);
         let of: Vec<_> = pods.iter().map(of).collect();
@@ -464,10 +472,13 @@ mod tests {
                 ("a/refused".into(), 0, 0, 0)
             ]
         );
-        let traffic = &pods[0].traffic;
+        let traffic = pods[0].traffic.as_ref().unwrap();
         assert_eq!((traffic.out_packets, traffic.out_bytes), (6, 600));
         assert_eq!(traffic.dropped, BTreeMap::from([("quota".into(), 4)]));
-        assert_eq!(pods[1].traffic, Traffic::default());
+        assert_eq!(
+            pods[1].traffic, None,
+            "its flows go on, and it is not known"
+        );
         assert_eq!(pods[0].busiest, Some("198.51.100.2:25".parse().unwrap()));
     }
 }

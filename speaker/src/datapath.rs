@@ -326,7 +326,10 @@ pub trait DataPath: Send + Sync {
     /// What the pods of each policy use of this node as their gateway.
     fn usage(&self) -> BTreeMap<PolicyName, egress::Usage>;
     /// What was counted at this node of each pod whose gateway it is or would be, by the pod's address.
-    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount>;
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    fn pod_counts(&self) -> io::Result<BTreeMap<IpAddr, PolicyCount>>;
     /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.
     ///
     /// # Errors

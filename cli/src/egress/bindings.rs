@@ -201,6 +201,7 @@ fn pods(found: &Pods, here: &Egress) -> String {
         let policy = it.policy.as_ref().and_then(|name| here.policies.get(name));
         let quota = policy.and_then(|policy| policy.quota_per_pod);
         let quota = quota.map_or(String::new(), |quota| format!("/{quota}"));
+        let traffic = it.traffic.as_ref();
         vec![
             it.pod.clone(),
             or_none(it.policy.as_ref()),
@@ -208,9 +209,9 @@ fn pods(found: &Pods, here: &Egress) -> String {
             it.resting.to_string(),
             format!("{}{quota}", it.most_to_one),
             or_none(it.busiest),
-            bytes(it.traffic.out_bytes),
-            bytes(it.traffic.in_bytes),
-            or_none(reasons(&it.traffic.dropped)),
+            or_none(traffic.map(|traffic| bytes(traffic.out_bytes))),
+            or_none(traffic.map(|traffic| bytes(traffic.in_bytes))),
+            or_none(traffic.and_then(|traffic| reasons(&traffic.dropped))),
         ]
     };
     let rows: Vec<Vec<String>> = found.pods.iter().map(row).collect();

@@ -317,14 +317,14 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         },
     };
     if maps::is_silent(&packet.to.address) {
-        return drop_of(found.policy, &packet.flow.client, Reason::Silent);
+        return drop_of(found.policy, &packet.source, Reason::Silent);
     }
     let Some(policy) = policy_of(&found) else {
         // The guard has sent on what is a pod's of this node.
         return if leaves {
             NOT_OURS
         } else {
-            drop_of(found.policy, &packet.flow.client, Reason::NotGateway)
+            drop_of(found.policy, &packet.source, Reason::NotGateway)
         };
     };
     if leaves != (found.node == 0) {
@@ -338,13 +338,13 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         return drop(Reason::Forged);
     }
     if pace::is_over(context, policy, found.policy, maps::OUT) {
-        return drop_of(found.policy, &packet.flow.client, Reason::Bandwidth);
+        return drop_of(found.policy, &packet.source, Reason::Bandwidth);
     }
     if leaves {
         if translate_out(context, packet, hairpin).is_none() {
-            return drop_of(found.policy, &packet.flow.client, Reason::Unreadable);
+            return drop_of(found.policy, &packet.source, Reason::Unreadable);
         }
-        passed(context, found.policy, &packet.flow.client, Reason::Out);
+        passed(context, found.policy, &packet.source, Reason::Out);
         if !hairpin {
             return NEXT;
         }
@@ -353,25 +353,25 @@ fn outward<F: Family>(context: &TcContext, readable: bool, leaves: bool) -> i32 
         return match hop {
             Some(hop) if is_at(packet, hop) => come_in(context, policy.uplink, None),
             Some(hop) => forward(packet, hop),
-            None => drop_of(found.policy, &packet.flow.client, Reason::NoWay),
+            None => drop_of(found.policy, &packet.source, Reason::NoWay),
         };
     }
     let Some(hop) = maps::hop(found.hop).filter(|hop| hop.interface != 0) else {
-        return drop_of(found.policy, &packet.flow.client, Reason::NoWay);
+        return drop_of(found.policy, &packet.source, Reason::NoWay);
     };
     let own = signed(found.hop, found.node);
     if packet.ttl <= 1 {
-        maps::note_of(found.policy, &packet.flow.client, Reason::Expired as u32, 0);
+        maps::note_of(found.policy, &packet.source, Reason::Expired as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::EXPIRED, own);
     }
     if pace::lengths(context, packet).0 > hop.mtu {
-        maps::note_of(found.policy, &packet.flow.client, Reason::TooBig as u32, 0);
+        maps::note_of(found.policy, &packet.source, Reason::TooBig as u32, 0);
         return landfall_gateway_answer(context.skb.skb, say::TOO_BIG | hop.mtu << 16, own);
     }
     if translate_out(context, packet, hairpin).is_none() || lower(context, packet).is_none() {
-        return drop_of(found.policy, &packet.flow.client, Reason::Unreadable);
+        return drop_of(found.policy, &packet.source, Reason::Unreadable);
     }
-    passed(context, found.policy, &packet.flow.client, Reason::Out);
+    passed(context, found.policy, &packet.source, Reason::Out);
     if hairpin && is_at(packet, hop) {
         return come_in(context, hop.interface, Some(&hop.mac));
     }
@@ -412,9 +412,12 @@ fn translate_in(context: &TcContext, packet: &mut Packet, hairpin: bool) -> Opti
         return None;
     }
     if hairpin {
+        let (address, port) = (words(&packet.to.address), packet.to.port);
         let shadow = VipKey(packet.flow.client).shadow(packet.v6);
         let vip = words(&packet.flow.client);
         readdress(context, packet, SOURCE, vip, words(&shadow.0))?;
+        set_words(&mut packet.to.address, address);
+        packet.to.port = port;
     }
     Some(())
 }
@@ -477,7 +480,7 @@ fn begin<F: Family>(
         } else {
             Reason::Unreadable
         };
-        return Err(drop_of(source.policy, &packet.flow.client, reason));
+        return Err(drop_of(source.policy, &packet.source, reason));
     }
     let begins = match packet.kind {
         Kind::Whole if packet.protocol == TCP => packet.is_syn(),
@@ -487,7 +490,7 @@ fn begin<F: Family>(
     };
     let state = maps::egress(&VipKey(source.egress));
     if state.flags & egress_flag::SILENT != 0 {
-        return Err(drop_of(source.policy, &packet.flow.client, Reason::Silent));
+        return Err(drop_of(source.policy, &packet.source, Reason::Silent));
     }
     // The connection may be one whose binding was not copied in time.
     let goes_on = !begins
@@ -497,21 +500,16 @@ fn begin<F: Family>(
         && state.flags & egress_flag::LED != 0
         && flow::now().wrapping_sub(state.since) < ticks(RESUME);
     if !begins && !goes_on {
-        return Err(drop_of(source.policy, &packet.flow.client, Reason::Unknown));
+        return Err(drop_of(source.policy, &packet.source, Reason::Unknown));
     }
     if state.flags & egress_flag::FROZEN != 0 {
-        return Err(drop_of(source.policy, &packet.flow.client, Reason::Frozen));
+        return Err(drop_of(source.policy, &packet.source, Reason::Frozen));
     }
     let Some(hop) = maps::route(uplink, &destination) else {
-        return Err(drop_of(source.policy, &packet.flow.client, Reason::NoWay));
+        return Err(drop_of(source.policy, &packet.source, Reason::NoWay));
     };
     if packet.ttl <= 1 && !leaves {
-        maps::note_of(
-            source.policy,
-            &packet.flow.client,
-            Reason::Expired as u32,
-            0,
-        );
+        maps::note_of(source.policy, &packet.source, Reason::Expired as u32, 0);
         return Err(landfall_gateway_answer(
             context.skb.skb,
             say::EXPIRED,
@@ -530,7 +528,7 @@ fn begin<F: Family>(
         return flow::find_out::<F>(packet).ok_or(DROP);
     }
     let refused = made == Reason::Quota as u32 || made == Reason::NoPort as u32;
-    maps::note_of(source.policy, &packet.flow.client, made, 0);
+    maps::note_of(source.policy, &packet.source, made, 0);
     if !refused && made != Reason::NoRoom as u32 {
         return Err(DROP);
     }

@@ -161,7 +161,7 @@ impl DataPath for Worker {
         self.gateway.usage()
     }
 
-    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+    fn pod_counts(&self) -> io::Result<BTreeMap<IpAddr, PolicyCount>> {
         self.gateway.pod_counts()
     }
 

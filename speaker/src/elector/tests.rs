@@ -127,8 +127,8 @@ impl DataPath for Lower {
         self.usage.lock().unwrap().clone()
     }
 
-    fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
-        BTreeMap::new()
+    fn pod_counts(&self) -> std::io::Result<BTreeMap<IpAddr, PolicyCount>> {
+        Ok(BTreeMap::new())
     }
 
     fn bindings(

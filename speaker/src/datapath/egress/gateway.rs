@@ -255,10 +255,11 @@ impl Gateway {
     }
 
     /// What was counted of each pod that leaves here or would, by its address.
-    pub fn pod_counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
-        let tables = lock(&self.shared.tables);
-        let counts = tables.as_ref().map(Tables::counts_of_pods);
-        counts.unwrap_or_default()
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn pod_counts(&self) -> io::Result<BTreeMap<IpAddr, PolicyCount>> {
+        list::counts(&self.pin_dir)
     }
 
     /// The bindings that `wanted` says yes to, and how many there are more than `most` of them. It reads all there are.

@@ -7,13 +7,13 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, PerCpuHashMap, PerCpuValues};
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::batch;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, TICK, V4, V6, heard, phase,
 };
-use landfall_ebpf_common::egress::gateway::map;
+use landfall_ebpf_common::egress::gateway::{PolicyCount, map};
 
 use super::super::pins::Pins;
 use super::standing::now;
@@ -107,6 +107,40 @@ pub(super) fn read(
     found.family::<V4>(&pins, map::IN_V4, map::OUT_V4)?;
     found.family::<V6>(&pins, map::IN_V6, map::OUT_V6)?;
     Ok((found.bound, found.more))
+}
+
+/// What was counted of each pod that leaves here or would, by its address, all CPUs together.
+///
+/// # Errors
+/// The map is there and cannot be read.
+pub(super) fn counts(root: &Path) -> io::Result<BTreeMap<IpAddr, PolicyCount>> {
+    let path = Pins::open(root)
+        .map_err(io::Error::other)?
+        .map(map::POD_COUNTS);
+    if !path.exists() {
+        return Ok(BTreeMap::new()); // It is no gateway.
+    }
+    let map = MapData::from_pin(path).map_err(io::Error::other)?;
+    PerCpuHashMap::try_from(Map::PerCpuHashMap(map))
+        .map(|counts| of_pods(&counts))
+        .map_err(io::Error::other)
+}
+
+/// The same, of a map at hand.
+pub(in super::super) fn of_pods(
+    counts: &PerCpuHashMap<MapData, [u8; 16], PolicyCount>,
+) -> BTreeMap<IpAddr, PolicyCount> {
+    let sum = |of_cpus: PerCpuValues<PolicyCount>| {
+        let mut count = PolicyCount::default();
+        for of_cpu in of_cpus.iter() {
+            count += *of_cpu;
+        }
+        count
+    };
+    let counts = counts.iter().flatten();
+    counts
+        .map(|(pod, of_cpus)| (VipKey(pod).address(), sum(of_cpus)))
+        .collect()
 }
 
 struct Found<'a> {

@@ -333,45 +333,46 @@ impl Tables {
                 (VipKey::from_address(*address), entry)
             })
             .collect();
-        sync(&mut self.sources, &sources)?;
-        self.count_pods(&sources)?;
+        let before = sync(&mut self.sources, &sources)?;
         if plan.knows_pods() {
             let owners = plan.owners.iter();
             self.owners = owners
                 .map(|(address, identity)| (VipKey::from_address(*address), *identity))
                 .collect();
         }
+        self.count_pods(&before, &sources);
         Ok(())
     }
 
-    /// Makes room to count in for pods that leave here or would, and for no others.
-    fn count_pods(&mut self, sources: &BTreeMap<VipKey, Source>) -> Result<(), TablesError> {
-        let here = sources.iter().filter(|(_, source)| source.policy != 0);
-        let wanted: BTreeSet<VipKey> = here.map(|(address, _)| *address).collect();
-        let cpus = nr_cpus().map_err(|(_, error)| error)?;
-        for pod in wanted.difference(&self.counted) {
-            let nothing = PerCpuValues::try_from(vec![PolicyCount::default(); cpus])?;
-            self.pod_counts.insert(pod.0, nothing, 0)?;
+    /// Makes room to count in for pods that leave here or would, and for no others; whoever is another than before begins
+    /// with nothing. A pod that cannot be counted leaves all the same.
+    fn count_pods(&mut self, before: &BTreeMap<VipKey, Source>, now: &BTreeMap<VipKey, Source>) {
+        let who = |source: &Source| (source.identity, source.policy);
+        let counted = |address: &VipKey| {
+            let source = now.get(address).filter(|source| source.policy != 0);
+            source.is_some_and(|now| before.get(address).map(who) == Some(who(now)))
+        };
+        let others: Vec<VipKey> = self.counted.iter().copied().collect();
+        for pod in others.into_iter().filter(|pod| !counted(pod)) {
+            if is_counted(forget(self.pod_counts.remove(&pod.0)).map_err(Into::into)) {
+                self.counted.remove(&pod);
+            }
         }
-        for pod in self.counted.difference(&wanted) {
-            forget(self.pod_counts.remove(&pod.0))?;
+        for (pod, source) in now {
+            if source.policy != 0 && !self.counted.contains(pod) && is_counted(self.zero(pod)) {
+                self.counted.insert(*pod);
+            }
         }
-        self.counted = wanted;
-        Ok(())
     }
 
-    /// What was counted of each pod, all CPUs together.
+    #[cfg(test)]
     pub(in super::super) fn counts_of_pods(&self) -> BTreeMap<IpAddr, PolicyCount> {
-        let counts = self.pod_counts.iter().flatten();
-        counts
-            .map(|(pod, of_cpus)| {
-                let mut count = PolicyCount::default();
-                for of_cpu in of_cpus.iter() {
-                    count += *of_cpu;
-                }
-                (VipKey(pod).address(), count)
-            })
-            .collect()
+        super::list::of_pods(&self.pod_counts)
+    }
+
+    fn zero(&mut self, pod: &VipKey) -> Result<(), TablesError> {
+        let zero = PerCpuValues::try_from(nothing()?)?;
+        Ok(self.pod_counts.insert(pod.0, zero, 0)?)
     }
 
     /// What is known of the flows of policies whose gateway is elsewhere stays, and moves no packet.
@@ -474,8 +475,8 @@ impl Tables {
         for number in self.policies.forget(&planned, &kept.policies)? {
             // Another policy may get the number.
             self.names.remove(&number);
-            let zero = vec![PolicyCount::default(); nr_cpus().map_err(|(_, error)| error)?];
-            self.counts.set(number, PerCpuValues::try_from(zero)?, 0)?;
+            self.counts
+                .set(number, PerCpuValues::try_from(nothing()?)?, 0)?;
         }
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
         self.nodes.forget(&planned, &kept.nodes)?;
@@ -527,11 +528,25 @@ impl Tables {
     }
 }
 
-/// Makes a map hold what is wanted. What is there already is left alone.
+/// Whether all is well; else it is said.
+fn is_counted(done: Result<(), TablesError>) -> bool {
+    done.inspect_err(|error| {
+        tracing::warn!(%error, "packets of a pod at this gateway cannot be counted");
+    })
+    .is_ok()
+}
+
+/// Of each CPU.
+fn nothing() -> Result<Vec<PolicyCount>, TablesError> {
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    Ok(vec![PolicyCount::default(); cpus])
+}
+
+/// Makes a map hold what is wanted. What is there already is left alone. Returns what was there.
 fn sync<V: aya::Pod + PartialEq>(
     map: &mut HashMap<MapData, VipKey, V>,
     wanted: &BTreeMap<VipKey, V>,
-) -> Result<(), TablesError> {
+) -> Result<BTreeMap<VipKey, V>, TablesError> {
     let there: BTreeMap<VipKey, V> = map.iter().flatten().collect();
     for (key, value) in wanted {
         if there.get(key) != Some(value) {
@@ -543,7 +558,7 @@ fn sync<V: aya::Pod + PartialEq>(
             map.remove(key)?;
         }
     }
-    Ok(())
+    Ok(there)
 }
 
 fn filter(plan: &Plan) -> Filter {

@@ -189,7 +189,10 @@ impl Bindings {
     }
 
     /// What was counted of each pod, by its address.
-    pub fn counts(&self) -> BTreeMap<IpAddr, PolicyCount> {
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn counts(&self) -> std::io::Result<BTreeMap<IpAddr, PolicyCount>> {
         self.0.pod_counts()
     }
 }

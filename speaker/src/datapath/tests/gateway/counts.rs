@@ -2,6 +2,7 @@
 
 use landfall_ebpf_common::egress::gateway::PolicyCount;
 
+use super::errors::mk_error;
 use super::*;
 use crate::datapath::egress::Usage;
 
@@ -80,6 +81,24 @@ fn packets_are_counted_for_their_pod() {
         assert_eq!(of(&gate, world.pod), None);
         gate.set(&mk_egress());
         assert_eq!(of(&gate, world.pod), Some(PolicyCount::default()));
+        // Whose an error is tells its sender, not what it is about.
+        let of_friend = mk_tcp(443, 4000, SYN | ACK);
+        let about = mk_ip(world.remote, world.friend, 6, 60, &of_friend);
+        let error = mk_error(OTHER, world.pod, world.remote, &about);
+        gate.drops(&error, Reason::Unreadable);
+        let dropped = PolicyCount {
+            others: 1,
+            ..PolicyCount::default()
+        };
+        assert_eq!(of(&gate, world.pod), Some(dropped));
+        assert_eq!(of(&gate, world.friend), Some(PolicyCount::default()));
+        // Another's tenant begins with nothing.
+        let mut egress = mk_egress();
+        let other = egress.pods[&world.stranger].clone();
+        egress.pods.insert(world.pod, other);
+        gate.set(&egress);
+        assert_eq!(of(&gate, world.pod), Some(PolicyCount::default()));
+        gate.set(&mk_egress());
     }
 }
 

@@ -213,6 +213,8 @@ fn of_another_nodes_pod_it_comes_in_as_a_clients() {
         let mut back = mk(OWN, shade(world), world.pod, 6, 63, &answer);
         back[..6].copy_from_slice(&OTHER);
         assert_eq!((action, out), (SENT, back), "{world:?}");
+        let count = gate.maps.counts_of_pods()[&world.pod];
+        assert_eq!((count.out_packets, count.in_packets), (1, 1), "{world:?}");
         // Another policy's pods go as ever, and so does what came by the VIP's own address.
         gate.passes(&syn(OTHER, world.stranger, vip(world), 64));
         gate.passes(&syn(OTHER, world.friend, vip(world), 64));
