@@ -10,11 +10,14 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -98,6 +101,12 @@ impl Drop for PodServer {
     }
 }
 
+/// Room for what comes while a busy machine does not let a process run: what is lost was lost on its way.
+pub(crate) fn make_room(socket: &impl AsFd) -> io::Result<()> {
+    const SECONDS_OF_DATAGRAMS: usize = 4 << 20;
+    Ok(setsockopt(socket, RcvBufForce, &SECONDS_OF_DATAGRAMS)?)
+}
+
 /// A socket for both families.
 fn bind(kind: Type, port: u16) -> io::Result<Socket> {
     let protocol = if kind == Type::DGRAM {
@@ -110,6 +119,9 @@ fn bind(kind: Type, port: u16) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    if kind == Type::DGRAM {
+        make_room(&socket)?;
+    }
     if kind == Type::STREAM {
         socket.listen(1024)?;
     }

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use crate::error::{IoContext, Result};
 use crate::measure::Worker;
 use crate::netns::Netns;
+use crate::server::make_room;
 
 /// The time between two datagrams.
 pub const INTERVAL: Duration = Duration::from_millis(2);
 /// How long answers are waited for after the last datagram.
-const STRAGGLERS: Duration = Duration::from_millis(300);
+const STRAGGLERS: Duration = Duration::from_secs(1);
 
 /// A running probe.
 #[derive(Debug)]
@@ -37,6 +38,7 @@ impl Probe {
                 };
                 // Not connected: an ICMP error is no answer, and must not disturb the sending.
                 let socket = UdpSocket::bind(any)?;
+                make_room(&socket)?;
                 socket.set_read_timeout(Some(Duration::from_millis(20)))?;
                 Ok(socket)
             })
