@@ -8,11 +8,12 @@ use std::iter;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Lab, Netns, Pod, Topology};
-use landfall_tests::Cluster;
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, await_egress, egress, outside};
+use landfall_tests::{Cluster, until_some};
 
 const FAMILIES: [&str; 2] = ["ip", "ip6"];
 /// How long a try to connect may take.
@@ -56,6 +57,11 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
         let lost = flows::ask(&mut kept).err().unwrap_or_default();
         assert!(lost.is_empty(), "of the others' flows: {lost:?}");
         println!("the others' pods go on after {:?}", cut.elapsed());
+        let answers = || who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
+        until_some("another to answer, and it alone", || {
+            let answers = answers();
+            (answers.len() == 1 && !answers.contains_key(&gateway)).then_some(())
+        });
 
         // What it has it still translates, whether or not the answers come to it: one of each family.
         let sent = tap.sent();
@@ -85,6 +91,8 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
             "{tries} tries to connect are on the wire"
         );
         println!("none of {tries} tries of its own pods is on the wire");
+        let now = answers();
+        assert!(!now.contains_key(&gateway), "{now:?}");
         // By now it ends what it had.
         let sent = tap.sent();
         let lost = flows::ask(&mut left).expect_err("nobody translates them");

@@ -197,6 +197,8 @@ impl Speaker {
             return;
         }
         copies.licence = licence;
+        let led = self.election.leaderships();
+        self.stale.extend(led.map(|(id, _)| id.clone()));
         let voters = copies.voters.len();
         match licence {
             Licence::Full => tracing::info!(
@@ -207,7 +209,7 @@ impl Speaker {
             Licence::Frozen => tracing::warn!(
                 alive,
                 voters,
-                "less than half of the nodes are there: as a gateway this one begins no flows of pods, since another may"
+                "less than half of the nodes are there: as a gateway this one begins no flows of pods, and does not answer for their addresses, since another may"
             ),
             Licence::Silent => tracing::warn!(
                 alive,
