@@ -10,7 +10,7 @@ use landfall_speaker::egress::Policy;
 
 use super::cni::Cni;
 use super::flow::{Datagrams, Pair, remote, seen_as};
-use super::node::{Cluster, POLICY, Plan, until};
+use super::node::{Cluster, NODE, POLICY, Plan, until};
 
 fn is_armed(cluster: &Cluster) -> bool {
     cluster.table().contains("egress-judge")
@@ -407,4 +407,36 @@ fn a_network_becomes_the_clusters_own_and_the_rules_stay() {
     }
     assert_eq!(cluster.dropped("forged"), counted);
     cluster.assert_clean(&cluster.node_ips());
+}
+
+/// Its routes change with that at the first try: until they are right the node's pods have no way.
+#[test]
+fn this_node_becomes_the_gateway_and_another_does() {
+    let mut cluster = Cluster::armed(&Plan::default());
+    let away = cluster.egress.clone();
+    let mut here = away.clone();
+    for policy in here.policies.values_mut() {
+        let gateway = policy.gateway.as_mut().unwrap();
+        (gateway.node, gateway.mac) = (NODE.into(), None);
+    }
+    let is_led_away = |cluster: &Cluster| {
+        let routes = |family| {
+            let line = format!("ip {family} route show table all");
+            cluster.node().exec(&line).unwrap()
+        };
+        let nobody = ["default via 169.254.76.70", "default via fe80::4c46"];
+        let led = ["-4", "-6"]
+            .iter()
+            .zip(nobody)
+            .map(|(family, via)| routes(family).contains(via));
+        let led: Vec<bool> = led.collect();
+        (led[0] == led[1]).then_some(led[0])
+    };
+    assert_eq!(is_led_away(&cluster), Some(true));
+    for (egress, led) in [(&here, false), (&away, true), (&here, false)] {
+        cluster.egress = egress.clone();
+        cluster.apply();
+        until("its routes", || is_led_away(&cluster) == Some(led));
+        assert_eq!(cluster.failures(), 0);
+    }
 }

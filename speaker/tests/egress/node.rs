@@ -440,18 +440,30 @@ impl Cluster {
     /// What the guard has counted, by verdict.
     pub(super) fn guarded(&self) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
-        for registry in &self.parts.as_ref().unwrap().registries {
-            let mut text = String::new();
-            encode(&mut text, registry).unwrap();
-            for line in text.lines() {
-                if let Some(rest) = line.strip_prefix("egress_guarded_packets_total{verdict=\"")
-                    && let Some((verdict, count)) = rest.split_once("\"} ")
-                {
-                    counts.insert(verdict.to_owned(), count.parse().unwrap());
-                }
+        for line in self.metrics().lines() {
+            if let Some(rest) = line.strip_prefix("egress_guarded_packets_total{verdict=\"")
+                && let Some((verdict, count)) = rest.split_once("\"} ")
+            {
+                counts.insert(verdict.to_owned(), count.parse().unwrap());
             }
         }
         counts
+    }
+
+    /// How often rules or routes could not be written at the first try.
+    pub(super) fn failures(&self) -> u64 {
+        let metrics = self.metrics();
+        let mut lines = metrics.lines();
+        let failures = lines.find_map(|line| line.strip_prefix("node_rules_failures_total "));
+        failures.expect("it is counted").parse().unwrap()
+    }
+
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        for registry in &self.parts.as_ref().unwrap().registries {
+            encode(&mut text, registry).unwrap();
+        }
+        text
     }
 
     /// What to look at when a test fails.

@@ -26,6 +26,17 @@ pub(super) enum Entry {
     },
 }
 
+impl Entry {
+    /// What of it tells routes of a table apart: one that is written takes the place of another.
+    pub(super) fn place(&self) -> (Option<IpNet>, u32) {
+        match self {
+            Self::Blackhole => (None, LAST),
+            Self::Default { .. } => (None, 0),
+            Self::Throw(net) | Self::Link(net, _) | Self::Via(net, ..) => (Some(*net), 0),
+        }
+    }
+}
+
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -290,7 +290,9 @@ pub(in super::super) async fn install(tables: &[Table], config: &Config) -> Resu
             for route in table.routes.difference(&shown) {
                 let _ = writeln!(batch, "route replace {route} table {number}");
             }
-            for stale in shown.difference(&table.routes) {
+            let places: BTreeSet<_> = table.routes.iter().map(Entry::place).collect();
+            let stale = shown.difference(&table.routes);
+            for stale in stale.filter(|stale| !places.contains(&stale.place())) {
                 let _ = writeln!(batch, "route del {stale} table {number}");
             }
             if !rules.iter().any(|rule| table.is_found_by(rule)) {
