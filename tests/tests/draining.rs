@@ -12,11 +12,12 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use landfall_api::{EgressPolicy, VirtualIP};
 use landfall_core::ip::virtual_ip_name;
+use landfall_lab::fault::SPEAKER;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, await_egress, await_seen, egress, outside, seen_from};
-use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, until_within};
+use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, chart, objects, until_within};
 use serde_json::json;
 
 /// How long a try to connect may take.
@@ -124,6 +125,62 @@ fn flows_keep_their_address_when_their_policy_gets_others() {
         drop(flows);
         await_free(cluster);
         assert!(others.iter().all(|it| is_held(cluster, *it)));
+        Ok(())
+    });
+}
+
+/// Nobody on its node sees how a pod becomes another policy's: what it has open keeps its address all the same.
+#[test]
+fn pods_become_anothers_while_their_speaker_is_away() {
+    with_flows(|cluster, mut flows| {
+        let lab = cluster.lab();
+        let others = Network::Lan.both(235);
+        let policy = format!(
+            "
+apiVersion: landfall.dev/v1alpha1
+kind: EgressPolicy
+metadata: {{name: news}}
+spec:
+  podSelector: {{matchLabels: {{app: echo, sends: news}}}}
+  egressIPs: {{addresses: [{}, '{}']}}
+",
+            others[0], others[1]
+        );
+        chart::apply(cluster.plane(), &policy)?;
+        for other in others {
+            println!(
+                "{other} is answered for by {}",
+                tenants::gateway(lab, other)
+            );
+        }
+        println!("recorded: {} leads the old addresses", leader(cluster));
+        for node in lab.nodes() {
+            lab.inject(&node.name, Fault::Kill)?;
+        }
+        cluster.block_on(async {
+            let client = cluster.client().await?;
+            for pod in lab.pods() {
+                objects::label_pod(&client, &pod.name, json!({"sends": "news"})).await?;
+            }
+            anyhow::Ok(())
+        })?;
+        go_on(&mut flows);
+        for node in lab.nodes() {
+            lab.restart(&node.name, SPEAKER)?;
+        }
+        for pod in lab.pods() {
+            for server in outside() {
+                await_seen(pod, server, |seen| {
+                    let known = others.contains(&seen) || egress().contains(&seen);
+                    assert!(known, "{}: {seen}", pod.name);
+                    others.contains(&seen)
+                });
+            }
+        }
+        for _ in 0..3 {
+            go_on(&mut flows);
+            thread::sleep(AGE);
+        }
         Ok(())
     });
 }

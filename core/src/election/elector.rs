@@ -613,7 +613,7 @@ impl Elector {
                 local.better_since = None;
                 local.contested = false;
             }
-        } else if self.take(id, &table, now, &mut local) {
+        } else if self.take(group, &table, now, &mut local) {
             local.seen += 1;
             let vacant = local
                 .vacant_since

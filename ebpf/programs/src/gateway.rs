@@ -36,7 +36,7 @@ use crate::packet::{
     ETH_HEADER, Frame, ICMPV6, Kind, Packet, RST, SYN, TCP, UDP, landfall_read_any,
 };
 use crate::translate::{DESTINATION, SOURCE, landfall_translate};
-use crate::{DROP, NEXT, echo, flows, tunnel};
+use crate::{DROP, NEXT, echo, flows, guard, tunnel};
 use answer::{landfall_gateway_answer, say};
 use flow::Found;
 use maps::{Family, Four, Six};
@@ -457,6 +457,11 @@ fn begin<F: Family>(
             refused()
         });
     }
+    // SAFETY: the context's pointer is the program's argument; the verifier checks the read.
+    let mark = unsafe { (*context.skb.skb).mark };
+    if leaves && guard::is_led_away(mark, &VipKey(packet.source)) {
+        return Err(NOT_OURS);
+    }
     let policy = maps::policy(source.policy);
     let uplink = policy.map_or(0, |policy| policy.uplink);
     let destination = packet.flow.vip.0;
@@ -498,6 +503,7 @@ fn begin<F: Family>(
         && packet.protocol == TCP
         && packet.tcp & (SYN | RST) == 0
         && state.flags & egress_flag::LED != 0
+        && source.flags & source_flag::RESUMES != 0
         && flow::now().wrapping_sub(state.since) < ticks(RESUME);
     if !begins && !goes_on {
         return Err(drop_of(source.policy, &packet.source, Reason::Unknown));

@@ -57,6 +57,22 @@ pub(crate) fn is_own(address: &VipKey) -> bool {
     tenant.is_some_and(|tenant| tenant.flags & tenant_flag::HERE != 0)
 }
 
+/// Whether a packet of a pod's that is about to leave was led to another node: it is of a flow from before the pod was whose
+/// it is, and that policy's gateway is not this node.
+#[inline(always)]
+pub(crate) fn is_led_away(mark: u32, source: &VipKey) -> bool {
+    let Some(marks) = MARKS.get(0).filter(|marks| marks.egress != 0) else {
+        return false;
+    };
+    if mark & marks.egress == 0 || mark & marks.judged != 0 {
+        return false;
+    }
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    let tenant = unsafe { TENANTS.get(source) };
+    let gateway = tenant.and_then(|tenant| GATEWAYS.get(tenant.former));
+    gateway.is_some_and(|gateway| gateway.flags & gateway_flag::HERE == 0)
+}
+
 /// What becomes of a frame that is about to leave.
 #[inline(always)]
 pub(crate) fn guard(context: &TcContext) -> i32 {

@@ -101,6 +101,7 @@ impl Plan {
                     hairpin: spec.hairpin,
                     cuts: spec.on_appear == OldFlows::Cut,
                     addresses,
+                    drains: !drains.is_empty(),
                 },
                 None if drains.is_empty() => {
                     self.forget_former(policy);
@@ -165,6 +166,9 @@ impl Plan {
                 continue;
             };
             let left = named(was.policy).filter(|left| pod.policy() != Some(left));
+            if left.is_some() {
+                self.wanted.moved.insert(address);
+            }
             pod.former = left.or_else(|| named(was.former));
         }
     }

@@ -89,6 +89,7 @@ impl Worker {
         self.written = None;
         self.before = Some(match self.before {
             None if !is_armed(&sockets.query) => Before::Unarmed,
+            None | Some(Before::Earlier) => Before::Earlier,
             _ => Before::Unknown,
         });
         self.read_kube_proxy(&sockets.query)?;
@@ -200,7 +201,7 @@ impl Worker {
     fn doubt(&mut self) {
         self.in_force.send_replace(InForce::Unknown);
         self.ports.doubt();
-        if !matches!(self.before, Some(Before::Unarmed)) {
+        if !matches!(self.before, Some(Before::Unarmed | Before::Earlier)) {
             self.before = Some(Before::Unknown);
         }
     }

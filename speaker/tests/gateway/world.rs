@@ -485,6 +485,7 @@ fn mk_egress(uplink: u32) -> Egress {
         ]
         .map(|net| net.parse().unwrap())
         .into(),
+        ..Egress::default()
     }
     .with_addresses_of_tenants()
 }

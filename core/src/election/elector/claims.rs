@@ -99,11 +99,12 @@ impl Elector {
     /// Whether this node should claim now.
     pub(super) fn take(
         &self,
-        id: &GroupId,
+        group: &Group,
         table: &Table<'_>,
         now: Duration,
         local: &mut Local,
     ) -> bool {
+        let id = &group.id;
         let held = table.best_held(id, None);
         let in_peace = held.is_some_and(|(node, _)| table.refusal(node).is_none());
         if in_peace {
@@ -123,6 +124,10 @@ impl Elector {
         if let Some(named) = named {
             order.sort_by_key(|candidate| candidate.node != named);
         }
+        let recorded = recorded(group).filter(|_| local.seen == 0);
+        if let Some(recorded) = recorded {
+            order.sort_by_key(|candidate| candidate.node != recorded);
+        }
         let Some(at) = order
             .iter()
             .position(|candidate| *candidate.node == self.me)
@@ -140,9 +145,16 @@ impl Elector {
             .iter()
             .max_by_key(|candidate| score(id, candidate.node, candidate.weight))
             .is_some_and(|candidate| *candidate.node == self.me);
-        if !order[at].ready {
+        // It is there, and about to be ready.
+        let comes = |node| match order.iter().find(|candidate| candidate.node == node) {
+            Some(candidate) => !candidate.ready,
+            None => table
+                .refusal(node)
+                .is_some_and(|refusal| *refusal != Ineligible::NotAlive),
+        };
+        if !order[at].ready || recorded.is_some_and(comes) {
             delay += config.ready_grace;
-        } else if local.seen == 0 && !hash_first && at == 0 {
+        } else if local.seen == 0 && !hash_first && at == 0 && recorded != Some(&self.me) {
             delay += config.settle;
         }
         now.saturating_sub(since) >= delay
@@ -173,4 +185,12 @@ impl Elector {
         }
         now.saturating_sub(*local.odd_since.get_or_insert(now)) >= self.config.odd_after
     }
+}
+
+/// Who led a group by its record, where that one's kernel holds what its pods' flows live by: it goes on if nobody has
+/// claimed the group yet, as after the end of all speakers.
+fn recorded(group: &Group) -> Option<&NodeName> {
+    let mut vips = group.vips.iter();
+    let leader = vips.find_map(|vip| vip.reported_leader.as_ref());
+    leader.filter(|_| !group.egress.is_empty())
 }

@@ -46,6 +46,8 @@ pub mod source_flag {
     pub const HERE: u16 = 1;
     /// It runs on this node.
     pub const LOCAL: u16 = 2;
+    /// What it goes on with unknown to this node it began by the address that it has.
+    pub const RESUMES: u16 = 4;
 }
 
 /// A policy.

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use landfall_core::model::NodeName;
 use landfall_ebpf_common::egress::pace::Pace;
 
-use crate::egress::{Egress, Pod, PolicyName};
+use crate::egress::{Egress, Pod, Policy, PolicyName};
 
 /// Where this node is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ pub(super) struct PolicyPlan {
 }
 
 impl PolicyPlan {
-    fn of(policy: &crate::egress::Policy, uplink: u32, link: u32) -> Self {
+    fn of(policy: &Policy, uplink: u32, link: u32) -> Self {
         Self {
             uplink,
             ports: policy.ports.unwrap_or(0),
@@ -144,6 +144,8 @@ pub(super) struct SourcePlan {
     pub(super) node: Option<PeerId>,
     /// Its gateway, if that is another.
     pub(super) gateway: Option<PeerId>,
+    /// No flow of it can have begun by another address.
+    pub(super) resumes: bool,
 }
 
 /// Another node.
@@ -286,6 +288,10 @@ impl Plan {
         addresses: &BTreeSet<IpAddr>,
     ) {
         let gateway_of = |policy: &PolicyName| egress.policies.get(policy)?.gateway.as_ref();
+        let drains = |policy| {
+            let policy: Option<&Policy> = egress.policies.get(policy);
+            policy.is_some_and(|policy| policy.drains)
+        };
         let is_local = pod.node == around.node;
         let found = pod.tenant.as_ref();
         let found = found.and_then(|tenant| Some((tenant, gateway_of(&tenant.policy)?)));
@@ -315,6 +321,7 @@ impl Plan {
                     standby: None,
                     node,
                     gateway: None,
+                    resumes: pod.former.is_none() && !drains(&tenant.policy),
                 },
             );
             return;
@@ -345,6 +352,7 @@ impl Plan {
                 standby: standby.map(|egress| (tenant.policy.clone(), egress)),
                 node,
                 gateway: leads,
+                resumes: false,
             },
         );
     }
@@ -361,6 +369,7 @@ impl Plan {
             standby: None,
             node,
             gateway: None,
+            resumes: false,
         };
         self.sources.insert(address, source);
     }

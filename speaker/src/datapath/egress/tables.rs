@@ -408,6 +408,9 @@ impl Tables {
         if plan.here.is_some() {
             source.flags |= source_flag::HERE;
         }
+        if plan.resumes {
+            source.flags |= source_flag::RESUMES;
+        }
         if let Some((policy, egress)) = plan.here.as_ref().or(plan.standby.as_ref()) {
             source.egress = VipKey::from_address(*egress).0;
             source.policy = self

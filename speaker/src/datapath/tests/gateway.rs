@@ -183,6 +183,7 @@ fn mk_egress() -> Egress {
         inside: ["10.0.0.0/8", "fd00::/8", "192.0.2.11/32"]
             .map(|net| net.parse().expect("a literal"))
             .into(),
+        ..Egress::default()
     };
     for world in WORLDS {
         egress.pods.extend([

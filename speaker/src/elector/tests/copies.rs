@@ -159,6 +159,29 @@ fn who_led_by_the_record_counts() {
     }
 }
 
+/// All speakers end at once: whose kernel translates the flows is on record, and goes on as their gateway.
+#[test]
+fn after_the_end_of_all_the_gateway_is_who_was() {
+    for recorded in ["n1", "n2", "n3"] {
+        let mut world = mk_world();
+        tell_policy(&mut world);
+        world.run(Duration::from_secs(2));
+        for node in ["n1", "n2", "n3"] {
+            kill(&mut world, node);
+        }
+        world.tell(&Object::VirtualIp(VirtualIp {
+            egress_policies: vec!["mail".into()],
+            leader: Some(recorded.into()),
+            ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+        }));
+        for number in 1..=3 {
+            world.boot(number, 9);
+        }
+        world.run(Duration::from_secs(5));
+        assert_eq!(leader(&world), recorded);
+    }
+}
+
 /// Nodes that are gone for good have no say.
 #[test]
 fn who_is_no_node_any_more_does_not_count() {

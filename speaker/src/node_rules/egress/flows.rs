@@ -33,7 +33,9 @@ const OTHER_SOURCE: u32 = 1 << 4;
 /// What the rules said before they were written anew.
 #[derive(Clone, Debug)]
 pub(in super::super) enum Before {
-    /// An earlier process's word, or somebody else has changed them.
+    /// An earlier process's word.
+    Earlier,
+    /// This process's or somebody else's, who has changed them.
     Unknown,
     /// Nothing was there.
     Unarmed,
@@ -94,9 +96,17 @@ pub(in super::super) fn settling(
     first.egress_now = leaving.egress.clone();
     let mut then = first.clone();
     match before {
-        None | Some(Before::Unknown) => {
+        None | Some(Before::Earlier | Before::Unknown) => {
             then.free_inside = true;
             then.end = tenants(leaving);
+            if matches!(before, Some(Before::Earlier)) {
+                let moved = own(leaving).filter(|(_, pod)| pod.tenant.is_some());
+                let moved = moved.map(|(address, _)| address);
+                first.part = moved
+                    .filter(|address| leaving.egress.moved.contains(address))
+                    .collect();
+                then.free.clone_from(&first.part);
+            }
             for (address, pod) in own(leaving).filter(|(_, pod)| pod.tenant.is_none()) {
                 if pod.former.is_some() {
                     first.part.insert(address);
@@ -403,6 +413,14 @@ mod tests {
         assert_eq!((again.keep, again.end), (set(&[]), set(&[1, 2, 5])));
         let (_, last) = settling(Some(&before), &Rules::default(), &config);
         assert!(last.free_all);
+        // It became another policy's while nobody looked; when this process has seen that, its flows are not from before.
+        let mut moved = new.clone();
+        let leaving = Arc::make_mut(moved.egress.as_mut().unwrap());
+        Arc::make_mut(&mut leaving.egress).moved = set(&[1, 3, 9]);
+        for (before, part) in [(Before::Earlier, set(&[1])), (Before::Unknown, set(&[]))] {
+            let (first, then) = settling(Some(&before), &moved, &config);
+            assert_eq!((&first.part, &then.free), (&part, &(&part | &set(&[3, 6]))));
+        }
         let (first, then) = settling(Some(&before), &old, &config);
         assert!(first.is_empty() && then.is_empty());
     }

@@ -75,6 +75,7 @@ fn of(pods: &[(&str, Pod)], policies: &[(&str, Policy)]) -> Plan {
             .map(|(address, pod)| (address.parse().unwrap(), pod.clone()))
             .collect(),
         inside: BTreeSet::from(["10.244.0.0/16".parse().unwrap()]),
+        ..Egress::default()
     };
     let egress = egress.with_addresses_of_tenants();
     plan(&egress, &mk_around(), &BTreeSet::new())

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use landfall_ebpf_common::egress::binding::Times;
 use landfall_ebpf_common::egress::gateway::RESUME;
 
-use super::super::super::egress::Licence;
+use super::super::super::egress::{Leaving, Licence, Surroundings};
 use super::copies::binding;
 use super::life::{SHORT, forever, wait};
 use super::*;
+use crate::egress::{MARK, marks};
 
 /// Nobody hears a flow at a standby: it stays, and is idle from the take-over on.
 #[test]
@@ -137,6 +138,31 @@ fn connections_go_on_for_a_while_after_a_take_over() {
     }
 }
 
+/// By which address each began nobody knows here, if that may be another than the pod has: by a wrong one none goes on.
+#[test]
+fn no_connection_goes_on_by_another_address() {
+    for world in WORLDS {
+        let mut gate = Gate::load();
+        gate.led_since(Instant::now());
+        let mut moved = mk_egress();
+        let pod = moved.pods.get_mut(&world.pod).expect("it is there");
+        pod.former = Some("shop".into());
+        gate.set(&moved);
+        let of_pod = segment(world, world.pod, 40_000, ACK);
+        gate.drops(&of_pod, Reason::Unknown);
+        let (action, out) = gate.comes(&segment(world, world.friend, 41_000, ACK));
+        assert_eq!((action, source(&out)), (SENT, world.egress));
+        let mut drains = mk_egress();
+        let policy = drains.policies.get_mut("mail").expect("it is there");
+        policy.drains = true;
+        gate.set(&drains);
+        gate.drops(&of_pod, Reason::Unknown);
+        gate.set(&mk_egress());
+        let (action, out) = gate.comes(&of_pod);
+        assert_eq!((action, source(&out)), (SENT, world.egress));
+    }
+}
+
 /// It counts for quotas as any flow does.
 #[test]
 fn a_connection_that_goes_on_has_no_more_than_its_quota() {
@@ -236,5 +262,37 @@ fn a_silent_gateway_translates_nothing() {
         assert_eq!(source(&gate.comes(&frame).1), world.second);
         gate.leads(&mk_egress(), Licence::Full);
         assert_eq!(gate.out(world, world.pod, 40_000, ACK), SENT);
+    }
+}
+
+/// A pod's flow from before goes on by another node, though this one is its pod's gateway now: the guard has led it there.
+#[test]
+fn what_was_led_to_another_node_is_left_alone() {
+    let (judged, led) = marks(MARK);
+    for world in WORLDS {
+        let mut gate = Gate::with(&mk_egress(), Times::default(), led);
+        let frame = mk_tcp(40_000, 443, ACK);
+        let frame = mk(OWN, world.local, world.remote, 6, 64, &frame);
+        for (former, mark, expected) in [
+            ("far", led, NEXT),
+            ("far", led | judged, DROPPED),
+            ("shop", led, DROPPED),
+        ] {
+            let mut egress = mk_egress();
+            let pod = egress.pods.get_mut(&world.local).expect("it is there");
+            pod.former = Some(former.into());
+            gate.change(&Change::Egress(Some(Arc::new(Leaving {
+                node: "here".into(),
+                egress: Arc::new(egress),
+                outside: BTreeSet::new(),
+                mark: MARK,
+                around: Arc::new(Surroundings::nowhere()),
+            }))));
+            let mut context = vec![0; 192];
+            context[8..12].copy_from_slice(&mark.to_ne_bytes());
+            let (action, out, _) = gate.run_in(GATEWAY_EGRESS, &frame, &context);
+            assert_eq!(action, expected, "{world:?}, {former}, {mark:#x}");
+            assert_eq!(out, frame);
+        }
     }
 }
