@@ -252,6 +252,7 @@ add rule ip bench out oifname eth0 snat to ip saddr map @tenants
             inside: ["10.244.0.0/16", "10.88.0.0/24"]
                 .map(|net| net.parse().expect("a literal"))
                 .into(),
+            ..Egress::default()
         }
     }
 
