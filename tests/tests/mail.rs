@@ -24,7 +24,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 const SMTP: u16 = 25;
 const NOBODY: u16 = 26;
 /// A pod's own port, which becomes a Service's while a flow leaves by it.
-const SHARED: u16 = 34_567;
+const SHARED: u16 = 24_567;
 /// How long silence is.
 const SILENCE: Duration = Duration::from_millis(1500);
 /// How many connections each pod has outside, and each client to the tenant.
@@ -111,7 +111,7 @@ fn unknown(lab: &Lab, vip: IpAddr) {
     let refused = client.run(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap_err());
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
 
-    let from = SocketAddr::new(Network::Lan.both(100)[usize::from(vip.is_ipv6())], 40_000);
+    let from = SocketAddr::new(Network::Lan.both(100)[usize::from(vip.is_ipv6())], 20_000);
     let domain = Domain::for_address(to);
     let mut ear = client.run(|| Socket::new(domain, Type::RAW, Some(Protocol::TCP)).unwrap());
     ear.set_read_timeout(Some(SILENCE)).unwrap();

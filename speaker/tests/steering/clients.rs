@@ -43,7 +43,7 @@ fn on_the_segment_and_routed() {
 /// Two clients with one address for the world, and the same source ports before translation.
 #[test]
 fn two_behind_one_nat() {
-    const PORTS: std::ops::Range<u16> = 40_000..40_020;
+    const PORTS: std::ops::Range<u16> = 20_000..20_020;
     let (cluster, _) = mk_three(false);
     let router = cluster.lab.router();
     let clients =

@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use super::cluster::{Cluster, PATIENCE, vips};
 use super::flow::{Flow, all_alive, await_served};
 
-const PORTS: std::ops::Range<u16> = 41_000..41_060;
+const PORTS: std::ops::Range<u16> = 21_000..21_060;
 /// How far from a connection its strays are: the last are behind it.
 const AWAY: [u32; 6] = [
     200_000,

@@ -60,7 +60,7 @@ pub(crate) fn many_bytes(scene: &Scene<'_>) {
 
 /// 4 000 bytes in fragments that come in any order.
 pub(crate) fn shuffled_fragments(scene: &Scene<'_>) {
-    const PORT: u16 = 45_000;
+    const PORT: u16 = 25_000;
     const ORDERS: [[usize; 3]; 4] = [[2, 0, 1], [2, 1, 0], [1, 0, 2], [0, 1, 2]];
     let vips = create(scene, "fragments");
     let clients = [
