@@ -9,7 +9,6 @@ mod cli;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use landfall_lab::measure::neighbours::who_answers;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::tenants::{self, egress, outside};
@@ -81,14 +80,10 @@ fn follow(lab: &Lab, pods: &[&Pod], before: By, after: By) {
 
 /// The pods that are left.
 fn the_gateway_loses_power(lab: &Lab) -> Vec<&Pod> {
-    let answers = who_answers(lab, egress()[0], Duration::from_secs(1)).unwrap();
-    let who: Vec<&String> = answers.keys().collect();
-    let [gateway] = who[..] else {
-        panic!("{who:?} answer for {}", egress()[0]);
-    };
+    let gateway = tenants::gateway(lab, egress()[0]);
     println!("{gateway} is the gateway, and loses its power");
-    lab.inject(gateway, Fault::PowerOff).unwrap();
-    lab.pods().filter(|pod| pod.node != *gateway).collect()
+    lab.inject(&gateway, Fault::PowerOff).unwrap();
+    lab.pods().filter(|pod| pod.node != gateway).collect()
 }
 
 /// From where a pod is seen at a server, once it can reach it.

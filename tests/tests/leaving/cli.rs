@@ -11,7 +11,7 @@ use kube::api::ListParams;
 use landfall_lab::{Lab, Pod, Program};
 use landfall_tests::flows::Flow;
 use landfall_tests::tenants::{self, near};
-use landfall_tests::{Cluster, chart, until_some};
+use landfall_tests::{Cluster, chart, until, until_some};
 use serde_json::Value;
 
 use super::{By, TRY, egress, follow, outside};
@@ -93,13 +93,14 @@ pub(super) fn says_what_is(cluster: &Cluster) {
 
     let pod = lab.pods().find(|pod| pod.node != gateway).unwrap();
     for server in outside() {
-        let (code, text) = cli.explains(pod, server.ip());
         let by = egress()
             .into_iter()
             .find(|it| it.is_ipv4() == server.is_ipv4());
         let expected = format!("it leaves by {} at node {gateway}", by.unwrap());
-        assert_eq!(code, 0, "{text}");
-        assert!(text.contains(&expected), "{text}");
+        until(&expected, || match cli.explains(pod, server.ip()) {
+            (0, text) if text.contains(&expected) => Ok(()),
+            other => Err(other),
+        });
     }
     let (code, text) = cli.explains(pod, egress()[0]);
     assert!(
@@ -118,12 +119,13 @@ fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
     let _flow = Flow::open_within(&pod.netns, server, TRY).unwrap();
     let name = format!("default/{}", pod.name);
     let of_pod = ["bindings", "--pod", &name, "-o", "json"];
-    let (code, text) = cli.asks(gateway, &of_pod);
-    assert_eq!(code, 0, "{text}");
-    let found: Value = serde_json::from_str(&text).unwrap();
-    let bindings = found["bindings"].as_array().unwrap();
-    let own = bindings.iter().find(|it| it["state"] == "established");
-    let own = own.unwrap_or_else(|| panic!("{bindings:?}"));
+    let own = until("the flow to be shown", || {
+        let (_, text) = cli.asks(gateway, &of_pod);
+        let found: Value = serde_json::from_str(&text).map_err(|_| text.clone())?;
+        let mut bindings = found["bindings"].as_array().into_iter().flatten();
+        let own = bindings.find(|it| it["state"] == "established");
+        own.cloned().ok_or(text)
+    });
     assert_eq!(own["pod"], *name);
     assert_eq!(own["policy"], "mail");
     assert_eq!(own["remote"], server.to_string());
@@ -214,8 +216,10 @@ spec:
     until_some("packets are dropped", || {
         Flow::open_within(&pod.netns, server, TRY).err()
     });
-    let (code, text) = cli.reads(&["list"]);
-    assert!(code == 1 && text.contains("NoGateway"), "{text}");
+    until("the list to say so", || match cli.reads(&["list"]) {
+        (1, text) if text.contains("NoGateway") => Ok(()),
+        other => Err(other),
+    });
     let note = until_some("the Event", || {
         // More of them, should the first have come before the table was written.
         let _ = Flow::open_within(&pod.netns, server, Duration::from_millis(100));
