@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use nix::sched::{CloneFlags, setns};
 
-use crate::error::{IoContext, Result};
+use crate::error::{IoContext, LabError, Result};
 use crate::{ledger, sys, tool};
 
 /// The part of a lab's names that tells it from every other lab of this machine.
@@ -204,6 +204,16 @@ impl Netns {
     /// Loads an nftables script inside.
     pub fn nft(&self, script: &str) -> Result<()> {
         tool::run_with_input(self.command("nft").args(["-f", "-"]), script).map(drop)
+    }
+
+    /// How many packets an nftables counter has seen, by family, table and name: `inet landfall egress-unknown`.
+    pub fn counted(&self, counter: &str) -> Result<u64> {
+        let listed = self.exec(&format!("nft list counter {counter}"))?;
+        let mut words = listed
+            .split_whitespace()
+            .skip_while(|word| *word != "packets");
+        let packets = words.nth(1).and_then(|word| word.parse().ok());
+        packets.ok_or_else(|| LabError::Invalid(format!("the counter {counter}: {listed}")))
     }
 
     /// Writes a kernel parameter of this namespace, `net.ipv4.ip_forward` for example.

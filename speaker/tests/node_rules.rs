@@ -114,12 +114,8 @@ fn until(host: &Netns, text: &str) {
 }
 
 fn dropped(host: &Netns, counter: &str) -> u64 {
-    let printed = host
-        .exec(&format!("nft list counter inet landfall {counter}"))
-        .unwrap();
-    let mut words = printed.split_whitespace();
-    assert!(words.any(|word| word == "packets"), "{printed}");
-    words.next().unwrap().parse().unwrap()
+    let counter = format!("inet landfall {counter}");
+    host.counted(&counter).unwrap()
 }
 
 /// Sends a datagram each 10 ms from one socket and returns after how many the first answer came.
@@ -631,7 +627,7 @@ fn an_address_that_pods_leave_by_refuses_a_syn_only() {
 
 /// Whether a segment with these flags, of no connection, is answered by a reset.
 fn reset_by(vip: Ipv4Addr, flags: u8) -> std::io::Result<bool> {
-    const OWN: u16 = 45_000;
+    const OWN: u16 = 25_000;
     const RST: u8 = 4;
     let own = {
         let probe = UdpSocket::bind("0.0.0.0:0")?;

@@ -301,11 +301,8 @@ impl Cluster {
 
     /// The same of a node's.
     pub(super) fn dropped_at(&self, node: &str) -> Option<u64> {
-        let line = "nft list counter inet landfall egress-unknown";
-        let printed = self.lab.host(node).unwrap().exec(line).ok()?;
-        let mut words = printed.split_whitespace();
-        words.find(|word| *word == "packets")?;
-        words.next()?.parse().ok()
+        let host = self.lab.host(node).unwrap();
+        host.counted("inet landfall egress-unknown").ok()
     }
 }
 

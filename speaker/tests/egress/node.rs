@@ -427,12 +427,9 @@ impl Cluster {
 
     /// How many packets the tables have dropped for a reason.
     pub(super) fn dropped(&self, reason: &str) -> u64 {
-        let count = |family: &str| -> Option<u64> {
-            let counter = format!("nft list counter {family} landfall egress-{reason}");
-            let printed = self.node().exec(&counter).ok()?;
-            let mut words = printed.split_whitespace();
-            assert!(words.any(|word| word == "packets"), "{printed}");
-            words.next().unwrap().parse().ok()
+        let count = |family: &str| {
+            let counter = format!("{family} landfall egress-{reason}");
+            self.node().counted(&counter)
         };
         count("inet").expect("the table has it") + count("bridge").unwrap_or(0)
     }

@@ -14,11 +14,8 @@ impl<'a> Table<'a> {
 
     /// What a named counter of it has counted.
     pub(crate) fn packets(&self, counter: &str) -> u64 {
-        let list = format!("nft list counter inet {} {counter}", self.1);
-        let listed = self.0.exec(&list).unwrap();
-        let mut words = listed.split_whitespace();
-        words.find(|word| *word == "packets").unwrap();
-        words.next().unwrap().parse().unwrap()
+        let counter = format!("inet {} {counter}", self.1);
+        self.0.counted(&counter).unwrap()
     }
 }
 

@@ -371,8 +371,7 @@ impl Tables {
     }
 
     fn zero(&mut self, pod: &VipKey) -> Result<(), TablesError> {
-        let zero = PerCpuValues::try_from(nothing()?)?;
-        Ok(self.pod_counts.insert(pod.0, zero, 0)?)
+        Ok(self.pod_counts.insert(pod.0, nothing()?, 0)?)
     }
 
     /// What is known of the flows of policies whose gateway is elsewhere stays, and moves no packet.
@@ -478,8 +477,7 @@ impl Tables {
         for number in self.policies.forget(&planned, &kept.policies)? {
             // Another policy may get the number.
             self.names.remove(&number);
-            self.counts
-                .set(number, PerCpuValues::try_from(nothing()?)?, 0)?;
+            self.counts.set(number, nothing()?, 0)?;
         }
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
         self.nodes.forget(&planned, &kept.nodes)?;
@@ -540,9 +538,9 @@ fn is_counted(done: Result<(), TablesError>) -> bool {
 }
 
 /// Of each CPU.
-fn nothing() -> Result<Vec<PolicyCount>, TablesError> {
+fn nothing() -> Result<PerCpuValues<PolicyCount>, TablesError> {
     let cpus = nr_cpus().map_err(|(_, error)| error)?;
-    Ok(vec![PolicyCount::default(); cpus])
+    Ok(PerCpuValues::try_from(vec![PolicyCount::default(); cpus])?)
 }
 
 /// Makes a map hold what is wanted. What is there already is left alone. Returns what was there.

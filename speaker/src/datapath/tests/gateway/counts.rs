@@ -10,6 +10,27 @@ impl Gate {
     pub(super) fn usage(&self, policy: &str) -> Usage {
         self.maps.usage()[policy].clone()
     }
+
+    /// A packet of the pod's, its answer, and one in the middle of a connection that nobody knows; how they count.
+    fn exchange(&mut self, world: World) -> PolicyCount {
+        let syn = segment(world, world.pod, 4000, SYN);
+        let (action, out) = self.comes(&syn);
+        assert_eq!(action, SENT);
+        let ack = mk_tcp(443, ports(&out).0, SYN | ACK);
+        let back = mk(STRANGER, world.remote, world.egress, 6, 64, &ack);
+        assert_eq!(self.comes(&back).0, SENT);
+        let stray = mk_tcp(4001, 443, ACK);
+        let stray = mk(OTHER, world.pod, world.remote, 6, 64, &stray);
+        self.drops(&stray, Reason::Unknown);
+        PolicyCount {
+            out_packets: 1,
+            out_bytes: syn.len() as u64,
+            in_packets: 1,
+            in_bytes: back.len() as u64,
+            others: 1,
+            ..PolicyCount::default()
+        }
+    }
 }
 
 #[test]
@@ -17,33 +38,13 @@ fn packets_are_counted_for_their_policy() {
     let mut gate = Gate::load();
     for world in WORLDS {
         let before = (gate.usage("mail").count, gate.usage("shop").count);
-        let syn = segment(world, world.pod, 4000, SYN);
-        let (action, out) = gate.comes(&syn);
-        assert_eq!(action, SENT);
-        let port = ports(&out).0;
-        let ack = mk_tcp(443, port, SYN | ACK);
-        let back = mk(STRANGER, world.remote, world.egress, 6, 64, &ack);
-        assert_eq!(gate.comes(&back).0, SENT);
-        // In the middle of a connection that nobody knows.
-        let stray = mk_tcp(4001, 443, ACK);
-        gate.drops(
-            &mk(OTHER, world.pod, world.remote, 6, 64, &stray),
-            Reason::Unknown,
-        );
+        let expected = gate.exchange(world);
         let mut after = gate.usage("mail").count;
         after.out_packets -= before.0.out_packets;
         after.out_bytes -= before.0.out_bytes;
         after.in_packets -= before.0.in_packets;
         after.in_bytes -= before.0.in_bytes;
         after.others -= before.0.others;
-        let expected = PolicyCount {
-            out_packets: 1,
-            out_bytes: syn.len() as u64,
-            in_packets: 1,
-            in_bytes: back.len() as u64,
-            others: 1,
-            ..Default::default()
-        };
         assert_eq!(after, expected);
         assert_eq!(gate.usage("shop").count, before.1, "another's");
     }
@@ -55,24 +56,7 @@ fn packets_are_counted_for_their_pod() {
     let mut gate = Gate::load();
     for world in WORLDS {
         let of = |gate: &Gate, pod: IpAddr| gate.maps.counts_of_pods().get(&pod).copied();
-        let syn = segment(world, world.pod, 4000, SYN);
-        let port = ports(&gate.comes(&syn).1).0;
-        let ack = mk_tcp(443, port, SYN | ACK);
-        let back = mk(STRANGER, world.remote, world.egress, 6, 64, &ack);
-        assert_eq!(gate.comes(&back).0, SENT);
-        let stray = mk_tcp(4001, 443, ACK);
-        gate.drops(
-            &mk(OTHER, world.pod, world.remote, 6, 64, &stray),
-            Reason::Unknown,
-        );
-        let expected = PolicyCount {
-            out_packets: 1,
-            out_bytes: syn.len() as u64,
-            in_packets: 1,
-            in_bytes: back.len() as u64,
-            others: 1,
-            ..PolicyCount::default()
-        };
+        let expected = gate.exchange(world);
         assert_eq!(of(&gate, world.pod), Some(expected));
         assert_eq!(of(&gate, world.friend), Some(PolicyCount::default()));
         let mut egress = mk_egress();
