@@ -17,21 +17,10 @@ const REJOIN: Duration = Duration::from_millis(300);
 
 pub(super) fn mk_vip(n: u16) -> Event {
     let address = format!("10.88.{}.{}", 1 + n / 200, n % 200);
+    let group = format!("g{n}").as_str().into();
     Event::Apply(Object::VirtualIp(VirtualIp {
-        address: address.parse().unwrap(),
-        pool: "lan".into(),
-        group: format!("g{n}").as_str().into(),
         services: vec![ObjectKey::new("default", format!("s{n}"))],
-        former: Vec::new(),
-        egress_policies: Vec::new(),
-        terms: BTreeMap::new(),
-        former_policies: Vec::new(),
-        standby: None,
-        ports_in_use: BTreeMap::new(),
-        drained: BTreeSet::new(),
-        leader: None,
-        retain: false,
-        conditions: Vec::new(),
+        ..VirtualIp::unheld(address.parse().unwrap(), "lan".into(), group)
     }))
 }
 
@@ -534,20 +523,8 @@ fn a_node_with_other_inputs_than_the_majority_hands_over() {
     sim.run(secs(3));
     let owner = sim.owner("g0");
     let stray = Event::Apply(Object::VirtualIp(VirtualIp {
-        address: "10.88.9.9".parse().unwrap(),
-        pool: "lan".into(),
-        group: "g0".into(),
         services: vec![ObjectKey::new("default", "s0")],
-        former: Vec::new(),
-        egress_policies: Vec::new(),
-        terms: BTreeMap::new(),
-        former_policies: Vec::new(),
-        standby: None,
-        ports_in_use: BTreeMap::new(),
-        drained: BTreeSet::new(),
-        leader: None,
-        retain: false,
-        conditions: Vec::new(),
+        ..VirtualIp::unheld("10.88.9.9".parse().unwrap(), "lan".into(), "g0".into())
     }));
     let host = sim.host(&owner);
     host.index.apply(stray);

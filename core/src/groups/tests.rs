@@ -22,20 +22,8 @@ fn mk_advertisement(name: &str) -> Advertisement {
 
 fn mk_vip(address: &str, group: &str, service: &str) -> Event {
     Event::Apply(Object::VirtualIp(VirtualIp {
-        address: address.parse().unwrap(),
-        pool: "lan".into(),
-        group: group.into(),
         services: vec![ObjectKey::new("default", service)],
-        former: Vec::new(),
-        egress_policies: Vec::new(),
-        terms: BTreeMap::new(),
-        former_policies: Vec::new(),
-        standby: None,
-        ports_in_use: BTreeMap::new(),
-        drained: BTreeSet::new(),
-        leader: None,
-        retain: false,
-        conditions: Vec::new(),
+        ..VirtualIp::unheld(address.parse().unwrap(), "lan".into(), group.into())
     }))
 }
 

@@ -241,20 +241,8 @@ fn mk_objects(vips: u16) -> Vec<Object> {
     objects.extend((0..vips).map(|n| {
         let address: IpAddr = format!("10.88.0.{}", 200 + n).parse().unwrap();
         Object::VirtualIp(VirtualIp {
-            address,
-            pool: "lan".into(),
-            group: address.to_string().as_str().into(),
             services: vec![ObjectKey::new("default", format!("s{n}"))],
-            former: Vec::new(),
-            egress_policies: Vec::new(),
-            terms: BTreeMap::new(),
-            former_policies: Vec::new(),
-            standby: None,
-            ports_in_use: BTreeMap::new(),
-            drained: BTreeSet::new(),
-            retain: false,
-            leader: None,
-            conditions: Vec::new(),
+            ..VirtualIp::unheld(address, "lan".into(), address.to_string().as_str().into())
         })
     }));
     objects
