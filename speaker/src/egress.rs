@@ -32,8 +32,8 @@ pub struct Egress {
     /// The pods' addresses that are judged: this node's, and all of other nodes that are or were tenants: whoever becomes
     /// the gateway knows them already, and whose flows have another's address by now.
     pub pods: BTreeMap<IpAddr, Pod>,
-    /// Of these, those that were another policy's when the process before this one ended.
-    pub moved: BTreeSet<IpAddr>,
+    /// Of these, those that were another policy's when the process before this one ended, as they were then.
+    pub earlier: BTreeMap<IpAddr, Pod>,
     /// Networks that are the cluster's own, besides all VIPs: pods', Services', nodes', link-local, multicast.
     pub inside: BTreeSet<IpNet>,
 }

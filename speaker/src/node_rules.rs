@@ -86,7 +86,7 @@ impl Leaving {
                     .iter()
                     .map(|(address, it)| (*address, pod(it)))
                     .collect(),
-                moved: BTreeSet::new(),
+                earlier: BTreeMap::new(),
                 inside: self.egress.inside.clone(),
             }),
             ..self.clone()

@@ -166,10 +166,19 @@ impl Plan {
                 continue;
             };
             let left = named(was.policy).filter(|left| pod.policy() != Some(left));
-            if left.is_some() {
-                self.wanted.moved.insert(address);
+            let former = named(was.former);
+            if let Some(policy) = &left {
+                let earlier = Pod {
+                    tenant: Some(Tenant {
+                        policy: policy.clone(),
+                        egress_ip: None,
+                    }),
+                    former: former.clone(),
+                    ..pod.clone()
+                };
+                self.wanted.earlier.insert(address, earlier);
             }
-            pod.former = left.or_else(|| named(was.former));
+            pod.former = left.or(former);
         }
     }
 

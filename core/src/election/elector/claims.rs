@@ -125,7 +125,17 @@ impl Elector {
             order.sort_by_key(|candidate| candidate.node != named);
         }
         let recorded = recorded(group).filter(|_| local.seen == 0);
-        if let Some(recorded) = recorded {
+        // It is there, and about to be ready.
+        let comes = recorded.is_some_and(|node| {
+            match order.iter().find(|candidate| candidate.node == node) {
+                Some(candidate) => !candidate.ready,
+                None => matches!(
+                    table.refusal(node),
+                    Some(Ineligible::NotSynced | Ineligible::NotHeard(_))
+                ),
+            }
+        });
+        if let Some(recorded) = recorded.filter(|_| !comes) {
             order.sort_by_key(|candidate| candidate.node != recorded);
         }
         let Some(at) = order
@@ -145,14 +155,7 @@ impl Elector {
             .iter()
             .max_by_key(|candidate| score(id, candidate.node, candidate.weight))
             .is_some_and(|candidate| *candidate.node == self.me);
-        // It is there, and about to be ready.
-        let comes = |node| match order.iter().find(|candidate| candidate.node == node) {
-            Some(candidate) => !candidate.ready,
-            None => table
-                .refusal(node)
-                .is_some_and(|refusal| *refusal != Ineligible::NotAlive),
-        };
-        if !order[at].ready || recorded.is_some_and(comes) {
+        if !order[at].ready || comes {
             delay += config.ready_grace;
         } else if local.seen == 0 && !hash_first && at == 0 && recorded != Some(&self.me) {
             delay += config.settle;

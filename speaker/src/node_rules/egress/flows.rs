@@ -99,18 +99,14 @@ pub(in super::super) fn settling(
         None | Some(Before::Earlier | Before::Unknown) => {
             then.free_inside = true;
             then.end = tenants(leaving);
-            if matches!(before, Some(Before::Earlier)) {
-                let moved = own(leaving).filter(|(_, pod)| pod.tenant.is_some());
-                let moved = moved.map(|(address, _)| address);
-                first.part = moved
-                    .filter(|address| leaving.egress.moved.contains(address))
-                    .collect();
-                then.free.clone_from(&first.part);
-            }
-            for (address, pod) in own(leaving).filter(|(_, pod)| pod.tenant.is_none()) {
-                if pod.former.is_some() {
+            let is_earlier = matches!(before, Some(Before::Earlier));
+            for (address, pod) in own(leaving) {
+                let was = leaving.egress.earlier.get(&address);
+                if let Some(was) = was.filter(|_| is_earlier) {
+                    moved(address, was, pod, &mut first, &mut then);
+                } else if pod.tenant.is_none() && pod.former.is_some() {
                     first.part.insert(address);
-                } else {
+                } else if pod.tenant.is_none() {
                     then.free.insert(address);
                     then.free_former.insert(address);
                 }
@@ -413,16 +409,56 @@ mod tests {
         assert_eq!((again.keep, again.end), (set(&[]), set(&[1, 2, 5])));
         let (_, last) = settling(Some(&before), &Rules::default(), &config);
         assert!(last.free_all);
-        // It became another policy's while nobody looked; when this process has seen that, its flows are not from before.
-        let mut moved = new.clone();
-        let leaving = Arc::make_mut(moved.egress.as_mut().unwrap());
-        Arc::make_mut(&mut leaving.egress).moved = set(&[1, 3, 9]);
-        for (before, part) in [(Before::Earlier, set(&[1])), (Before::Unknown, set(&[]))] {
-            let (first, then) = settling(Some(&before), &moved, &config);
-            assert_eq!((&first.part, &then.free), (&part, &(&part | &set(&[3, 6]))));
-        }
         let (first, then) = settling(Some(&before), &old, &config);
         assert!(first.is_empty() && then.is_empty());
+    }
+
+    /// Pods become other policies' while no process looks: what they were is known from before it. Once a process has seen
+    /// that, its flows are not from before.
+    #[test]
+    fn what_pods_were_when_a_process_ended_is_as_good_as_seen() {
+        let config = Config::default();
+        let mut rules = mk_rules(&[(1, true), (2, true), (3, true), (4, false), (5, true)]);
+        let leaving = Arc::make_mut(rules.egress.as_mut().unwrap());
+        let egress = Arc::make_mut(&mut leaving.egress);
+        let mut earlier = |last, was: &str, former: Option<&str>| {
+            let pod = egress.pods.get_mut(&mk_address(last)).unwrap();
+            let was = Pod {
+                tenant: Some(Tenant {
+                    policy: was.into(),
+                    egress_ip: None,
+                }),
+                former: former.map(Into::into),
+                ..pod.clone()
+            };
+            pod.former = was.policy().cloned();
+            egress.earlier.insert(mk_address(last), was);
+        };
+        earlier(1, "web", None);
+        earlier(2, "web", Some("mail"));
+        earlier(3, "web", Some("other"));
+        earlier(4, "web", None);
+        let seen = |first: &Settling, then: &Settling| {
+            let of = |settling: &Settling| {
+                let sets = [&settling.part, &settling.swap, &settling.free];
+                let [part, swap, free] = sets.map(Clone::clone);
+                (part, swap, free, settling.free_former.clone())
+            };
+            (of(first), of(then))
+        };
+        let none = || set(&[]);
+        let (first, then) = settling(Some(&Before::Earlier), &rules, &config);
+        let expected = (
+            (set(&[1, 3, 4]), set(&[2]), none(), set(&[3])),
+            (none(), none(), set(&[1, 3, 4]), none()),
+        );
+        assert_eq!(seen(&first, &then), expected);
+        let (first, then) = settling(Some(&Before::Unknown), &rules, &config);
+        let expected = (
+            (set(&[4]), none(), none(), none()),
+            (none(), none(), none(), none()),
+        );
+        assert_eq!(seen(&first, &then), expected);
     }
 
     #[test]
