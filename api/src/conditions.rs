@@ -56,6 +56,8 @@ pub mod announced {
     pub const DEFAULT_ROUTE: &str = "AnnouncedByDefaultRoute";
     /// No node may lead; the message says why, node by node.
     pub const NO_ELIGIBLE_NODE: &str = "NoEligibleNode";
+    /// Pods leave by it, and its leader hears less than half of the nodes: it begins no flows and does not answer for it.
+    pub const NO_MAJORITY: &str = "NoMajority";
     /// Another station answers for the address.
     pub const ADDRESS_CONFLICT: &str = "AddressConflict";
 }

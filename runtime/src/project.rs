@@ -470,6 +470,7 @@ impl Project for VirtualIP {
             former_policies: names(self.spec.former_egress_policies),
             retain: self.spec.retain,
             leader: status.leader.as_deref().map(model::NodeName::from),
+            epoch: status.epoch.map_or(0, i64::unsigned_abs),
             standby: status.standby.as_deref().map(model::NodeName::from),
             ports_in_use: status
                 .egress

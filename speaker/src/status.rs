@@ -283,6 +283,7 @@ impl Reporter {
         for group in speaker.index().groups().values() {
             let leader = speaker.election().leader(&group.id);
             let lost = leader == Some(me)
+                && !speaker.is_few(group)
                 && group.vips.iter().any(|vip| {
                     vip.reported_leader.as_ref() != Some(me)
                         && self
@@ -362,6 +363,9 @@ impl Reporter {
             BTreeMap::new()
         };
         for vip in &group.vips {
+            if mine && speaker.is_few(group) && is_led_by_others(speaker, vip.address) {
+                continue;
+            }
             let mut status = status(speaker, group, vip, &verdicts);
             if !speaker.hears_most() {
                 // Another may lead where most nodes are, and have flows of them: what is said to be over is freed.
@@ -431,6 +435,19 @@ impl Reporter {
     }
 }
 
+/// Whether an address's record is another leader's who took it over as late as this node, or later: where most nodes are, if
+/// they are not here.
+fn is_led_by_others(speaker: &Speaker, address: IpAddr) -> bool {
+    speaker.index().virtual_ip(address).is_some_and(|vip| {
+        let epoch = speaker
+            .election()
+            .view(&vip.group)
+            .map_or(0, |view| view.epoch);
+        let others = vip.leader.as_ref();
+        others.is_some_and(|leader| leader != speaker.election().me()) && vip.epoch >= epoch
+    })
+}
+
 /// Whether an address is known to be leaderless already, in the same words: the next reporter need not repeat it.
 fn is_observed(speaker: &Speaker, address: IpAddr, status: &Status) -> bool {
     status.leader.is_none()
@@ -470,6 +487,15 @@ fn status(
             holds: false,
             reason: announced::NO_ELIGIBLE_NODE,
             message: node_by_node(verdicts),
+        }
+    } else if speaker.is_few(group) {
+        Condition {
+            holds: false,
+            reason: announced::NO_MAJORITY,
+            message: format!(
+                "gateway {} hears less than half of the nodes, and another may be where they are: it begins no flows and does not answer for the address",
+                speaker.election().me(),
+            ),
         }
     } else if let Some(conflict) = speaker.conflict_of(vip.address) {
         let hint = if conflict.held_back {

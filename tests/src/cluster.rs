@@ -1,13 +1,16 @@
 //! A lab with a control plane, kube-proxies, the chart's CRDs and RBAC, and Landfall's real binaries.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kube::Client;
+use kube::{Api, Client};
+use landfall_api::VirtualIP;
+use landfall_core::ip::virtual_ip_name;
 use landfall_lab::{Lab, Program, Topology, fault::SPEAKER};
 
 use crate::{ControlPlane, ProxyMode, chart, control_plane, objects};
@@ -104,6 +107,18 @@ impl Cluster {
     /// An admin's client.
     pub async fn client(&self) -> anyhow::Result<Client> {
         self.plane.client().await
+    }
+
+    /// The `VirtualIP` of an address, if there is one.
+    ///
+    /// # Panics
+    /// If the API server does not say.
+    pub fn virtual_ip(&self, address: IpAddr) -> Option<VirtualIP> {
+        let asked = self.block_on(async {
+            let all: Api<VirtualIP> = Api::all(self.client().await?);
+            anyhow::Ok(all.get_opt(&virtual_ip_name(address)).await?)
+        });
+        asked.expect("the API server is there")
     }
 
     /// Starts a controller beside the control plane, under a name (also its identity).

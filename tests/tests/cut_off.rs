@@ -63,6 +63,14 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
             (answers.len() == 1 && !answers.contains_key(&gateway)).then_some(())
         });
 
+        let recorded = || {
+            let record = cluster.virtual_ip(egress()[0]);
+            record.and_then(|it| it.status?.leader)
+        };
+        until_some("the record to be the other's", || {
+            recorded().filter(|leader| *leader != gateway)
+        });
+
         // What it has it still translates, whether or not the answers come to it: one of each family.
         let sent = tap.sent();
         let _ = flows::ask(&mut left[..2]);
@@ -84,6 +92,7 @@ fn a_gateway_that_is_cut_off_begins_nothing_and_falls_silent() {
                     tries += 1;
                 }
             }
+            assert_ne!(recorded().as_ref(), Some(&gateway), "it says that it leads");
         }
         assert_eq!(
             tap.begun(),
@@ -174,12 +183,7 @@ impl Tap {
     }
 
     fn count(&self, counter: &str) -> u64 {
-        let listed = self
-            .switch
-            .exec(&format!("nft list counter netdev tap {counter}"))
-            .unwrap();
-        let mut words = listed.split_whitespace();
-        words.find(|word| *word == "packets").unwrap();
-        words.next().unwrap().parse().unwrap()
+        let counter = format!("netdev tap {counter}");
+        self.switch.counted(&counter).unwrap()
     }
 }

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use kube::Api;
 use kube::api::{Patch, PatchParams};
-use landfall_api::{EgressPolicy, VirtualIP};
-use landfall_core::ip::virtual_ip_name;
+use landfall_api::EgressPolicy;
 use landfall_lab::fault::SPEAKER;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
@@ -69,7 +68,7 @@ fn flows_end_with_a_policy_that_cuts() {
     with_flows(|cluster, flows| {
         patch(cluster, &json!({"onDelete": "Cut"}));
         eventually("on record", || {
-            let terms = record(cluster, egress()[0])?.spec.egress_terms;
+            let terms = cluster.virtual_ip(egress()[0])?.spec.egress_terms;
             let cuts = |terms: &landfall_api::virtual_ip::EgressTerms| {
                 terms.on_delete == landfall_api::egress::OnDelete::Cut
             };
@@ -252,16 +251,10 @@ fn go_on(flows: &mut BTreeMap<String, Vec<Flow>>) {
     }
 }
 
-fn record(cluster: &Cluster, address: IpAddr) -> Option<VirtualIP> {
-    cluster.block_on(async {
-        let records: Api<VirtualIP> = Api::all(cluster.client().await.unwrap());
-        let name = virtual_ip_name(address);
-        records.get_opt(&name).await.unwrap()
-    })
-}
-
 fn is_held(cluster: &Cluster, address: IpAddr) -> bool {
-    record(cluster, address).is_some_and(|it| !it.spec.egress_policies.is_empty())
+    cluster
+        .virtual_ip(address)
+        .is_some_and(|it| !it.spec.egress_policies.is_empty())
 }
 
 /// Waits until the policy's addresses are nobody's.
@@ -283,13 +276,13 @@ fn lose_power(cluster: &Cluster, gateway: &str) {
 
 /// Who leads the policy's address, as it is said on record.
 fn leader(cluster: &Cluster) -> String {
-    let status = record(cluster, egress()[0]).and_then(|it| it.status);
+    let status = cluster.virtual_ip(egress()[0]).and_then(|it| it.status);
     status.and_then(|status| status.leader).unwrap_or_default()
 }
 
 /// Whether a condition of the address says so.
 fn says(cluster: &Cluster, words: &str) -> bool {
-    let status = record(cluster, egress()[0]).and_then(|it| it.status);
+    let status = cluster.virtual_ip(egress()[0]).and_then(|it| it.status);
     let conditions = status.map(|status| status.conditions).unwrap_or_default();
     conditions.iter().any(|it| it.message.contains(words))
 }

@@ -52,6 +52,8 @@ pub struct VirtualIp {
     pub retain: bool,
     /// `status.leader`, as a speaker reported it.
     pub leader: Option<NodeName>,
+    /// `status.epoch`, likewise: the leader's claim's.
+    pub epoch: u64,
     /// `status.standby`, likewise.
     pub standby: Option<NodeName>,
     /// Ports that flows of a policy's pods have on it (`status.egress`), as the leader reported.
@@ -82,6 +84,7 @@ impl VirtualIp {
             former_policies: Vec::new(),
             retain: false,
             leader: None,
+            epoch: 0,
             standby: None,
             ports_in_use: BTreeMap::new(),
             drained: BTreeSet::new(),

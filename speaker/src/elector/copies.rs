@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use landfall_core::groups::GroupId;
+use landfall_core::groups::{Group, GroupId};
 use landfall_core::model::NodeName;
 
 use super::Speaker;
@@ -15,6 +15,10 @@ use crate::replication::{Role, Roles};
 /// over, if there is another.
 const LEASE: Duration = Duration::from_secs(30);
 
+/// A node whose speaker was stopped counts among the others for so long after that: as a rule it is restarted. Shorter than
+/// [`LEASE`], so that stopping most of the speakers ends no flow.
+const RESTART: Duration = Duration::from_secs(20);
+
 /// What was found last.
 #[derive(Debug)]
 pub(super) struct Copies {
@@ -23,6 +27,8 @@ pub(super) struct Copies {
     led_since: BTreeMap<GroupId, Instant>,
     /// The nodes whose speakers were heard in this run, or who have led by an address's record, as long as they are nodes.
     voters: BTreeSet<NodeName>,
+    /// Of these, those whose speakers were stopped, and since when.
+    stopped: BTreeMap<NodeName, Duration>,
     /// Since when less than half of them are.
     lonely_since: Option<Duration>,
     /// What this node may do as a gateway.
@@ -35,6 +41,7 @@ impl Default for Copies {
             roles: Roles::new(),
             led_since: BTreeMap::new(),
             voters: BTreeSet::new(),
+            stopped: BTreeMap::new(),
             lonely_since: None,
             licence: Licence::Full,
         }
@@ -156,6 +163,12 @@ impl Speaker {
         self.copies.licence == Licence::Full
     }
 
+    /// Whether this node is one of a few that hear less than half of the others, and pods leave by the group's addresses: as
+    /// its leader it does not announce them, since another may be the gateway where most nodes are.
+    pub fn is_few(&self, group: &Group) -> bool {
+        !group.egress.is_empty() && !self.hears_most()
+    }
+
     /// Looks what this node may do as a gateway, if nodes came or went or it may do less by now.
     pub(super) fn check_licence(
         &mut self,
@@ -182,6 +195,19 @@ impl Speaker {
             let nodes = self.index.nodes();
             copies.voters.retain(|node| nodes.contains_key(node));
         }
+        copies
+            .stopped
+            .retain(|node, _| self.election.has_left(node));
+        for node in &copies.voters {
+            if self.election.has_left(node) && !copies.stopped.contains_key(node) {
+                copies.stopped.insert(node.clone(), now);
+            }
+        }
+        let stopped = &copies.stopped;
+        let is_gone = |at: &Duration| now.saturating_sub(*at) >= RESTART;
+        copies
+            .voters
+            .retain(|node| !stopped.get(node).is_some_and(is_gone));
         let there = |node: &&NodeName| self.election.is_alive(node);
         let alive = copies.voters.iter().filter(there).count();
         // Half is enough: of two nodes the one that is left goes on.

@@ -115,8 +115,7 @@ impl Speaker {
         let (Some(lead), Some(group)) = (self.election.leadership(id), self.group(id)) else {
             return BTreeMap::new();
         };
-        // Another may be the gateway where most nodes are: what comes for its flows is not to come here.
-        if !group.egress.is_empty() && !self.hears_most() {
+        if self.is_few(group) {
             return BTreeMap::new();
         }
         group

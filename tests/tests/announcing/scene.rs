@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::events::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use landfall_api::{L2Advertisement, VirtualIP};
+use landfall_api::L2Advertisement;
 use landfall_lab::Lab;
 use landfall_lab::measure::neighbours;
 use landfall_tests::{Cluster, PATIENCE, chart, client, objects};
@@ -239,13 +239,8 @@ impl<'a> Scene<'a> {
 
     /// A `VirtualIP`'s status.
     pub(crate) fn status(&self, vip: IpAddr) -> Value {
-        self.cluster.block_on(async {
-            let api: Api<VirtualIP> = Api::all(self.cluster.client().await.unwrap());
-            let list = api.list(&ListParams::default()).await.unwrap();
-            list.into_iter()
-                .find(|it| it.spec.address.parse() == Ok(vip))
-                .map_or(Value::Null, |it| serde_json::to_value(it.status).unwrap())
-        })
+        let record = self.cluster.virtual_ip(vip);
+        record.map_or(Value::Null, |it| serde_json::to_value(it.status).unwrap())
     }
 
     /// A `VirtualIP`'s condition `Announced`, `True Reason: message`.

@@ -200,6 +200,12 @@ impl Elector {
         *node == self.me || self.peers.get(node).is_some_and(|peer| peer.alive)
     }
 
+    /// Whether a peer is not there since it has said that it goes, and not come back.
+    pub fn has_left(&self, node: &NodeName) -> bool {
+        let peer = self.peers.get(node);
+        peer.is_some_and(|peer| !peer.alive && peer.left.is_some())
+    }
+
     /// When a peer's last hello was heard on an interface; nothing if that was too long ago to count.
     pub fn last_hello(&self, node: &NodeName, interface: &Arc<str>) -> Option<Duration> {
         self.peers.get(node)?.hellos.get(interface).copied()

@@ -221,6 +221,7 @@ impl World {
                 let mut vip = record.virtual_ip();
                 if let Some(before) = self.virtual_ips.get(&vip.address) {
                     vip.leader.clone_from(&before.leader);
+                    vip.epoch = before.epoch;
                     vip.ports_in_use.clone_from(&before.ports_in_use);
                     vip.drained.clone_from(&before.drained);
                 }

@@ -129,6 +129,71 @@ fn a_minority_begins_nothing_and_ends_what_it_has() {
     assert_eq!(world.announcers(), announcers);
 }
 
+/// What the only node that is left says of the address, the last of three to lead it; and what it says over again once the
+/// record is as given.
+#[test]
+fn a_minority_says_that_it_does_not_announce_and_leaves_others_records_alone() {
+    let address: IpAddr = VIP.parse().unwrap();
+    let vip = |leader: &str, epoch| {
+        Object::VirtualIp(VirtualIp {
+            egress_policies: vec!["mail".into()],
+            leader: Some(leader.into()),
+            epoch,
+            ..VirtualIp::unheld(address, "out".into(), VIP.into())
+        })
+    };
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let mut dead = String::new();
+    for _ in 0..2 {
+        dead = leader(&world);
+        kill(&mut world, &dead);
+        world.run(Duration::from_secs(5));
+    }
+    let last = the_last(&world);
+    let epoch = {
+        let election = world.host(&last).speaker.election();
+        election.view(VIP).unwrap().epoch
+    };
+    let said = |world: &mut World, reporter: &mut crate::status::Reporter, record: &Object| {
+        world.tell(record);
+        world.run(Duration::from_secs(1));
+        let mut reasons = Vec::new();
+        for after in 1..40 {
+            let now = world.now + Duration::from_secs(after);
+            let speaker = &world.host(&last).speaker;
+            let writes = reporter.look(speaker, BTreeSet::from([VIP.into()]), now, 0);
+            reasons.extend(writes.into_iter().filter_map(|write| match write {
+                crate::status::Write::Status { patch, .. } => {
+                    Some(patch["status"]["conditions"][0]["reason"].to_string())
+                }
+                crate::status::Write::Event { .. } => None,
+            }));
+        }
+        reasons
+    };
+    // Where most nodes are, one has taken over: before this one, at once with it, after it.
+    for theirs in [epoch, epoch + 1] {
+        let mut reporter = crate::status::Reporter::default();
+        let record = vip(&dead, theirs);
+        assert_eq!(said(&mut world, &mut reporter, &record), [""; 0]);
+    }
+    // The record is of who led before; then of this node; then another's again, which stays.
+    let mut reporter = crate::status::Reporter::default();
+    let record = vip(&dead, epoch - 1);
+    assert_eq!(
+        said(&mut world, &mut reporter, &record),
+        ["\"NoMajority\""],
+        "once"
+    );
+    assert_eq!(said(&mut world, &mut reporter, &vip(&last, epoch)), [""; 0]);
+    assert_eq!(
+        said(&mut world, &mut reporter, &vip(&dead, epoch + 1)),
+        [""; 0]
+    );
+}
+
 /// A node that begins anew and hears nobody knows from the record that others have led.
 #[test]
 fn who_led_by_the_record_counts() {
@@ -180,6 +245,74 @@ fn after_the_end_of_all_the_gateway_is_who_was() {
         world.run(Duration::from_secs(5));
         assert_eq!(leader(&world), recorded);
     }
+}
+
+/// Speakers that are stopped are as a rule restarted: they count until they have been away for too long for that.
+#[test]
+fn who_was_stopped_does_not_count_for_long() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    for _ in 0..2 {
+        let stops = leader(&world);
+        world.host(&stops).speaker.leave();
+        world.run(Duration::from_millis(500));
+        kill(&mut world, &stops);
+        world.run(Duration::from_secs(3));
+    }
+    let last = the_last(&world);
+    assert_eq!(licence(&world, &last), Some(Licence::Frozen));
+    world.run(Duration::from_secs(20));
+    assert_eq!(licence(&world, &last), Some(Licence::Full));
+    // Who is back counts again, and is missed if it dies.
+    for number in (1..=3).filter(|number| format!("n{number}") != last) {
+        world.boot(number, 7);
+    }
+    world.run(Duration::from_secs(5));
+    for _ in 0..2 {
+        let dies = leader(&world);
+        kill(&mut world, &dies);
+        world.run(Duration::from_secs(5));
+    }
+    world.run(Duration::from_secs(20));
+    let last = the_last(&world);
+    assert_eq!(licence(&world, &last), Some(Licence::Frozen));
+}
+
+/// Who led by the record is not waited for where it can lead no more.
+#[test]
+fn after_the_end_of_all_who_was_the_gateway_and_cannot_be_is_not_waited_for() {
+    let recorded = "n2";
+    let took = |hindered: bool| {
+        let mut world = mk_world();
+        tell_policy(&mut world);
+        world.run(Duration::from_secs(2));
+        for node in ["n1", "n2", "n3"] {
+            kill(&mut world, node);
+        }
+        world.tell(&Object::VirtualIp(VirtualIp {
+            egress_policies: vec!["mail".into()],
+            leader: Some(recorded.into()),
+            ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+        }));
+        let begun = world.now;
+        for number in 1..=3 {
+            world.boot(number, 9);
+        }
+        if hindered {
+            world.host(recorded).speaker.leave();
+        }
+        while world.announcers().is_empty() {
+            assert!(world.now.saturating_sub(begun) < Duration::from_secs(10));
+            world.step();
+        }
+        (leader(&world), world.now.saturating_sub(begun))
+    };
+    let (goes_on, _) = took(false);
+    assert_eq!(goes_on, recorded);
+    let (other, after) = took(true);
+    assert_ne!(other, recorded);
+    assert!(after < Duration::from_secs(2), "{after:?}");
 }
 
 /// Nodes that are gone for good have no say.
