@@ -7,16 +7,14 @@
 mod arm;
 mod bindings;
 mod cluster;
-mod exec;
 mod explain;
 mod list;
-mod table;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Subcommand, ValueEnum};
-use landfall_runtime::control;
+use clap::Subcommand;
+
+use crate::ask;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,53 +62,9 @@ enum Command {
     Arm(arm::ArmArgs),
 }
 
-/// How to reach the API server.
-#[derive(Clone, Debug, clap::Args)]
-pub(super) struct ApiArgs {
-    /// A kubeconfig file. Without it: KUBECONFIG, ~/.kube/config, or the pod's `ServiceAccount`.
-    #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
-}
-
-/// Which speaker to ask.
-#[derive(Clone, Debug, clap::Args)]
-pub(super) struct SpeakerArgs {
-    /// Ask the speaker of this node, through `kubectl exec` into its pod.
-    #[arg(long, conflicts_with = "socket")]
-    node: Option<String>,
-    /// Ask the speaker that listens here.
-    #[arg(
-        long,
-        env = "LANDFALL_CONTROL_SOCKET",
-        value_name = "FILE",
-        default_value = control::SOCKET
-    )]
-    socket: PathBuf,
-    /// The namespace of the speakers' pods, with --node.
-    #[arg(long, default_value = "landfall-system")]
-    namespace: String,
-    #[command(flatten)]
-    api: ApiArgs,
-}
-
-/// How results are printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Format {
-    /// For people.
-    Table,
-    /// One JSON object.
-    Json,
-}
-
-/// What was found is nothing, or not as it should be.
-const FOUND: u8 = 1;
-
 /// Runs `landfall egress`.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let good = runtime.block_on(async {
+    ask::wait(async {
         match args.command {
             Command::List(args) => list::run(args).await,
             Command::Bindings(args) => bindings::run(args).await,
@@ -118,11 +72,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             Command::Disarm(args) => arm::disarm(args).await,
             Command::Arm(args) => arm::arm(args).await,
         }
-    })?;
-    Ok(if good {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(FOUND)
     })
 }
 

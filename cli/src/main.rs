@@ -6,10 +6,14 @@
     reason = "they panic where nobody listens; see `print`"
 )]
 
+mod ask;
+mod doctor;
 mod egress;
+mod exec;
 mod exit;
 mod lab;
 mod print;
+mod table;
 
 use std::process::ExitCode;
 
@@ -25,6 +29,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// What on a node keeps Landfall from working, or will: its kernel, others' rules and programs, peers that are not heard.
+    Doctor(doctor::Args),
     /// Pods that leave the cluster by addresses of their own: who, by what, why, and the way out.
     Egress(egress::Args),
     /// A LAN in network namespaces, with real speakers, to watch fail-overs on.
@@ -33,6 +39,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Doctor(args) => doctor::run(args),
         Command::Egress(args) => egress::run(args),
         Command::Lab(args) => lab::run(args),
     };

@@ -40,6 +40,8 @@ pub mod path {
     pub const DISARM: &str = "/egress/disarm";
     /// `POST`: [`Armed`](super::Armed).
     pub const ARM: &str = "/egress/arm";
+    /// `GET`: [`Diagnosis`](super::Diagnosis).
+    pub const DOCTOR: &str = "/doctor";
 }
 
 /// What a node does for egress policies.
@@ -177,6 +179,40 @@ pub struct Armed {
     pub handed_over: Vec<String>,
     /// Those that nobody could take over.
     pub abandoned: Vec<String>,
+}
+
+/// What a node says of itself, for whoever looks why something does not work there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Diagnosis {
+    /// The node.
+    pub node: String,
+    /// What was looked at, each with what was found.
+    pub findings: Vec<Finding>,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What.
+    pub check: String,
+    /// How it is.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do; nothing, if nothing is to be done.
+    pub advice: Option<String>,
+}
+
+/// How something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Worth knowing; it works.
+    Note,
+    /// Something does not work, or will not.
+    Problem,
 }
 
 /// Why a speaker did not answer.

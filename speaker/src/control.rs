@@ -13,7 +13,9 @@ use axum::http::StatusCode;
 use axum::response::Json;
 use axum::routing::{get, post};
 use landfall_ebpf_common::egress::gateway::PolicyCount;
-use landfall_runtime::control::{Armed, Binding, Bindings, Egress, PodUse, Pods, PolicyUse, path};
+use landfall_runtime::control::{
+    Armed, Binding, Bindings, Diagnosis, Egress, PodUse, Pods, PolicyUse, path,
+};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -50,7 +52,13 @@ pub(crate) fn router(shared: Shared, now: impl Fn() -> Duration + Send + Sync + 
         .route(path::PODS, get(pods))
         .route(path::DISARM, post(disarm))
         .route(path::ARM, post(arm))
+        .route(path::DOCTOR, get(doctor))
         .with_state(asked)
+}
+
+async fn doctor(State(asked): State<Asked>) -> Json<Diagnosis> {
+    let patient = asked.shared.lock().patient();
+    Json(patient.examine().await)
 }
 
 async fn egress(State(asked): State<Asked>) -> Json<Egress> {

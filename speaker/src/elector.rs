@@ -18,6 +18,7 @@ mod early;
 mod echo;
 pub mod egress;
 mod hindered;
+mod patient;
 pub mod ready;
 mod shown;
 mod steering;

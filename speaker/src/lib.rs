@@ -18,6 +18,7 @@ pub mod cni;
 mod conntrack;
 mod control;
 pub mod datapath;
+mod doctor;
 pub mod egress;
 pub mod elector;
 pub mod hello;

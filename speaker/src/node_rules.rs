@@ -18,6 +18,7 @@ mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -29,6 +30,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use kube_proxy::KubeProxy;
 pub use tool::ToolError;
+pub(crate) use tool::run;
 
 use crate::announcer::MacAddr;
 use crate::egress::{Egress, InForce, Pod, PolicyName, marks};
@@ -214,6 +216,12 @@ impl Config {
         }
     }
 
+    /// The priorities of the routing rules that are ours.
+    pub(crate) fn priorities(&self) -> RangeInclusive<u32> {
+        // Of answers there are two, each with a table of its own.
+        self.egress_priority()..=self.priority + 1
+    }
+
     /// Whether a routing table is ours.
     fn owns(&self, table: u32) -> bool {
         let is_answers = table
@@ -244,6 +252,14 @@ impl Config {
     fn egress_priority(&self) -> u32 {
         self.priority - 1
     }
+}
+
+/// Shows each rule of nftables there is in the calling thread's network namespace, but for bridges'.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`.
+pub(crate) fn each_rule(each: impl FnMut(&netfilter::Rule<'_>)) -> std::io::Result<()> {
+    netfilter::Query::open()?.each_rule(each)
 }
 
 /// What the task knows of kube-proxy, for the handle.

@@ -32,6 +32,7 @@ fn tenants() {
         let pods: Vec<&Pod> = lab.pods().collect();
         follow(lab, &pods, By::Node, By::Policy);
         cli::says_what_is(cluster);
+        cli::names_problems(cluster);
         cli::disarms(cluster);
         cli::names_what_is_dropped(cluster);
         let pods = the_gateway_loses_power(lab);

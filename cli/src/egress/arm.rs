@@ -2,8 +2,8 @@
 
 use landfall_runtime::control::{self, Armed, path};
 
-use super::{SpeakerArgs, exec};
-use crate::print;
+use crate::ask::SpeakerArgs;
+use crate::{exec, print};
 
 const DISARMED: &str = "\
 EGRESS IS DISARMED ON THIS NODE.
@@ -42,7 +42,11 @@ pub(super) struct ArmArgs {
 pub(super) async fn disarm(args: DisarmArgs) -> anyhow::Result<bool> {
     if let Some(node) = &args.speaker.node {
         let force = args.force.then(|| "--force".to_owned());
-        let words: Vec<String> = ["disarm".to_owned()].into_iter().chain(force).collect();
+        let words: Vec<String> = ["egress", "disarm"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(force)
+            .collect();
         return exec::at(node, &args.speaker, &words).await;
     }
     let path = format!("{}?force={}", path::DISARM, args.force);
@@ -63,7 +67,7 @@ pub(super) async fn disarm(args: DisarmArgs) -> anyhow::Result<bool> {
 /// Arms again.
 pub(super) async fn arm(args: ArmArgs) -> anyhow::Result<bool> {
     if let Some(node) = &args.speaker.node {
-        return exec::at(node, &args.speaker, &["arm".to_owned()]).await;
+        return exec::at(node, &args.speaker, &["egress", "arm"].map(str::to_owned)).await;
     }
     let armed: Armed = control::post(&args.speaker.socket, path::ARM).await?;
     print::result(format_args!("{}: armed", armed.node))?;

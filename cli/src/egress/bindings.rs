@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use clap::builder::RangedU64ValueParser;
 use landfall_runtime::control::{self, Binding, Bindings, Egress, PodUse, Pods, path};
 
-use super::table::{aligned, or_none};
-use super::{Format, SpeakerArgs, exec, parse_pod, parse_policy};
-use crate::print;
+use super::{parse_pod, parse_policy};
+use crate::ask::{Format, SpeakerArgs};
+use crate::table::{aligned, or_none};
+use crate::{exec, print};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -38,7 +39,11 @@ pub(super) struct Args {
 impl Args {
     /// The same, for a speaker's pod.
     fn words(&self) -> Vec<String> {
-        let mut words = vec!["bindings".to_owned(), format!("--most={}", self.most)];
+        let mut words = vec![
+            "egress".to_owned(),
+            "bindings".to_owned(),
+            format!("--most={}", self.most),
+        ];
         words.extend(self.policy.iter().map(|it| format!("--policy={it}")));
         words.extend(self.pod.iter().map(|it| format!("--pod={it}")));
         words.extend(self.by_pod.then(|| "--by-pod".to_owned()));

@@ -7,43 +7,17 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::ListParams;
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Api, Client, Config, Resource, ResourceExt as _};
+use kube::{Api, Client, Resource, ResourceExt as _};
 use landfall_api::{EgressPolicy, IPAddressPool, VirtualIP};
 use landfall_core::egress::{Cluster, EgressIndex, Options};
 use landfall_core::model::{Event, Kind, NodeName, Object, ObjectKey, VirtualIp};
 use landfall_runtime::project::Project;
 use serde::de::DeserializeOwned;
 
-use super::ApiArgs;
 use crate::print;
 
 /// How many objects are asked for at a time.
 const PAGE: u32 = 500;
-
-impl ApiArgs {
-    pub(super) async fn client(&self) -> anyhow::Result<Client> {
-        let config = match &self.kubeconfig {
-            Some(path) => {
-                let read = Kubeconfig::read_from(path)
-                    .with_context(|| format!("--kubeconfig {}", path.display()))?;
-                Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
-            }
-            None => Config::infer().await.context(
-                "no kubeconfig, and not in a pod with a ServiceAccount: pass --kubeconfig FILE",
-            )?,
-        };
-        Ok(Client::try_from(config)?)
-    }
-
-    /// The arguments by which kubectl finds the same.
-    pub(super) fn for_kubectl(&self) -> Vec<String> {
-        self.kubeconfig
-            .iter()
-            .map(|path| format!("--kubeconfig={}", path.display()))
-            .collect()
-    }
-}
 
 /// Everything of a kind. What the API server has changed meanwhile is not asked about: this is a moment's look.
 async fn all<K>(client: &Client) -> anyhow::Result<Vec<K>>

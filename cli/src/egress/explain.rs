@@ -7,9 +7,10 @@ use landfall_core::model::ObjectKey;
 use serde_json::json;
 
 use super::cluster::read;
-use super::table::aligned;
-use super::{ApiArgs, Format, parse_pod};
+use super::parse_pod;
+use crate::ask::{ApiArgs, Format};
 use crate::print;
+use crate::table::aligned;
 
 // Without line breaks: clap breaks lines where the terminal does.
 const KNOWN: &str = "\

@@ -7,9 +7,9 @@ use landfall_core::model::{Condition, EgressPolicy, NodeName};
 use serde::Serialize;
 
 use super::cluster::{Read, read};
-use super::table::{aligned, or_none};
-use super::{ApiArgs, Format};
+use crate::ask::{ApiArgs, Format};
 use crate::print;
+use crate::table::{aligned, or_none};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {

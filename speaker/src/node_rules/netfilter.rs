@@ -20,6 +20,7 @@ const NFTABLES: u16 = 10;
 const NEW_TABLE: u8 = 0;
 const DELETE_TABLE: u8 = 2;
 const DELETE_CHAIN: u8 = 5;
+const GET_RULE: u8 = 7;
 const DELETE_RULE: u8 = 8;
 const DELETE_SET: u8 = 11;
 const NEW_ELEMENTS: u8 = 12;
@@ -76,6 +77,16 @@ pub(super) enum Event {
     Lost,
 }
 
+/// A rule, as the kernel shows it.
+pub(crate) struct Rule<'a> {
+    /// Its table's family, as `nft` says it.
+    pub(crate) family: &'static str,
+    pub(crate) table: String,
+    pub(crate) chain: String,
+    /// `NFTA_RULE_EXPRESSIONS`.
+    pub(crate) expressions: &'a [u8],
+}
+
 /// A socket to ask with. It belongs to the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub(super) struct Query(Requests);
@@ -126,6 +137,31 @@ impl Query {
             }
         }
         Err(io::ErrorKind::Interrupted.into())
+    }
+
+    /// Shows each rule of the tables through which packets of the node and of its pods go.
+    pub(super) fn each_rule(&self, mut each: impl FnMut(&Rule<'_>)) -> io::Result<()> {
+        for (family, name) in [
+            (TableFamily::Inet, "inet"),
+            (TableFamily::Ip, "ip"),
+            (TableFamily::Ip6, "ip6"),
+        ] {
+            let read = self.ask(GET_RULE, DUMP, family, &[], |attributes| {
+                let named = |kind| find(attributes, kind).map(text).unwrap_or_default();
+                each(&Rule {
+                    family: name,
+                    table: named(1),
+                    chain: named(2),
+                    expressions: find(attributes, 4).unwrap_or_default(),
+                });
+            });
+            match read {
+                // The ruleset changed meanwhile; those that were read are right.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => read?,
+            }
+        }
+        Ok(())
     }
 
     fn ask(

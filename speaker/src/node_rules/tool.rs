@@ -29,7 +29,7 @@ pub enum ToolError {
 }
 
 /// Runs `tool` with `input` on its standard input and returns what it printed.
-pub(super) async fn run(
+pub(crate) async fn run(
     tool: &'static str,
     arguments: &[&str],
     input: &str,

@@ -1,4 +1,4 @@
-//! `landfall egress` against the real thing: what it says, and what disarming a gateway does.
+//! `landfall egress` and `landfall doctor` against the real thing: what they say, and what disarming a gateway does.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -30,23 +30,28 @@ impl<'a> Cli<'a> {
         }
     }
 
-    fn run(&self, node: &str, args: &[&str], more: &[&str]) -> Output {
+    fn run(&self, node: &str, args: &[&str]) -> Output {
         let node = self.cluster.lab().node(node).unwrap();
         let mut command: Command = node.netns.command(&self.path);
-        command.arg("egress").args(args).args(more);
-        command.output().unwrap()
+        command.args(args).output().unwrap()
     }
 
     /// What reads the API.
     fn reads(&self, args: &[&str]) -> (i32, String) {
         let kubeconfig = self.cluster.speaker_kubeconfig().display().to_string();
-        ended(&self.run("node1", args, &["--kubeconfig", &kubeconfig]))
+        let api = ["--kubeconfig", &kubeconfig];
+        ended(&self.run("node1", &[&["egress"], args, &api].concat()))
     }
 
     /// What asks the speaker of a node.
     fn asks(&self, node: &str, args: &[&str]) -> (i32, String) {
+        self.speaker(node, &[&["egress"], args].concat())
+    }
+
+    fn speaker(&self, node: &str, args: &[&str]) -> (i32, String) {
         let socket = self.cluster.lab().control_socket(node);
-        ended(&self.run(node, args, &["--socket", &socket.display().to_string()]))
+        let socket = ["--socket", &socket.display().to_string()];
+        ended(&self.run(node, &[args, &socket].concat()))
     }
 
     /// The policy, as it is listed now. Statuses follow a change a moment later: until then the exit code is 1.
@@ -156,6 +161,40 @@ fn holds_a_flow(cli: &Cli<'_>, pod: &Pod, gateway: &str) {
     println!("{ports} ports in use, says the status");
 }
 
+/// A node has no problem, until somebody else uses its bits of the packet mark.
+pub(super) fn names_problems(cluster: &Cluster) {
+    let cli = Cli::new(cluster);
+    let node = "node1";
+    let (code, text) = cli.speaker(node, &["doctor"]);
+    assert_eq!(code, 0, "{text}");
+    println!("{text}");
+    for said in [
+        "attached by TCX",
+        "on; the gateway's programs are attached",
+        "nobody else uses bits 0x30003000",
+        "all 3 are heard",
+        "node1: no problem",
+    ] {
+        assert!(text.contains(said), "{said} is not in\n{text}");
+    }
+    let netns = &cluster.lab().node(node).unwrap().netns;
+    let rule = "meta mark set meta mark | 0x20000000";
+    let table = format!("table inet other {{\nchain cali-mine {{\n{rule}\n}}\n}}");
+    netns.nft(&table).unwrap();
+    let (code, text) = cli.speaker(node, &["doctor", "-o", "json"]);
+    netns.nft("delete table inet other").unwrap();
+    assert_eq!(code, 1, "{text}");
+    let found: Value = serde_json::from_str(&text).unwrap();
+    let findings = found["findings"].as_array().unwrap();
+    let problems: Vec<&Value> = findings
+        .iter()
+        .filter(|it| it["verdict"] == "problem")
+        .collect();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let said = problems[0]["found"].as_str().unwrap();
+    assert!(said.starts_with("Calico changes bits 0x20000000"), "{said}");
+}
+
 /// Disarms the gateway: another takes over, and only the pods of the node itself leave by its address. Then arms it.
 pub(super) fn disarms(cluster: &Cluster) {
     let cli = Cli::new(cluster);
@@ -176,12 +215,13 @@ pub(super) fn disarms(cluster: &Cluster) {
         Some(cli.gateway()).filter(|it| *it != first && !it.is_empty())
     });
     println!("{first} is disarmed, {second} is the gateway");
-    let table = lab
-        .node(&first)
-        .unwrap()
-        .netns
-        .exec("nft list table inet landfall");
-    assert!(!table.unwrap().contains("egress-judge"), "rules are left");
+    let netns = &lab.node(&first).unwrap().netns;
+    // They go in two steps: first whose tenant each pod is.
+    until("no rule to be left", || {
+        let table = netns.exec("nft list table inet landfall").unwrap();
+        let is_left = table.contains("egress-judge");
+        if is_left { Err(table) } else { Ok(()) }
+    });
     let (code, text) = cli.asks(&first, &["arm"]);
     assert_eq!((code, text), (0, format!("{first}: armed\n")));
     follow(lab, &own, By::Node, By::Policy);

@@ -1,7 +1,7 @@
 //! Tables as kubectl prints them: columns that line up, and nothing that a script trips over.
 
 /// Lines with aligned columns, without blanks at their ends.
-pub(super) fn aligned(header: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn aligned(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
         let widths = cells.map(|cell| cell.chars().count());
@@ -23,7 +23,7 @@ pub(super) fn aligned(header: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// What there is, or a word for that there is none.
-pub(super) fn or_none(text: Option<impl ToString>) -> String {
+pub(crate) fn or_none(text: Option<impl ToString>) -> String {
     text.map_or_else(|| "-".to_owned(), |text| text.to_string())
 }
 

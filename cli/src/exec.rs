@@ -7,16 +7,16 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 
-use super::SpeakerArgs;
+use crate::ask::SpeakerArgs;
 
 /// How the chart labels speakers.
 const SPEAKERS: &str = "app.kubernetes.io/component=speaker";
 /// What in the pod finds the socket by its own environment.
 const LANDFALL: &str = "landfall";
 
-/// Runs `landfall egress …` in the pod of a node's speaker; whether it ended well. What it prints goes where this
+/// Runs `landfall` with these words in the pod of a node's speaker; whether it ended well. What it prints goes where this
 /// process's goes.
-pub(super) async fn at(node: &str, speaker: &SpeakerArgs, args: &[String]) -> anyhow::Result<bool> {
+pub(crate) async fn at(node: &str, speaker: &SpeakerArgs, args: &[String]) -> anyhow::Result<bool> {
     let client = speaker.api.client().await?;
     let pods = Api::<Pod>::namespaced(client, &speaker.namespace);
     let here = ListParams::default()
@@ -36,7 +36,7 @@ pub(super) async fn at(node: &str, speaker: &SpeakerArgs, args: &[String]) -> an
     command
         .args(speaker.api.for_kubectl())
         .args(["exec", "--namespace", &speaker.namespace, &pod.name_any()])
-        .args(["--container", "speaker", "--", LANDFALL, "egress"])
+        .args(["--container", "speaker", "--", LANDFALL])
         .args(args)
         .stdin(Stdio::null());
     let status = command

@@ -1,0 +1,213 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use landfall_lab::Netns;
+
+use super::*;
+
+/// The default of `--egress-mark`.
+const EGRESS: u32 = 0x3000_0000;
+
+fn mk_patient() -> Patient {
+    Patient {
+        node: "here".into(),
+        uplinks: vec![Uplink {
+            name: "up0".into(),
+            has_default_route: false,
+            attachment: Some(Attachment::Tcx),
+        }],
+        delivery: Delivery::KubeProxy,
+        egress_mark: Some(EGRESS),
+        disarmed: false,
+        gateway: State::Idle,
+        nodes: 3,
+        unheard: Vec::new(),
+    }
+}
+
+fn mk_node() -> Netns {
+    let node = Netns::create("doctor").unwrap();
+    node.ip("link add up0 type bridge").unwrap();
+    node.ip("link set up0 up").unwrap();
+    node
+}
+
+/// What is found in a network namespace, but for what is about the whole machine.
+fn examine(node: &Netns, patient: Patient) -> Vec<Finding> {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let diagnosis = node.run(|| runtime().block_on(patient.examine()));
+    assert_eq!(diagnosis.node, "here");
+    let of_node = |finding: &Finding| !["kernel", "cpu limit"].contains(&&*finding.check);
+    diagnosis.findings.into_iter().filter(of_node).collect()
+}
+
+/// The problems, as `check: what was found`; and what to do about each kind.
+fn problems(findings: &[Finding]) -> Vec<String> {
+    let problems = findings.iter().filter(|it| it.verdict == Verdict::Problem);
+    problems
+        .map(|it| {
+            assert!(it.advice.is_some(), "{it:?}");
+            format!("{}: {}", it.check, it.found)
+        })
+        .collect()
+}
+
+#[test]
+fn nothing_is_wrong_with_a_node_of_its_own() {
+    let node = mk_node();
+    // Landfall's own, which is no other's.
+    let rule = |table: &str, rule: &str| {
+        let chain = format!("chain c {{\n{rule}\n}}");
+        node.nft(&format!("table {table} {{\n{chain}\n}}")).unwrap();
+    };
+    rule("inet landfall", "meta mark set meta mark | 0x10000000");
+    node.ip("rule add fwmark 0x20000000/0x20000000 lookup 7934 priority 7949")
+        .unwrap();
+    // Others' bits.
+    rule("ip kube-proxy", "meta mark set meta mark | 0x4000");
+    rule(
+        "ip other",
+        "meta mark 7 accept; meta mark & 0x40000000 == 0 accept",
+    );
+    node.ip("rule add fwmark 0x200/0xf00 lookup 2004 priority 9")
+        .unwrap();
+    let findings = examine(&node, mk_patient());
+    assert_eq!(problems(&findings), [""; 0], "{findings:?}");
+    let marks = findings.iter().find(|it| it.check == "marks").unwrap();
+    assert_eq!(
+        marks.found,
+        "nobody else uses bits 0x30003000 of the packet mark"
+    );
+}
+
+#[test]
+fn who_uses_the_same_bits_is_named_by_what_it_does() {
+    let node = mk_node();
+    node.nft(
+        "table inet mine {
+            chain cali-from { meta mark set meta mark & 0xefffffff; }
+            chain pre { ct mark & 0x20000000 != 0 accept; meta mark set 0x1; }
+            chain post { meta mark set ct mark; meta mark & 0x0000000f vmap { 1 : accept }; }
+        }",
+    )
+    .unwrap();
+    let save = "-j CONNMARK --save-mark --nfmask 0x10000000 --ctmask 0x80";
+    let legacy = "-j MARK --set-xmark 0x20000000/0x20000000";
+    for (tool, rule) in [("iptables-nft", save), ("iptables-legacy", legacy)] {
+        node.exec(&format!("{tool} -t mangle -N ANTREA-X")).unwrap();
+        node.exec(&format!(
+            "{tool} -t mangle -A ANTREA-X -m mark --mark 0x0/0x1000 {rule}"
+        ))
+        .unwrap();
+    }
+    node.ip("-6 rule add fwmark 0x2000/0x2000 lookup 100 priority 50")
+        .unwrap();
+    let findings = examine(&node, mk_patient());
+    let own = "which are Landfall's (0x30003000)";
+    let expected = [
+        format!(
+            "marks: Antrea goes by bits 0x10001000 of the packet mark, {own}: table ip mangle, chain ANTREA-X; iptables-legacy-save table mangle, chain ANTREA-X"
+        ),
+        format!(
+            "marks: Antrea changes bits 0x20000000 of the packet mark, {own}: iptables-legacy-save table mangle, chain ANTREA-X"
+        ),
+        format!(
+            "marks: Calico changes bits 0x10000000 of the packet mark, {own}: table inet mine, chain cali-from"
+        ),
+        format!("marks: another goes by bits 0x2000 of the packet mark, {own}: ip -6 rule 50"),
+        format!(
+            "marks: another goes by bits 0x20000000 of the connection mark, {own}: table inet mine, chain pre"
+        ),
+        format!(
+            "marks: another changes bits 0x30003000 of the packet mark, {own}: table inet mine, chain pre; table inet mine, chain post"
+        ),
+    ];
+    assert_eq!(problems(&findings), expected);
+    let advice = "start all speakers with --egress-mark=0x30000, which nobody uses here";
+    let marks = findings.iter().filter(|it| it.check == "marks");
+    for finding in marks {
+        assert_eq!(finding.advice.as_deref(), Some(advice));
+    }
+    // Where there are no egress policies, fewer bits are Landfall's.
+    let patient = Patient {
+        egress_mark: None,
+        ..mk_patient()
+    };
+    let found = problems(&examine(&node, patient));
+    assert!(!found[0].contains("0x10000000"), "{found:?}");
+    assert!(found.iter().all(|it| it.contains("(0x3000)")), "{found:?}");
+}
+
+#[test]
+fn what_keeps_a_node_from_working_is_a_problem() {
+    let node = mk_node();
+    node.ip("link add kube-ipvs0 type bridge").unwrap();
+    node.sysctl("net.ipv4.conf.up0.rp_filter", "1").unwrap();
+    let patient = Patient {
+        uplinks: vec![Uplink {
+            attachment: Some(Attachment::Absent {
+                reason: "no room".into(),
+            }),
+            ..mk_patient().uplinks.remove(0)
+        }],
+        gateway: State::Failed("no programs".into()),
+        unheard: vec!["b".into(), "c".into()],
+        ..mk_patient()
+    };
+    let findings = examine(&node, patient);
+    let expected = [
+        "programs on up0: not attached: no room",
+        "egress: this node cannot be a gateway: no programs",
+        "rp_filter: up0 has no default route and filters strictly (rp_filter=1): packets of clients behind a router are dropped",
+        "ipvs: kube-proxy's IPVS without strict ARP: every node answers for every VIP",
+        "nodes: 2 of 3 are not heard: b; c: with less than half of the nodes this one is no gateway",
+    ];
+    assert_eq!(problems(&findings), expected);
+    // Mended.
+    for (key, value) in [
+        ("net.ipv4.conf.up0.rp_filter", "2"),
+        ("net.ipv4.conf.all.arp_ignore", "1"),
+        ("net.ipv4.conf.all.arp_announce", "2"),
+    ] {
+        node.sysctl(key, value).unwrap();
+    }
+    let patient = Patient {
+        unheard: vec!["c".into()],
+        ..mk_patient()
+    };
+    let findings = examine(&node, patient);
+    assert_eq!(problems(&findings), [""; 0], "{findings:?}");
+    let nodes = findings.iter().find(|it| it.check == "nodes").unwrap();
+    assert_eq!(nodes.verdict, Verdict::Note);
+    let blind = Patient {
+        uplinks: Vec::new(),
+        disarmed: true,
+        ..mk_patient()
+    };
+    let found = problems(&examine(&node, blind));
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found[0].starts_with("uplinks: no interface"), "{found:?}");
+    assert!(found[1].starts_with("egress: disarmed"), "{found:?}");
+}
+
+#[test]
+fn cilium_is_named() {
+    let node = mk_node();
+    let seen = |patient: Patient| {
+        let findings = examine(&node, patient);
+        let cilium = findings.into_iter().find(|it| it.check == "cilium");
+        cilium.map(|it| it.verdict)
+    };
+    assert_eq!(seen(mk_patient()), None);
+    node.ip("link add cilium_host type bridge").unwrap();
+    assert_eq!(seen(mk_patient()), Some(Verdict::Problem));
+    let without = Patient {
+        egress_mark: None,
+        ..mk_patient()
+    };
+    assert_eq!(seen(without), Some(Verdict::Note));
+}

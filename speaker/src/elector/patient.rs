@@ -1,0 +1,37 @@
+//! What a doctor is told of this node.
+
+use landfall_core::model::NodeName;
+
+use super::Speaker;
+use crate::doctor::{Patient, Uplink};
+
+impl Speaker {
+    /// What is known of this node, for who looks why something does not work there.
+    pub(crate) fn patient(&self) -> Patient {
+        let attachments = self.parts.datapath.attachments();
+        let interfaces = self.interfaces().iter();
+        let uplinks = interfaces.filter(|interface| self.uplinks.contains(&interface.index));
+        let nodes: Vec<&NodeName> = if self.identity.manifests {
+            self.election.known().collect()
+        } else {
+            self.index.nodes().keys().collect()
+        };
+        let unheard = nodes.iter().filter(|node| !self.election.is_alive(node));
+        Patient {
+            node: self.identity.node.to_string(),
+            uplinks: uplinks
+                .map(|interface| Uplink {
+                    name: interface.name.to_string(),
+                    has_default_route: interface.default_route.0 || interface.default_route.1,
+                    attachment: attachments.get(&interface.index).cloned(),
+                })
+                .collect(),
+            delivery: self.identity.delivery,
+            egress_mark: self.identity.egress_mark,
+            disarmed: self.is_disarmed(),
+            gateway: self.parts.datapath.gateway(),
+            unheard: unheard.map(ToString::to_string).collect(),
+            nodes: nodes.len(),
+        }
+    }
+}
