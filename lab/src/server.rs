@@ -4,7 +4,8 @@
 //! - TCP [`TCP_PORT`]: every line comes back with `<pod> ` before it, until the client closes. The line `whoami` is
 //!   answered with the client's address, as the pod sees it. After the line `bulk <bytes>` both sides speak as in
 //!   [`crate::bulk`].
-//! - TCP [`NEWS_PORT`]: the server speaks first, and alone: a line `<pod> <number>` every [`NEWS_INTERVAL`], from 0 on.
+//! - TCP [`NEWS_PORT`]: the server speaks first, and alone: a line `<pod> <number> <address>` every [`NEWS_INTERVAL`],
+//!   from 0 on, with the client's address as the pod sees it.
 //!
 //! All listen on IPv4 and IPv6, and can be tried with `nc`.
 
@@ -193,11 +194,12 @@ async fn converse(stream: TcpStream, name: Arc<str>) -> io::Result<()> {
 
 async fn tell(mut stream: TcpStream, name: Arc<str>) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    let client = stream.peer_addr()?.ip().to_canonical();
     let mut due = tokio::time::interval(NEWS_INTERVAL);
     for number in 0_u64.. {
         due.tick().await;
         stream
-            .write_all(format!("{name}{number}\n").as_bytes())
+            .write_all(format!("{name}{number} {client}\n").as_bytes())
             .await?;
     }
     Ok(())

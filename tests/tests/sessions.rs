@@ -120,11 +120,28 @@ mod sessions {
         let mut sessions = open(mta, &pods, &Kind::ALL, SESSIONS.div_ceil(spared));
         println!("{} sessions after {:?}", sessions.len(), begun.elapsed());
         thread::sleep(AGE);
+        for session in &sessions {
+            let by = session.seen;
+            let is_mail = session.kind == Kind::Mails;
+            assert!(
+                is_mail || by.is_some_and(|by| egress().contains(&by)),
+                "{:?} is seen as {by:?}",
+                session.kind
+            );
+            assert!(!is_mail || session.waits(), "the message is taken already");
+        }
         let mut struck = BTreeSet::new();
+        let first = Instant::now();
         for fault in faults {
             let gateway = tenants::gateway(lab, egress()[0]);
             println!("{gateway} is the gateway: {what}");
             lab.inject(&gateway, *fault).unwrap();
+            assert!(!struck.contains(&gateway), "another has taken over");
+            let since = first.elapsed();
+            assert!(
+                since < Duration::from_secs(10),
+                "the last one after {since:?}"
+            );
             if strikes(&fault) {
                 struck.insert(gateway.clone());
             }

@@ -95,10 +95,10 @@ fn at_once(first: &Value) {
     );
     show(&pods, &seen);
     assert_right(&cluster, &pods, &seen);
-    // Nobody's first packet was lost, but of those that the machine was too slow for.
-    if unjudged == 0 {
-        assert_eq!(cluster.dropped(), Some(0));
-    }
+    // Nobody's first packet was lost, but of those that the machine was too slow for: they sent it again, after 1, 3, 7 s.
+    let sent = unjudged * cluster.leaves_by(PLAIN).len() * 4;
+    let dropped = cluster.dropped().unwrap();
+    assert!(dropped <= sent as u64, "{dropped} packets of {unjudged} pods");
     with_all(&mut pods, Pod::del);
 }
 

@@ -42,8 +42,8 @@ pub(crate) struct Session {
     /// The node of its pod.
     pub(crate) node: String,
     stream: BufReader<TcpStream>,
-    /// The address that the server has seen.
-    seen: Option<IpAddr>,
+    /// The address that the server has seen. The mail server's log has what it saw.
+    pub(crate) seen: Option<IpAddr>,
     /// What the server has said, and since when.
     heard: u64,
     begun: Instant,
@@ -97,6 +97,16 @@ impl Session {
         }
     }
 
+    /// Whether the mail server has not said yet that it has taken the message.
+    pub(crate) fn waits(&self) -> bool {
+        let stream = self.stream.get_ref();
+        stream.set_nonblocking(true).unwrap();
+        let peeked = stream.peek(&mut [0]);
+        stream.set_nonblocking(false).unwrap();
+        self.stream.buffer().is_empty()
+            && peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    }
+
     fn ask(&mut self) -> io::Result<IpAddr> {
         writeln!(self.stream.get_mut(), "{WHO_AM_I}")?;
         let line = self.line()?;
@@ -109,8 +119,9 @@ impl Session {
     fn listen(&mut self, to: u64) -> io::Result<()> {
         while self.heard <= to {
             let line = self.line()?;
-            let number = line.split_whitespace().nth(1);
-            let number: Option<u64> = number.and_then(|number| number.parse().ok());
+            let mut words = line.split_whitespace().skip(1);
+            let number: Option<u64> = words.next().and_then(|number| number.parse().ok());
+            self.seen = words.next().and_then(|seen| seen.parse().ok());
             if number != Some(self.heard) {
                 return Err(Error::other(format!(
                     "{line:?} instead of number {}",
