@@ -366,6 +366,7 @@ impl GroupIndex {
                 address,
                 placement,
                 reported_leader: vip.leader,
+                reported_epoch: vip.epoch,
             });
         }
         if vips.is_empty() {

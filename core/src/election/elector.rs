@@ -614,7 +614,9 @@ impl Elector {
                 local.contested = false;
             }
         } else if self.take(group, &table, now, &mut local) {
-            local.seen += 1;
+            // After the end of all speakers only the record knows of claims before.
+            let reported = group.vips.iter().map(|vip| vip.reported_epoch).max();
+            local.seen = local.seen.max(reported.unwrap_or_default()) + 1;
             let vacant = local
                 .vacant_since
                 .take()

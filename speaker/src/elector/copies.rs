@@ -182,7 +182,9 @@ impl Speaker {
         // A process that begins where it hears nobody may know from the API server who there is.
         let recorded = self.on_record(changed);
         let copies = &mut self.copies;
-        if !nodes_changed && recorded.is_empty() && copies.lonely_since.is_none() {
+        let still_counts = |node: &NodeName| copies.voters.contains(node);
+        let waits = copies.lonely_since.is_some() || copies.stopped.keys().any(still_counts);
+        if !nodes_changed && recorded.is_empty() && !waits {
             return;
         }
         copies.voters.extend(recorded);
@@ -203,12 +205,16 @@ impl Speaker {
                 copies.stopped.insert(node.clone(), now);
             }
         }
-        let stopped = &copies.stopped;
-        let is_gone = |at: &Duration| now.saturating_sub(*at) >= RESTART;
-        copies
-            .voters
-            .retain(|node| !stopped.get(node).is_some_and(is_gone));
         let there = |node: &&NodeName| self.election.is_alive(node);
+        let stopped = &copies.stopped;
+        let is_missed = |node: &NodeName| !there(&node) && !stopped.contains_key(node);
+        // Where another has gone without a word, one that was stopped may be back where that one is.
+        if !copies.voters.iter().any(is_missed) {
+            let is_gone = |at: &Duration| now.saturating_sub(*at) >= RESTART;
+            copies
+                .voters
+                .retain(|node| !stopped.get(node).is_some_and(is_gone));
+        }
         let alive = copies.voters.iter().filter(there).count();
         // Half is enough: of two nodes the one that is left goes on.
         let licence = if 2 * alive >= copies.voters.len() {

@@ -239,6 +239,10 @@ impl Worker {
         self.is_own(loaded);
         let (first, then) = settling(self.before.as_ref(), &rules, &self.config);
         settle(first).await;
+        if matches!(self.before, Some(Before::Earlier)) {
+            // Connections are marked by it now: should the table not be written, they are not to be marked once more.
+            self.before = Some(Before::Unknown);
+        }
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.is_own(Some(process));

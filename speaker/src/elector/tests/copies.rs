@@ -194,6 +194,37 @@ fn a_minority_says_that_it_does_not_announce_and_leaves_others_records_alone() {
     );
 }
 
+/// After the end of all, epochs go on where the record says they were.
+#[test]
+fn a_record_is_older_than_who_leads_after_it() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    for node in ["n1", "n2", "n3"] {
+        kill(&mut world, node);
+    }
+    world.tell(&Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        leader: Some("n2".into()),
+        standby: Some("n3".into()),
+        epoch: 40,
+        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+    }));
+    world.boot(1, 9);
+    world.run(Duration::from_secs(8));
+    assert_eq!(licence(&world, "n1"), Some(Licence::Frozen));
+    let speaker = &world.hosts[&"n1".into()].speaker;
+    assert_eq!(speaker.election().view(VIP).unwrap().epoch, 41);
+    let mut reporter = crate::status::Reporter::default();
+    let all = BTreeSet::from([VIP.into()]);
+    let mut writes = reporter.look(speaker, all, world.now, 0);
+    writes.extend(reporter.look(speaker, BTreeSet::new(), world.now + LATER, 0));
+    let text = format!("{writes:?}");
+    assert!(text.contains("NoMajority"), "{text}");
+}
+
+const LATER: Duration = Duration::from_secs(1);
+
 /// A node that begins anew and hears nobody knows from the record that others have led.
 #[test]
 fn who_led_by_the_record_counts() {
@@ -277,6 +308,32 @@ fn who_was_stopped_does_not_count_for_long() {
     world.run(Duration::from_secs(20));
     let last = the_last(&world);
     assert_eq!(licence(&world, &last), Some(Licence::Frozen));
+}
+
+/// One is stopped, and another is gone without a word: they may be together elsewhere.
+#[test]
+fn who_was_stopped_counts_where_another_is_missed() {
+    for apart in [Duration::ZERO, Duration::from_mins(11)] {
+        let mut world = mk_world();
+        tell_policy(&mut world);
+        world.run(Duration::from_secs(2));
+        let stops = leader(&world);
+        world.host(&stops).speaker.leave();
+        world.run(Duration::from_millis(500));
+        kill(&mut world, &stops);
+        world.run(Duration::from_secs(3) + apart);
+        let dies = leader(&world);
+        kill(&mut world, &dies);
+        world.run(Duration::from_secs(25));
+        // Stopped long ago it is not counted, nor when it is forgotten.
+        let expected = if apart.is_zero() {
+            Licence::Frozen
+        } else {
+            Licence::Full
+        };
+        let last = the_last(&world);
+        assert_eq!(licence(&world, &last), Some(expected), "{apart:?}");
+    }
 }
 
 /// Who led by the record is not waited for where it can lead no more.
