@@ -15,8 +15,10 @@ use nix::sys::utsname::uname;
 use crate::datapath::egress::State;
 use crate::datapath::{Attachment, Delivery};
 use crate::node_rules;
-use marks::{Mark, User};
+use marks::{Deed, Mark, User};
 
+/// The check of who else uses bits of marks.
+const MARKS: &str = "marks";
 /// What is named of each kind, at most.
 const MOST: usize = 5;
 /// The settings of interfaces, of the network namespace of who reads them.
@@ -28,7 +30,8 @@ const CILIUMS: &str = "cilium_host";
 #[derive(Clone, Debug)]
 pub(crate) struct Uplink {
     pub(crate) name: String,
-    pub(crate) has_default_route: bool,
+    /// It has IPv4 addresses and no default route.
+    pub(crate) filters: bool,
     /// Nothing, if nobody has tried.
     pub(crate) attachment: Option<Attachment>,
 }
@@ -46,6 +49,10 @@ pub(crate) struct Patient {
     /// How many nodes there are, and those of them whose speaker is not heard.
     pub(crate) nodes: usize,
     pub(crate) unheard: Vec<String>,
+    /// As a gateway it does what there is to do.
+    pub(crate) hears_most: bool,
+    /// Pools have addresses, and those are in no interface's subnet.
+    pub(crate) is_far: bool,
 }
 
 impl Patient {
@@ -53,18 +60,18 @@ impl Patient {
     pub(crate) async fn examine(self) -> Diagnosis {
         let mut findings = vec![kernel()];
         findings.extend(self.uplinks.iter().filter_map(attached));
-        if self.uplinks.is_empty() {
-            findings.push(problem(
-                "uplinks",
-                "no interface that is up has addresses of a pool in its subnet: this node can announce nothing".to_owned(),
-                "give the node an address in the pools' subnet, or the pools addresses of the nodes' subnet",
+        if self.is_far {
+            findings.push(note(
+                "subnets",
+                "no interface that is up has an address of a pool in its subnet: this node announces none, or where its default route is".to_owned(),
+                Some("if it is to: give it an address in the pools' subnet, or the pools addresses of the nodes' subnet"),
             ));
         }
         findings.push(self.gateway());
         findings.extend(self.cilium());
         findings.extend(self.marks().await);
         findings.extend(self.reverse_paths());
-        findings.extend(ipvs());
+        findings.extend(ipvs(&self.uplinks));
         findings.push(self.peers());
         findings.extend(cpu_limit());
         Diagnosis {
@@ -115,26 +122,15 @@ impl Patient {
 
     /// Whose rules use the bits of marks that are Landfall's.
     async fn marks(&self) -> Vec<Finding> {
-        let check = "marks";
-        let mut lacking = Vec::new();
-        let read = tokio::task::spawn_blocking(marks::users).await;
-        let mut users = match read.map_err(std::io::Error::other).and_then(|read| read) {
-            Ok(users) => users,
-            Err(error) => {
-                lacking.push(note(
-                    check,
-                    format!("the rules of nftables could not be read: {error}"),
-                    None,
-                ));
-                Vec::new()
-            }
-        };
-        users.extend(legacy(&mut lacking).await);
-        users.extend(routing_rules(&mut lacking).await);
-        let own = Own::of(self);
-        let mut findings = own.judged(&users);
-        findings.extend(lacking);
-        findings
+        let mut read = Users::default();
+        let nftables = tokio::task::spawn_blocking(marks::of_nftables).await;
+        match nftables.map_err(std::io::Error::other).and_then(|it| it) {
+            Ok(users) => read.users.extend(users),
+            Err(error) => read.lack("the rules of nftables", &error),
+        }
+        read.legacy().await;
+        read.routing().await;
+        Own::of(self).judged(&read)
     }
 
     /// Strict filtering drops what comes in where answers would not leave by the main table.
@@ -142,7 +138,7 @@ impl Patient {
         let strict = self.uplinks.iter().filter(|uplink| {
             let of = |name: &str| setting(&Path::new(SETTINGS).join(name).join("rp_filter"));
             // The kernel goes by the greater one.
-            of("all").max(of(&uplink.name)) == Some(1) && !uplink.has_default_route
+            of("all").max(of(&uplink.name)) == Some(1) && uplink.filters
         });
         let found = strict.map(|uplink| {
             let name = &uplink.name;
@@ -166,9 +162,11 @@ impl Patient {
             self.unheard.len(),
             self.nodes
         );
-        let advice = "kubectl get pods -o wide of the speakers; the gossip's port must be open between nodes (TCP and UDP), with one key on all";
-        if 2 * self.unheard.len() > self.nodes {
-            let found = format!("{found}: with less than half of the nodes this one is no gateway");
+        let advice = "if a speaker is to run there (its nodeSelector, tolerations): see its pod's log; nodes must reach each other's gossip port (TCP and UDP), with one key";
+        if self.egress_mark.is_some() && !self.hears_most {
+            let found = format!(
+                "{found}; with less than half of those that were there this one is no gateway"
+            );
             problem(check, found, advice)
         } else {
             note(check, found, Some(advice))
@@ -202,146 +200,159 @@ impl Own {
         }
     }
 
-    fn judged(&self, users: &[User]) -> Vec<Finding> {
-        let check = "marks";
-        let mut others: BTreeMap<(String, bool, Mark), (u32, Vec<String>)> = BTreeMap::new();
+    fn judged(&self, read: &Users) -> Vec<Finding> {
+        let mut shared: BTreeMap<(String, Deed, Mark), Shared> = BTreeMap::new();
         let mut taken = node_rules::Config::default().mark_mask;
-        for user in users
-            .iter()
-            .filter(|user| !user.place.ends_with(" landfall"))
-        {
+        for user in &read.users {
             let used = user.used;
-            let whole = used.bits == u32::MAX;
-            if !whole {
+            let is_whole = used.bits == u32::MAX;
+            if !is_whole {
                 taken |= used.bits;
             }
-            let shared = used.bits & self.bits(used.mark);
-            // What is compared as a whole is another's value, which does not come about with our bits in it.
-            if shared == 0 || whole && !used.writes {
+            let bits = used.bits & self.bits(used.mark);
+            if bits == 0 || used.deed == Deed::Knows {
                 continue;
             }
-            let owner = user.owner().unwrap_or("unknown").to_owned();
-            let entry = others.entry((owner, used.writes, used.mark)).or_default();
-            entry.0 |= shared;
-            let place = if user.chain.is_empty() {
-                user.place.clone()
-            } else {
-                format!("{}, chain {}", user.place, user.chain)
-            };
-            if !entry.1.contains(&place) {
-                entry.1.push(place);
+            let owner = user.owner().unwrap_or("another").to_owned();
+            let entry = shared.entry((owner, used.deed, used.mark)).or_default();
+            entry.bits |= bits;
+            entry.is_whole |= is_whole;
+            let place = user.to_string();
+            if !entry.places.contains(&place) {
+                entry.places.push(place);
             }
         }
-        let own = format!("{:#x}", self.packet);
-        if others.is_empty() {
-            return vec![ok(
-                check,
-                format!("nobody else uses bits {own} of the packet mark"),
-            )];
-        }
-        let advice = if self.egress == 0 {
-            "move the other's bits away from them".to_owned()
-        } else {
-            marks::free_pair(taken).map_or_else(
-                || "no two neighbouring bits are free: move the other's away".to_owned(),
-                |pair| {
-                    format!(
-                        "start all speakers with --egress-mark={pair:#x}, which nobody uses here"
-                    )
-                },
-            )
-        };
-        let found = others
+        let mut findings: Vec<Finding> = shared
             .into_iter()
-            .map(|((owner, writes, mark), (bits, places))| {
-                let does = if writes { "changes" } else { "goes by" };
-                let of = match mark {
-                    Mark::Packet => "packet mark",
-                    Mark::Connection => "connection mark",
-                };
-                let who = if owner == "unknown" {
-                    "another"
-                } else {
-                    &owner
-                };
-                let found = format!(
-                    "{who} {does} bits {bits:#x} of the {of}, which are Landfall's ({own}): {}",
-                    listed(&places)
-                );
-                problem(check, found, &advice)
-            });
-        found.collect()
+            .map(|((owner, deed, mark), shared)| self.finding(&owner, deed, mark, &shared, taken))
+            .collect();
+        let lacking = read.lacking.iter();
+        findings.extend(lacking.map(|lacking| note(MARKS, lacking.clone(), None)));
+        if findings.is_empty() {
+            let found = format!(
+                "nobody else uses bits {:#x} of the packet mark",
+                self.packet
+            );
+            findings.push(ok(MARKS, found));
+        }
+        findings
+    }
+
+    fn finding(&self, owner: &str, deed: Deed, mark: Mark, shared: &Shared, taken: u32) -> Finding {
+        let does = match deed {
+            Deed::Writes => "changes",
+            Deed::Reads | Deed::Knows => "goes by",
+        };
+        let of = match mark {
+            Mark::Packet => "packet mark",
+            Mark::Connection => "connection mark",
+        };
+        let found = format!(
+            "{owner} {does} bits {:#x} of the {of}, which are Landfall's: {}",
+            shared.bits,
+            listed(&shared.places)
+        );
+        // Answers by another interface than the VIP's are what comes of it, if at all.
+        if shared.bits & self.egress == 0 {
+            let advice = "Landfall needs them where answers leave by the VIP's interface and their route does not: move the other's";
+            return note(MARKS, found, Some(advice));
+        }
+        let pair = marks::free_pair(taken).filter(|_| !shared.is_whole);
+        let advice = pair.map_or_else(
+            || "no other bits are free of it: move the other's".to_owned(),
+            |pair| format!("start all speakers with --egress-mark={pair:#x} (the chart's egress.mark), if no rule on the other nodes uses these"),
+        );
+        problem(MARKS, found, &advice)
     }
 }
 
-/// What rules of iptables' legacy kind do, where there are any.
-async fn legacy(lacking: &mut Vec<Finding>) -> Vec<User> {
-    let mut users = Vec::new();
-    for (names, tool) in [
-        (
-            "/proc/thread-self/net/ip_tables_names",
-            "iptables-legacy-save",
-        ),
-        (
-            "/proc/thread-self/net/ip6_tables_names",
-            "ip6tables-legacy-save",
-        ),
-    ] {
-        // To ask for tables that are not there would make them.
-        let there = fs::read_to_string(names).unwrap_or_default();
-        if there.trim().is_empty() {
-            continue;
-        }
-        match node_rules::run(tool, &[], "").await {
-            Ok(saved) => users.extend(marks::of_saved(tool, &saved)),
-            Err(error) => lacking.push(note(
-                "marks",
-                format!("tables of legacy iptables are there and could not be read: {error}"),
-                None,
-            )),
-        }
-    }
-    users
+/// Bits of Landfall's that somebody else uses.
+#[derive(Default)]
+struct Shared {
+    bits: u32,
+    /// The whole mark is changed, or compared.
+    is_whole: bool,
+    places: Vec<String>,
 }
 
-/// What the routing rules go by, but for our own.
-async fn routing_rules(lacking: &mut Vec<Finding>) -> Vec<User> {
-    #[derive(serde::Deserialize)]
-    struct Rule {
-        priority: u32,
-        fwmark: Option<String>,
-        fwmask: Option<String>,
+/// Who uses marks, and what could not be read of that.
+#[derive(Default)]
+struct Users {
+    users: Vec<User>,
+    lacking: Vec<String>,
+}
+
+impl Users {
+    fn lack(&mut self, what: &str, error: &dyn std::fmt::Display) {
+        self.lacking
+            .push(format!("{what} could not be read: {error}"));
     }
-    let ours = node_rules::Config::default().priorities();
-    let mut users = Vec::new();
-    for flag in ["-4", "-6"] {
-        let printed = match node_rules::run("ip", &[flag, "-j", "rule", "show"], "").await {
-            Ok(printed) => printed,
-            Err(error) => {
-                let found = format!("the routing rules could not be read: {error}");
-                lacking.push(note("marks", found, None));
+
+    /// Takes in the rules of iptables' legacy kind, where there are any.
+    async fn legacy(&mut self) {
+        for (names, tool) in [
+            (
+                "/proc/thread-self/net/ip_tables_names",
+                "iptables-legacy-save",
+            ),
+            (
+                "/proc/thread-self/net/ip6_tables_names",
+                "ip6tables-legacy-save",
+            ),
+        ] {
+            // To ask for tables that are not there would make them.
+            let there = fs::read_to_string(names).unwrap_or_default();
+            if there.trim().is_empty() {
                 continue;
             }
-        };
-        let rules: Vec<Rule> = serde_json::from_str(&printed).unwrap_or_default();
-        users.extend(rules.into_iter().filter_map(|rule| {
-            rule.fwmark.as_ref()?;
-            let mask = rule
-                .fwmask
-                .as_deref()
-                .map_or(Some(u32::MAX), marks::parse_bits);
-            (!ours.contains(&rule.priority)).then(|| User {
-                place: format!("ip {flag} rule {}", rule.priority),
-                chain: String::new(),
-                used: marks::Use {
-                    mark: Mark::Packet,
-                    bits: mask.unwrap_or(u32::MAX),
-                    writes: false,
-                },
-            })
-        }));
+            match node_rules::run(tool, &[], "").await {
+                Ok(saved) => self.users.extend(marks::of_saved(tool, &saved)),
+                Err(error) => self.lack("tables of legacy iptables are there, and", &error),
+            }
+        }
     }
-    users
+
+    /// Takes in the routing rules, but for our own.
+    async fn routing(&mut self) {
+        #[derive(serde::Deserialize)]
+        struct Rule {
+            priority: u32,
+            fwmark: Option<String>,
+            fwmask: Option<String>,
+        }
+        let ours = node_rules::Config::default().priorities();
+        for flag in ["-4", "-6"] {
+            if flag == "-6" && !Path::new("/proc/sys/net/ipv6").exists() {
+                continue;
+            }
+            let printed = match node_rules::run("ip", &[flag, "-j", "rule", "show"], "").await {
+                Ok(printed) => printed,
+                Err(error) => {
+                    self.lack("the routing rules", &error);
+                    continue;
+                }
+            };
+            let rules: Vec<Rule> = match serde_json::from_str(&printed) {
+                Ok(rules) => rules,
+                Err(error) => {
+                    self.lack("the routing rules", &error);
+                    continue;
+                }
+            };
+            for rule in rules.iter().filter(|rule| !ours.contains(&rule.priority)) {
+                let bits = |text: &Option<String>| text.as_deref().and_then(marks::parse_bits);
+                let Some(value) = bits(&rule.fwmark) else {
+                    continue;
+                };
+                let mask = bits(&rule.fwmask).unwrap_or(u32::MAX);
+                self.users.push(User {
+                    place: format!("ip {flag} rule {}", rule.priority),
+                    chain: String::new(),
+                    used: marks::Use::read(Mark::Packet, mask, Some(value)),
+                });
+            }
+        }
+    }
 }
 
 fn kernel() -> Finding {
@@ -357,6 +368,10 @@ fn kernel() -> Finding {
     );
     if version >= (6, 6) {
         return ok(check, release);
+    }
+    if version < (5, 10) {
+        let found = format!("{release} is older than Landfall's programs need");
+        return problem(check, found, "5.10 or later; 6.6 or later has TCX");
     }
     let found = format!("{release} has no TCX: programs of others may come in front of Landfall's");
     note(check, found, Some("6.6 or later has it"))
@@ -382,12 +397,17 @@ fn attached(uplink: &Uplink) -> Option<Finding> {
 }
 
 /// With IPVS every node has the VIPs on an interface, and answers for them unless it is told not to.
-fn ipvs() -> Option<Finding> {
+fn ipvs(uplinks: &[Uplink]) -> Option<Finding> {
     let settings = Path::new(SETTINGS);
     settings.join("kube-ipvs0").exists().then(|| {
-        let all = |name: &str| setting(&settings.join("all").join(name)).unwrap_or_default();
+        // The kernel goes by the greater of what is set for all and for the interface.
+        let least = |name: &str| {
+            let of = |interface: &str| setting(&settings.join(interface).join(name));
+            let each = uplinks.iter().map(|uplink| of(&uplink.name).max(of("all")));
+            each.min().unwrap_or_else(|| of("all")).unwrap_or_default()
+        };
         let check = "ipvs";
-        if all("arp_ignore") >= 1 && all("arp_announce") >= 2 {
+        if least("arp_ignore") >= 1 && least("arp_announce") >= 2 {
             return ok(check, "kube-proxy's IPVS, with strict ARP".to_owned());
         }
         problem(

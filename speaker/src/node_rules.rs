@@ -254,12 +254,12 @@ impl Config {
     }
 }
 
-/// Shows each rule of nftables there is in the calling thread's network namespace, but for bridges'.
+/// The rules of nftables in the calling thread's network namespace: those of the families `inet`, `ip` and `ip6`.
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`.
-pub(crate) fn each_rule(each: impl FnMut(&netfilter::Rule<'_>)) -> std::io::Result<()> {
-    netfilter::Query::open()?.each_rule(each)
+/// `EPERM` without `CAP_NET_ADMIN`; `EINTR` if they never stand still.
+pub(crate) fn rules() -> std::io::Result<Vec<netfilter::Rule>> {
+    netfilter::Query::open()?.rules()
 }
 
 /// What the task knows of kube-proxy, for the handle.

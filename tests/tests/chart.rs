@@ -109,11 +109,13 @@ fn egress_is_asked_for() {
         "egress.enabled=true",
         "egress.bindings=2000000",
         "egress.replicationPort=7999",
+        r#"egress.mark="0xc0000000""#,
     ];
     let speaker = done(&template("speaker.yaml", &values));
     assert!(speaker.contains("- --egress\n"), "{speaker}");
     assert!(speaker.contains("- --egress-bindings=2000000\n"));
     assert!(speaker.contains("- --replication-port=7999\n"));
+    assert!(speaker.contains("- --egress-mark=0xc0000000\n"));
     assert!(speaker.contains("{name: replication, containerPort: 7999, protocol: TCP}\n"));
 }
 
@@ -235,6 +237,7 @@ fn bad_values_are_refused() {
         ("speaker.nosuch=1", "nosuch"),
         (r#"egress.cni.binDir="opt""#, "/egress/cni/binDir"),
         ("egress.bindings=10", "/egress/bindings"),
+        (r#"egress.mark="calico""#, "/egress/mark"),
     ] {
         let output = template("speaker.yaml", &[value]);
         let stderr = String::from_utf8_lossy(&output.stderr);

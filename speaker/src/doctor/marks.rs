@@ -4,7 +4,7 @@
 //! nftables is asked by netlink: what `iptables-nft` writes its own `nft` cannot show. For the legacy kind there is only
 //! the text of `iptables-legacy-save`.
 
-use std::io;
+use std::{fmt, io};
 
 use crate::netlink::{find, split, text};
 
@@ -15,28 +15,40 @@ pub(super) enum Mark {
     Connection,
 }
 
+/// What a rule does with bits of a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Deed {
+    /// It looks whether the whole mark has values of its own, which do not come about with others' bits in it.
+    Knows,
+    /// It goes by them.
+    Reads,
+    /// It changes them.
+    Writes,
+}
+
 /// Bits that a rule looks at, or changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Use {
     pub(super) mark: Mark,
     pub(super) bits: u32,
-    pub(super) writes: bool,
+    pub(super) deed: Deed,
 }
 
 impl Use {
-    const fn read(mark: Mark, bits: u32) -> Self {
-        Self {
-            mark,
-            bits,
-            writes: false,
-        }
+    /// `known` says that it is a comparison with one value, and which.
+    pub(super) const fn read(mark: Mark, bits: u32, known: Option<u32>) -> Self {
+        let deed = match known {
+            Some(value) if value != 0 && bits == ALL => Deed::Knows,
+            _ => Deed::Reads,
+        };
+        Self { mark, bits, deed }
     }
 
     const fn written(mark: Mark, bits: u32) -> Self {
         Self {
             mark,
             bits,
-            writes: true,
+            deed: Deed::Writes,
         }
     }
 }
@@ -66,6 +78,16 @@ const OWNERS: [(&str, &str); 11] = [
     ("DOCKER", "Docker"),
 ];
 
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.place)?;
+        if self.chain.is_empty() {
+            return Ok(());
+        }
+        write!(f, ", chain {}", self.chain)
+    }
+}
+
 impl User {
     /// Who made it, if its name gives that away.
     pub(super) fn owner(&self) -> Option<&'static str> {
@@ -87,11 +109,23 @@ const ALL: u32 = u32::MAX;
 struct Held {
     register: u32,
     of: Option<Mark>,
+    /// Bits of the mark that it depends on.
+    seen: u32,
     and: u32,
     xor: u32,
 }
 
 impl Held {
+    const fn whole(register: u32, of: Option<Mark>) -> Self {
+        Self {
+            register,
+            of,
+            seen: ALL,
+            and: ALL,
+            xor: 0,
+        }
+    }
+
     /// What writing it to a mark changes there.
     fn changes(&self, mark: Mark) -> u32 {
         if self.of == Some(mark) {
@@ -102,10 +136,35 @@ impl Held {
     }
 }
 
+/// What is in the registers.
+#[derive(Default)]
+struct Registers(Vec<Held>);
+
+impl Registers {
+    fn hold(&mut self, held: Held) {
+        self.0.retain(|it| it.register != held.register);
+        self.0.push(held);
+    }
+
+    fn find(&self, register: Option<u32>) -> Option<Held> {
+        let mut held = self.0.iter();
+        held.find(|it| Some(it.register) == register).copied()
+    }
+
+    /// What a comparison of one looks at.
+    fn read(&self, register: Option<u32>, known: Option<u32>) -> Option<Use> {
+        let held = self.find(register)?;
+        Some(Use::read(held.of?, held.seen, known))
+    }
+}
+
 /// What a rule of nftables does with marks, by its expressions (`NFTA_RULE_EXPRESSIONS`).
 pub(super) fn of_expressions(expressions: &[u8]) -> Vec<Use> {
+    /// `NFT_CMP_EQ`, and `NFT_LOOKUP_F_INV`.
+    const EQUAL: u32 = 0;
+    const INVERTED: u32 = 1;
     let mut used = Vec::new();
-    let mut held: Vec<Held> = Vec::new();
+    let mut held = Registers::default();
     for (_, expression) in split(expressions) {
         let (Some(name), Some(data)) = (find(expression, 1).map(text), find(expression, 2)) else {
             continue;
@@ -119,10 +178,6 @@ pub(super) fn of_expressions(expressions: &[u8]) -> Vec<Use> {
             let bytes = find(data, kind).and_then(|value| find(value, 1)?.first_chunk().copied());
             bytes.map(u32::from_ne_bytes)
         };
-        let in_register = |held: &[Held], register: Option<u32>| {
-            let mut held = held.iter().rev();
-            held.find(|it| Some(it.register) == register).copied()
-        };
         match &*name {
             "meta" | "ct" => {
                 let (mark, source, wanted) = if name == "meta" {
@@ -132,64 +187,66 @@ pub(super) fn of_expressions(expressions: &[u8]) -> Vec<Use> {
                 };
                 let is_mark = number(2) == Some(wanted);
                 if let Some(register) = number(1) {
-                    held.push(Held {
-                        register,
-                        of: is_mark.then_some(mark),
-                        and: ALL,
-                        xor: 0,
-                    });
+                    held.hold(Held::whole(register, is_mark.then_some(mark)));
                 } else if is_mark {
-                    let held = in_register(&held, number(source));
-                    let bits = held.map_or(ALL, |held| held.changes(mark));
+                    let from = held.find(number(source));
+                    let bits = from.map_or(ALL, |from| from.changes(mark));
                     used.push(Use::written(mark, bits));
-                    if let Some((other, held)) =
-                        held.and_then(|held| Some((held.of.filter(|of| *of != mark)?, held)))
-                    {
-                        used.push(Use::read(other, held.and));
-                    }
+                    let other = from.filter(|from| from.of != Some(mark));
+                    used.extend(other.and_then(|from| Some(Use::read(from.of?, from.seen, None))));
                 }
             }
             "bitwise" => {
-                if let (Some(from), Some(register)) = (in_register(&held, number(1)), number(2)) {
+                let Some(register) = number(2) else { continue };
+                let from = held.find(number(1));
+                let of = from.and_then(|from| from.of);
+                let from = from.unwrap_or(Held::whole(register, None));
+                held.hold(match number(6).unwrap_or_default() {
+                    0 => {
+                        let (and, xor) = (value(4).unwrap_or(0), value(5).unwrap_or(ALL));
+                        Held {
+                            register,
+                            of,
+                            seen: from.seen & and,
+                            and: from.and & and,
+                            xor: from.xor & and ^ xor,
+                        }
+                    }
                     // Shifts and others' operations: any bit may come of any.
-                    let (and, xor) = match number(6).unwrap_or_default() {
-                        0 => (value(4).unwrap_or(0), value(5).unwrap_or(ALL)),
-                        _ => (0, ALL),
-                    };
-                    held.push(Held {
+                    _ => Held {
                         register,
-                        of: from.of,
-                        and: from.and & and,
-                        xor: from.xor & and ^ xor,
-                    });
-                }
+                        of,
+                        and: 0,
+                        xor: ALL,
+                        ..from
+                    },
+                });
             }
-            "cmp" | "range" => used.extend(in_register(&held, number(1)).and_then(read)),
-            "lookup" => used.extend(in_register(&held, number(2)).and_then(read)),
-            "immediate" | "payload" | "numgen" | "hash" => {
-                if let Some(register) = number(1) {
-                    held.push(Held {
-                        register,
-                        of: None,
-                        and: ALL,
-                        xor: 0,
-                    });
+            "cmp" => {
+                let known = value(3).filter(|_| number(2) == Some(EQUAL));
+                used.extend(held.read(number(1), known));
+            }
+            "range" => used.extend(held.read(number(1), None)),
+            "lookup" => {
+                // Some of a set's values; which is not looked at.
+                let known = number(5).unwrap_or_default() & INVERTED == 0;
+                used.extend(held.read(number(2), known.then_some(ALL)));
+                if let Some(register) = number(3) {
+                    held.hold(Held::whole(register, None));
                 }
             }
             "match" | "target" => {
                 let extension = find(data, 1).map(text).unwrap_or_default();
-                let info = find(data, 3).unwrap_or_default();
                 let revision = number(2).unwrap_or_default();
+                let info = find(data, 3).unwrap_or_default();
                 used.extend(of_extension(&name, &extension, revision, info));
             }
-            _ => {}
+            // They leave the registers as they are.
+            "counter" | "limit" | "log" | "nat" | "masq" | "redir" | "reject" | "notrack" => {}
+            _ => held = Registers::default(),
         }
     }
     used
-}
-
-fn read(held: Held) -> Option<Use> {
-    Some(Use::read(held.of?, held.and))
 }
 
 /// What an extension of iptables does (`struct xt_mark_mtinfo1`, `xt_mark_tginfo2`, `xt_connmark_mtinfo1`,
@@ -201,24 +258,66 @@ fn of_extension(kind: &str, name: &str, revision: u32, info: &[u8]) -> Vec<Use> 
             .and_then(|rest| rest.first_chunk().copied());
         bytes.map_or(0, u32::from_ne_bytes)
     };
+    let compared = |mark| {
+        let is_equal = info.get(8) == Some(&0);
+        vec![Use::read(mark, word(1), is_equal.then(|| word(0)))]
+    };
     match (kind, name) {
-        ("match", "mark") => vec![Use::read(Mark::Packet, word(1))],
-        ("match", "connmark") => vec![Use::read(Mark::Connection, word(1))],
+        ("match", "mark") => compared(Mark::Packet),
+        ("match", "connmark") => compared(Mark::Connection),
         ("target", "MARK") => vec![Use::written(Mark::Packet, word(0) | word(1))],
-        // The second can shift: the direction and by how many bits stand in front of what it does.
-        ("target", "CONNMARK") => match info.get(if revision < 2 { 12 } else { 14 }) {
-            Some(0) => vec![Use::written(Mark::Connection, word(0) | word(1))],
-            Some(1) => vec![
-                Use::read(Mark::Packet, word(2)),
-                Use::written(Mark::Connection, word(1)),
-            ],
-            Some(2) => vec![
-                Use::read(Mark::Connection, word(1)),
-                Use::written(Mark::Packet, word(2)),
-            ],
-            _ => Vec::new(),
-        },
+        ("target", "CONNMARK") => {
+            // The second revision can shift: which way and by how many bits stand in front of what it does.
+            let (deed, shifts) = if revision < 2 {
+                (info.get(12), false)
+            } else {
+                (info.get(14), info.get(13).is_some_and(|bits| *bits != 0))
+            };
+            let masks = Masks {
+                connection: word(1),
+                packet: word(2),
+                shifts,
+            };
+            match deed {
+                Some(0) => vec![Use::written(Mark::Connection, word(0) | word(1))],
+                Some(1) => masks.save().to_vec(),
+                Some(2) => masks.restore().to_vec(),
+                _ => Vec::new(),
+            }
+        }
         _ => Vec::new(),
+    }
+}
+
+/// Of `CONNMARK`, when it takes one mark to the other.
+struct Masks {
+    connection: u32,
+    packet: u32,
+    shifts: bool,
+}
+
+impl Masks {
+    /// The kernel takes what is in one mask away and puts what is in the other mask in.
+    fn changed(&self) -> u32 {
+        if self.shifts {
+            ALL
+        } else {
+            self.connection | self.packet
+        }
+    }
+
+    fn save(&self) -> [Use; 2] {
+        [
+            Use::read(Mark::Packet, self.packet, None),
+            Use::written(Mark::Connection, self.changed()),
+        ]
+    }
+
+    fn restore(&self) -> [Use; 2] {
+        [
+            Use::read(Mark::Connection, self.connection, None),
+            Use::written(Mark::Packet, self.changed()),
+        ]
     }
 }
 
@@ -249,7 +348,12 @@ fn of_words(words: &[&str]) -> Vec<Use> {
         let at = words.iter().position(|it| *it == word)?;
         words.get(at + 1).copied()
     };
-    let bits = |text: Option<&str>| text.and_then(parse_bits).unwrap_or(ALL);
+    let bits = |word: &str| after(word).and_then(parse_bits).unwrap_or(ALL);
+    let masks = || Masks {
+        connection: bits("--ctmask"),
+        packet: bits("--nfmask"),
+        shifts: words.iter().any(|word| word.ends_with("-shift-mark")),
+    };
     let mut used = Vec::new();
     let mut kind = "";
     for (at, word) in words.iter().enumerate() {
@@ -257,14 +361,15 @@ fn of_words(words: &[&str]) -> Vec<Use> {
         match *word {
             "-m" | "-j" => kind = next.unwrap_or_default(),
             "--mark" => {
-                let (_, mask) = valued(next);
+                let (value, mask) = valued(next);
                 let mark = match kind {
                     "connmark" => Mark::Connection,
                     _ => Mark::Packet,
                 };
-                used.push(Use::read(mark, mask));
+                let is_equal = at == 0 || words[at - 1] != "!";
+                used.push(Use::read(mark, mask, is_equal.then_some(value)));
             }
-            "--set-xmark" | "--set-mark" => {
+            "--set-xmark" | "--set-mark" | "--tproxy-mark" => {
                 let (value, mask) = valued(next);
                 let mark = match kind {
                     "CONNMARK" => Mark::Connection,
@@ -272,14 +377,8 @@ fn of_words(words: &[&str]) -> Vec<Use> {
                 };
                 used.push(Use::written(mark, value | mask));
             }
-            "--save-mark" => {
-                used.push(Use::read(Mark::Packet, bits(after("--nfmask"))));
-                used.push(Use::written(Mark::Connection, bits(after("--ctmask"))));
-            }
-            "--restore-mark" => {
-                used.push(Use::read(Mark::Connection, bits(after("--ctmask"))));
-                used.push(Use::written(Mark::Packet, bits(after("--nfmask"))));
-            }
+            "--save-mark" => used.extend(masks().save()),
+            "--restore-mark" => used.extend(masks().restore()),
             _ => {}
         }
     }
@@ -304,29 +403,29 @@ pub(super) fn parse_bits(text: &str) -> Option<u32> {
     }
 }
 
-/// All users of marks in the calling thread's network namespace, but for routing rules; and what could not be read.
+/// The rules of nftables that use marks, but for Landfall's own, in the calling thread's network namespace.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`.
-pub(super) fn users() -> io::Result<Vec<User>> {
-    let mut users = Vec::new();
-    crate::node_rules::each_rule(|rule| {
-        users.extend(
-            of_expressions(rule.expressions)
-                .into_iter()
-                .map(|used| User {
-                    place: format!("table {} {}", rule.family, rule.table),
-                    chain: rule.chain.clone(),
-                    used,
-                }),
-        );
-    })?;
-    Ok(users)
+pub(super) fn of_nftables() -> io::Result<Vec<User>> {
+    let rules = crate::node_rules::rules()?;
+    let others = rules.into_iter().filter(|rule| rule.table != "landfall");
+    let users = others.flat_map(|rule| {
+        let used = of_expressions(&rule.expressions);
+        let place = format!("table {} {}", rule.family, rule.table);
+        used.into_iter().map(move |used| User {
+            place: place.clone(),
+            chain: rule.chain.clone(),
+            used,
+        })
+    });
+    Ok(users.collect())
 }
 
-/// The lowest pair of neighbouring bits that nobody uses, above those that kube-proxy and this node's answers have.
+/// The highest pair of neighbouring bits that is not taken. CNIs begin with the lowest.
 pub(super) fn free_pair(taken: u32) -> Option<u32> {
     (16..31)
+        .rev()
         .map(|at| 0b11 << at)
         .find(|pair: &u32| pair & taken == 0)
 }
@@ -349,6 +448,7 @@ COMMIT
 *nat
 -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
 -A POSTROUTING -m mark --mark 7 -j MASQUERADE
+-A POSTROUTING -m mark ! --mark 0 -j MASQUERADE
 COMMIT
 ";
         let found = of_saved("iptables (legacy)", saved);
@@ -356,39 +456,84 @@ COMMIT
             let used = user.used;
             let owner = user.owner().unwrap_or("?");
             format!(
-                "{} {} {:?} {:#x} {}",
-                user.chain, owner, used.mark, used.bits, used.writes
+                "{} {owner} {:?} {:#x} {:?}",
+                user.chain, used.mark, used.bits, used.deed
             )
         };
         let found: Vec<String> = found.iter().map(of).collect();
         let expected = [
-            "cali-PREROUTING Calico Packet 0x10000 false",
-            "cali-PREROUTING Calico Packet 0xe0000 true",
-            "OUTPUT ? Connection 0x80 false",
-            "OUTPUT ? Connection 0x40 false",
-            "OUTPUT ? Packet 0x80 true",
-            "OUTPUT ? Packet 0xffffffff false",
-            "OUTPUT ? Connection 0xffffffff true",
-            "KUBE-MARK-MASQ kube-proxy or the kubelet Packet 0x4000 true",
-            "POSTROUTING ? Packet 0xffffffff false",
+            "cali-PREROUTING Calico Packet 0x10000 Reads",
+            "cali-PREROUTING Calico Packet 0xe0000 Writes",
+            "OUTPUT ? Connection 0x80 Reads",
+            "OUTPUT ? Connection 0x40 Reads",
+            "OUTPUT ? Packet 0xc0 Writes",
+            "OUTPUT ? Packet 0xffffffff Reads",
+            "OUTPUT ? Connection 0xffffffff Writes",
+            "KUBE-MARK-MASQ kube-proxy or the kubelet Packet 0x4000 Writes",
+            "POSTROUTING ? Packet 0xffffffff Knows",
+            "POSTROUTING ? Packet 0xffffffff Reads",
         ];
         assert_eq!(found, expected);
     }
 
     #[test]
     fn a_free_pair_is_found_if_there_is_one() {
-        assert_eq!(free_pair(0), Some(0x3_0000));
-        assert_eq!(free_pair(0x0005_0000), Some(0x0018_0000));
+        assert_eq!(free_pair(0), Some(0xc000_0000));
+        assert_eq!(free_pair(0xa000_0000), Some(0x1800_0000));
         assert_eq!(free_pair(0x5555_0000), None);
+    }
+
+    /// An attribute.
+    fn mk(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        crate::netlink::put(&mut bytes, kind, value);
+        bytes
+    }
+
+    fn expression(name: &str, data: &[&[u8]]) -> Vec<u8> {
+        let name = mk(1, &[name.as_bytes(), &[0]].concat());
+        mk(1, &[name, mk(2, &data.concat())].concat())
     }
 
     /// Whatever is in a rule, nothing panics.
     #[test]
     fn odd_expressions_are_passed_over() {
-        for length in 0..64 {
-            let bytes: Vec<u8> = (0..length).map(|at: u8| at.wrapping_mul(37)).collect();
-            let _ = of_expressions(&bytes);
-            let _ = of_extension("target", "CONNMARK", 2, &bytes);
+        let names = [
+            "meta", "ct", "bitwise", "cmp", "range", "lookup", "match", "target", "hash",
+        ];
+        for name in names {
+            for length in 0..40 {
+                let value: Vec<u8> = (0..length).map(|at: u8| at.wrapping_mul(37)).collect();
+                let data: Vec<Vec<u8>> = (1..8).map(|kind| mk(kind, &value)).collect();
+                let data: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
+                let whole = expression(name, &data);
+                for end in 0..=whole.len() {
+                    let _ = of_expressions(&whole[..end]);
+                }
+                let _ = of_extension("target", "CONNMARK", 2, &value);
+                let _ = of_extension("match", "mark", 1, &value);
+            }
         }
+    }
+
+    /// A register that something else was put into holds no mark any more; what was shifted came of all bits.
+    #[test]
+    fn registers_hold_what_was_put_into_them_last() {
+        let number = |kind, value: u32| mk(kind, &value.to_be_bytes());
+        let load = expression("meta", &[&number(2, META_MARK), &number(1, 1)]);
+        let store = expression("meta", &[&number(2, META_MARK), &number(3, 1)]);
+        let hash = expression("hash", &[&number(1, 1), &number(2, 1)]);
+        let shift = expression("bitwise", &[&number(1, 1), &number(2, 1), &number(6, 2)]);
+        let compare = expression("cmp", &[&number(1, 1), &number(2, 1)]);
+        let all = |parts: &[&Vec<u8>]| {
+            let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+            of_expressions(&bytes)
+        };
+        let written = Use::written(Mark::Packet, ALL);
+        assert_eq!(all(&[&load, &store]), [Use::written(Mark::Packet, 0)]);
+        assert_eq!(all(&[&load, &hash, &store]), [written]);
+        let read = Use::read(Mark::Packet, ALL, None);
+        assert_eq!(all(&[&load, &shift, &compare]), [read]);
+        assert_eq!(all(&[&load, &shift, &store]), [written]);
     }
 }

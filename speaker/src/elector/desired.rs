@@ -257,24 +257,33 @@ impl Speaker {
         }
     }
 
+    /// What the pools have.
+    fn pooled(&self) -> Vec<IpRange> {
+        let pools = self.index.pools();
+        pools.flat_map(|pool| pool.ranges.iter().copied()).collect()
+    }
+
+    /// The interfaces that an address may be announced on.
+    fn usable(&self) -> impl Iterator<Item = &Interface> {
+        let own = self.interfaces().iter().filter(|i| &*i.name != TUNNEL);
+        own.filter(|i| i.up && !i.enslaved)
+    }
+
+    /// Whether there are pools, and none of their addresses is in the subnet of an interface.
+    pub(super) fn is_far(&self) -> bool {
+        let ranges = self.pooled();
+        !ranges.is_empty()
+            && !self
+                .usable()
+                .any(|interface| is_in_subnet(&ranges, interface))
+    }
+
     /// Interfaces that addresses of the pools would be announced on: nodes hear each other there before there is
     /// any address to elect a leader for.
     fn likely_uplinks(&self) -> BTreeSet<u32> {
-        let ranges: Vec<IpRange> = self
-            .index
-            .pools()
-            .flat_map(|pool| pool.ranges.iter().copied())
-            .collect();
-        let owns = |interface: &Interface| {
-            interface.addresses.iter().any(|net| {
-                let subnet = IpRange::from(*net);
-                ranges.iter().any(|range| range.overlaps(&subnet))
-            })
-        };
-        let usable = || {
-            let own = self.interfaces().iter().filter(|i| &*i.name != TUNNEL);
-            own.filter(|i| i.up && !i.enslaved)
-        };
+        let ranges = self.pooled();
+        let owns = |interface: &Interface| is_in_subnet(&ranges, interface);
+        let usable = || self.usable();
         let mut likely: BTreeSet<u32> = usable()
             .filter(|interface| owns(interface))
             .map(|interface| interface.index)
@@ -326,4 +335,11 @@ fn pod_services(
         };
         into.insert(port, Arc::new(targets));
     }
+}
+
+fn is_in_subnet(ranges: &[IpRange], interface: &Interface) -> bool {
+    interface.addresses.iter().any(|net| {
+        let subnet = IpRange::from(*net);
+        ranges.iter().any(|range| range.overlaps(&subnet))
+    })
 }

@@ -22,7 +22,8 @@ impl Speaker {
             uplinks: uplinks
                 .map(|interface| Uplink {
                     name: interface.name.to_string(),
-                    has_default_route: interface.default_route.0 || interface.default_route.1,
+                    filters: !interface.default_route.0
+                        && interface.addresses.iter().any(|net| net.addr().is_ipv4()),
                     attachment: attachments.get(&interface.index).cloned(),
                 })
                 .collect(),
@@ -32,6 +33,8 @@ impl Speaker {
             gateway: self.parts.datapath.gateway(),
             unheard: unheard.map(ToString::to_string).collect(),
             nodes: nodes.len(),
+            hears_most: self.hears_most(),
+            is_far: self.is_far(),
         }
     }
 }

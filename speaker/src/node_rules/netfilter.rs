@@ -78,13 +78,13 @@ pub(super) enum Event {
 }
 
 /// A rule, as the kernel shows it.
-pub(crate) struct Rule<'a> {
+pub(crate) struct Rule {
     /// Its table's family, as `nft` says it.
     pub(crate) family: &'static str,
     pub(crate) table: String,
     pub(crate) chain: String,
     /// `NFTA_RULE_EXPRESSIONS`.
-    pub(crate) expressions: &'a [u8],
+    pub(crate) expressions: Vec<u8>,
 }
 
 /// A socket to ask with. It belongs to the network namespace of the thread that opened it.
@@ -139,29 +139,39 @@ impl Query {
         Err(io::ErrorKind::Interrupted.into())
     }
 
-    /// Shows each rule of the tables through which packets of the node and of its pods go.
-    pub(super) fn each_rule(&self, mut each: impl FnMut(&Rule<'_>)) -> io::Result<()> {
+    /// The rules of the tables through which packets of the node and of its pods go.
+    pub(super) fn rules(&self) -> io::Result<Vec<Rule>> {
+        const TRIES: u32 = 5;
+        let mut rules = Vec::new();
         for (family, name) in [
             (TableFamily::Inet, "inet"),
             (TableFamily::Ip, "ip"),
             (TableFamily::Ip6, "ip6"),
         ] {
-            let read = self.ask(GET_RULE, DUMP, family, &[], |attributes| {
-                let named = |kind| find(attributes, kind).map(text).unwrap_or_default();
-                each(&Rule {
-                    family: name,
-                    table: named(1),
-                    chain: named(2),
-                    expressions: find(attributes, 4).unwrap_or_default(),
+            let mut tries = 0;
+            let before = rules.len();
+            loop {
+                let read = self.ask(GET_RULE, DUMP, family, &[], |attributes| {
+                    let named = |kind| find(attributes, kind).map(text).unwrap_or_default();
+                    rules.push(Rule {
+                        family: name,
+                        table: named(1),
+                        chain: named(2),
+                        expressions: find(attributes, 4).unwrap_or_default().to_vec(),
+                    });
                 });
-            });
-            match read {
-                // The ruleset changed meanwhile; those that were read are right.
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                read => read?,
+                tries += 1;
+                match read {
+                    Ok(()) => break,
+                    // The ruleset changed meanwhile.
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted && tries < TRIES => {
+                        rules.truncate(before);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
-        Ok(())
+        Ok(rules)
     }
 
     fn ask(

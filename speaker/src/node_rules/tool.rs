@@ -1,4 +1,4 @@
-//! Running `nft` and `ip`.
+//! Running `nft`, `ip` and their like.
 
 use std::process::Stdio;
 
@@ -9,7 +9,7 @@ use tokio::process::Command;
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
     /// It could not be started.
-    #[error("cannot run {tool}: {cause}; install it (Debian: nftables, iproute2)")]
+    #[error("cannot run {tool}: {cause}; install it (Debian: nftables, iproute2, iptables)")]
     Start {
         /// Which command.
         tool: &'static str,

@@ -98,7 +98,10 @@ fn at_once(first: &Value) {
     // Nobody's first packet was lost, but of those that the machine was too slow for: they sent it again, after 1, 3, 7 s.
     let sent = unjudged * cluster.leaves_by(PLAIN).len() * 4;
     let dropped = cluster.dropped().unwrap();
-    assert!(dropped <= sent as u64, "{dropped} packets of {unjudged} pods");
+    assert!(
+        dropped <= sent as u64,
+        "{dropped} packets of {unjudged} pods"
+    );
     with_all(&mut pods, Pod::del);
 }
 
