@@ -366,7 +366,6 @@ impl GroupIndex {
                 address,
                 placement,
                 reported_leader: vip.leader,
-                reported_epoch: vip.epoch,
             });
         }
         if vips.is_empty() {

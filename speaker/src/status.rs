@@ -443,8 +443,12 @@ fn is_led_by_others(speaker: &Speaker, address: IpAddr) -> bool {
             .election()
             .view(&vip.group)
             .map_or(0, |view| view.epoch);
+        // Who has heard of no claim before its own, as after the end of all, cannot tell: a leader puts its name back.
+        let can_tell = epoch > 1;
         let others = vip.leader.as_ref();
-        others.is_some_and(|leader| leader != speaker.election().me()) && vip.epoch >= epoch
+        can_tell
+            && others.is_some_and(|leader| leader != speaker.election().me())
+            && vip.epoch >= epoch
     })
 }
 

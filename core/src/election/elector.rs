@@ -614,9 +614,7 @@ impl Elector {
                 local.contested = false;
             }
         } else if self.take(group, &table, now, &mut local) {
-            // After the end of all speakers only the record knows of claims before.
-            let reported = group.vips.iter().map(|vip| vip.reported_epoch).max();
-            local.seen = local.seen.max(reported.unwrap_or_default()) + 1;
+            local.seen += 1;
             let vacant = local
                 .vacant_since
                 .take()

@@ -20,8 +20,6 @@ pub struct GroupVip {
     pub placement: Arc<Placement>,
     /// The leader that its `VirtualIP` reports; somebody announced it before.
     pub reported_leader: Option<NodeName>,
-    /// The epoch of that one's claim, 0 if none is reported.
-    pub reported_epoch: u64,
 }
 
 /// A Service of a group, as far as announcing goes.
