@@ -9,8 +9,8 @@
 //!
 //! All listen on IPv4 and IPv6, and can be tried with `nc`.
 
-use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::io::{self, BufRead};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -37,6 +37,38 @@ pub const TCP_PORT: u16 = 8080;
 pub const NEWS_PORT: u16 = 8081;
 /// The time between two lines of its news.
 pub const NEWS_INTERVAL: Duration = Duration::from_millis(100);
+/// One line of a server's news: `<pod> <number> <address>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// The pod that tells it.
+    pub pod: String,
+    /// 0 in the first line, one more in each.
+    pub number: u64,
+    /// Of the client, as the pod sees it.
+    pub client: IpAddr,
+}
+
+impl News {
+    /// Waits for the next line. What is no news is [`io::ErrorKind::InvalidData`], and the end
+    /// [`io::ErrorKind::UnexpectedEof`].
+    pub fn read(from: &mut impl BufRead) -> io::Result<Self> {
+        let mut line = String::new();
+        if from.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut words = line.split_whitespace();
+        let mut parse = || {
+            Some(Self {
+                pod: words.next()?.to_owned(),
+                number: words.next()?.parse().ok()?,
+                client: words.next()?.parse().ok()?,
+            })
+        };
+        parse()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no news: {line:?}")))
+    }
+}
+
 /// What a client asks to learn its address as the pod sees it.
 pub const WHO_AM_I: &str = "whoami";
 /// What a client says, with a number of bytes behind it, before both send as many.

@@ -1,13 +1,13 @@
 //! Flows of every age, whichever side speaks first, at everything that can happen to the leader.
 
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::BufReader;
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use landfall_lab::fault::{Fault, SPEAKER};
 use landfall_lab::manifests::NEWS;
-use landfall_lab::server::NEWS_INTERVAL;
+use landfall_lab::server::{self, NEWS_INTERVAL};
 use landfall_lab::{Netns, Topology};
 
 use super::cluster::{Cluster, PATIENCE, vips};
@@ -37,28 +37,20 @@ impl News {
             pod: String::new(),
             heard: 0,
         };
-        (news.pod, _) = news.line()?;
+        news.pod = server::News::read(&mut news.stream)?.pod;
         Ok(news)
-    }
-
-    /// The pod's name, and the number of the line.
-    fn line(&mut self) -> std::io::Result<(String, u32)> {
-        let mut line = String::new();
-        if self.stream.read_line(&mut line)? == 0 {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        let words = line.trim().split_once(' ');
-        words
-            .and_then(|(pod, number)| Some((pod.to_owned(), number.parse().ok()?)))
-            .ok_or_else(|| std::io::Error::new(ErrorKind::InvalidData, line))
     }
 
     /// Reads on until a line comes that was sent after a moment. None may be missing.
     fn read_past(&mut self, moment: Instant) -> std::io::Result<()> {
         while self.opened + NEWS_INTERVAL * self.heard <= moment {
             self.heard += 1;
-            let line = self.line()?;
-            assert_eq!(line, (self.pod.clone(), self.heard), "not the next line");
+            let line = server::News::read(&mut self.stream)?;
+            let (pod, number) = (&self.pod, self.heard);
+            assert!(
+                line.pod == *pod && line.number == u64::from(number),
+                "{line:?} is not line {number} of {pod}"
+            );
         }
         Ok(())
     }

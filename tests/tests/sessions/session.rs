@@ -4,7 +4,7 @@ use std::io::{self, BufRead as _, BufReader, Error, ErrorKind, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use landfall_lab::server::{NEWS_INTERVAL, NEWS_PORT, TCP_PORT, WHO_AM_I};
+use landfall_lab::server::{NEWS_INTERVAL, NEWS_PORT, News, TCP_PORT, WHO_AM_I};
 use landfall_lab::{Network, Pod};
 use landfall_tests::PATIENCE;
 use landfall_tests::mta::SMTP_PORT;
@@ -118,16 +118,12 @@ impl Session {
     /// Hears all numbers up to this one, none left out.
     fn listen(&mut self, to: u64) -> io::Result<()> {
         while self.heard <= to {
-            let line = self.line()?;
-            let mut words = line.split_whitespace().skip(1);
-            let number: Option<u64> = words.next().and_then(|number| number.parse().ok());
-            self.seen = words.next().and_then(|seen| seen.parse().ok());
-            if number != Some(self.heard) {
-                return Err(Error::other(format!(
-                    "{line:?} instead of number {}",
-                    self.heard
-                )));
+            let news = News::read(&mut self.stream)?;
+            if news.number != self.heard {
+                let heard = self.heard;
+                return Err(Error::other(format!("{news:?} instead of number {heard}")));
             }
+            self.seen = Some(news.client);
             self.heard += 1;
         }
         Ok(())
