@@ -299,8 +299,11 @@ pub enum Attachment {
 pub trait DataPath: Send + Sync {
     /// Where to be attached. Returns at once.
     fn attach(&self, interfaces: Interfaces);
-    /// What is to be known besides or instead. Returns at once.
-    fn change(&self, changes: Vec<Change>);
+    /// What is to be known besides or instead. Returns at once, with a number that [`DataPath::written`] reaches when the
+    /// kernel goes by it.
+    fn change(&self, changes: Vec<Change>) -> u64;
+    /// Up to which call of [`DataPath::change`] the kernel goes by what was said, or never will, as there is no program.
+    fn written(&self) -> watch::Receiver<u64>;
     /// What was counted for each VIP, all uplinks together.
     fn counts(&self) -> BTreeMap<IpAddr, VipCount>;
     /// Of which buckets this node holds flows though they are another's.

@@ -37,6 +37,7 @@ use landfall_core::election::{
 };
 use landfall_core::groups::{self, Group, GroupId, GroupIndex, Options};
 use landfall_core::model::{Event, Kind, NodeName, Object, ObjectId};
+use tokio::sync::watch;
 
 use crate::announcer::{Announcement, Announcer, AnnouncerEvent, Interface, MacAddr, ProbeOutcome};
 use crate::datapath::{DataPath, Delivery, Held, NodeId};
@@ -143,6 +144,12 @@ pub struct Speaker {
     believed: BTreeMap<GroupId, BTreeSet<Frontend>>,
     /// The health-check ports that are asked, and since when.
     asking: BTreeMap<(GroupId, u16), Duration>,
+    /// Which Services of a group this node serves.
+    serving: BTreeMap<GroupId, BTreeSet<u64>>,
+    /// The groups of which others do not know yet all that this node serves: they are told when the data path has
+    /// written this, as soon as it was said to it.
+    untold: BTreeMap<GroupId, Option<u64>>,
+    written: watch::Receiver<u64>,
     hosts_alive: BTreeSet<SocketAddr>,
     stale: BTreeSet<GroupId>,
     uplinks: BTreeSet<u32>,
@@ -198,6 +205,7 @@ impl Speaker {
             identity.boot,
             ElectionConfig::default(),
         );
+        let written = parts.datapath.written();
         let mut speaker = Self {
             index: GroupIndex::new(Options {
                 host_endpoints: identity.manifests,
@@ -222,6 +230,9 @@ impl Speaker {
             checks: BTreeMap::new(),
             believed: BTreeMap::new(),
             asking: BTreeMap::new(),
+            serving: BTreeMap::new(),
+            untold: BTreeMap::new(),
+            written,
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),
             uplinks: BTreeSet::new(),
@@ -473,6 +484,7 @@ impl Speaker {
         self.check_ready(&changed, now);
         self.check_steers(now);
         self.ask_echoes(now);
+        self.tell_serving();
         self.say_held();
         self.say_gates();
         self.look_at_gateway(now);

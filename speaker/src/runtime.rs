@@ -138,6 +138,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         parts.datapath.in_force(),
         parts.datapath.gateway_in_force(),
     ];
+    let written = parts.datapath.written();
     let mut speaker = Speaker::new(identity, parts, keys, metrics.clone());
     speaker.recall(earlier);
     let shared = Shared(Arc::new(Mutex::new(speaker)));
@@ -160,6 +161,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let inputs = Inputs {
         calls,
         in_force,
+        written,
         objects,
         membership: membership_events,
         announcer: announcer_events,
@@ -369,6 +371,7 @@ fn control_socket(args: &Args, shared: &Shared, start: Instant) -> Option<Contro
 struct Inputs {
     calls: Option<mpsc::Receiver<cni::Call>>,
     in_force: [watch::Receiver<InForce>; 3],
+    written: watch::Receiver<u64>,
     objects: Objects,
     membership: mpsc::Receiver<MembershipEvent>,
     announcer: mpsc::Receiver<AnnouncerEvent>,
@@ -404,6 +407,7 @@ impl Loop {
                     mut programs_in_force,
                     mut gateway_in_force,
                 ],
+            mut written,
             mut objects,
             mut membership,
             mut announcer,
@@ -447,6 +451,7 @@ impl Loop {
                 () = changed(&mut rules_in_force) => {}
                 () = changed(&mut programs_in_force) => {}
                 () = changed(&mut gateway_in_force) => {}
+                () = changed(&mut written) => {}
                 answer = self.probes.next() => {
                     let now = self.now();
                     let mut speaker = self.shared.lock();
@@ -585,7 +590,7 @@ async fn called(calls: Option<&mut mpsc::Receiver<cni::Call>>, into: &mut Vec<cn
 }
 
 /// Waits until there is something new to see, or for ever if there will be none.
-async fn changed(of: &mut watch::Receiver<InForce>) {
+async fn changed<T>(of: &mut watch::Receiver<T>) {
     if of.changed().await.is_err() {
         std::future::pending::<()>().await;
     }

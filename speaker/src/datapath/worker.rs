@@ -57,6 +57,7 @@ pub(super) struct Shared {
     pub(super) drivers: Mutex<BTreeMap<u32, Attachment>>,
     /// What of egress is in force.
     in_force: watch::Sender<InForce>,
+    written: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +65,8 @@ struct Orders {
     /// Where to be attached; nothing before the first call.
     interfaces: Option<Interfaces>,
     changes: Vec<Change>,
+    /// Of the last that was said.
+    number: u64,
     changed: bool,
     stop: bool,
 }
@@ -106,9 +109,9 @@ impl DataPath for Worker {
         }
     }
 
-    fn change(&self, changes: Vec<Change>) {
+    fn change(&self, changes: Vec<Change>) -> u64 {
         if changes.is_empty() {
-            return;
+            return lock(&self.shared.orders).number;
         }
         for change in &changes {
             if let Change::Egress(leaving) = change {
@@ -122,8 +125,14 @@ impl DataPath for Worker {
         }
         let mut orders = lock(&self.shared.orders);
         orders.changes.extend(changes);
+        orders.number += 1;
         orders.changed = true;
         self.shared.wake.notify_all();
+        orders.number
+    }
+
+    fn written(&self) -> watch::Receiver<u64> {
+        self.shared.written.subscribe()
     }
 
     fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
@@ -290,6 +299,8 @@ struct Order {
     /// Nothing before the first call.
     interfaces: Option<Interfaces>,
     changes: Vec<Change>,
+    /// Of the last of them, or of those before.
+    number: u64,
 }
 
 impl Task {
@@ -308,6 +319,7 @@ impl Task {
                 self.absent(&interfaces.uplinks, &reason);
                 // There is nothing more to wait for: without the guard what is a tenant's reaches nobody.
                 self.tell_in_force();
+                self.shared.written.send_replace(order.number);
                 continue;
             }
             self.fresh &= !(self.wanted.complete && self.flows.has_compared());
@@ -317,6 +329,7 @@ impl Task {
                 if self.wanted.egress.is_some() || self.wanted.complete {
                     self.tell_in_force();
                 }
+                self.shared.written.send_replace(order.number);
                 self.retire_others();
                 self.attach_drivers();
             }
@@ -383,6 +396,7 @@ impl Task {
         Some(Order {
             interfaces: orders.interfaces.clone(),
             changes: std::mem::take(&mut orders.changes),
+            number: orders.number,
         })
     }
 

@@ -59,6 +59,8 @@ impl Speaker {
             } else {
                 self.checks.remove(id);
                 self.believed.remove(id);
+                self.serving.remove(id);
+                self.untold.remove(id);
                 self.asking.retain(|(asked, _), _| asked != id);
             }
         }
@@ -104,7 +106,7 @@ impl Speaker {
         let mut serves = BTreeSet::new();
         for service in &group.services {
             let id = service_id(&service.key);
-            let served = self.election.serves(me, &group.id, id);
+            let served = self.serves_here(&group.id, id);
             let asked = self.health_port(service);
             let question = (group.id.clone(), asked.unwrap_or_default());
             if !service.endpoint_nodes.contains(me) {
@@ -115,7 +117,45 @@ impl Speaker {
                 self.asking.entry(question).or_insert(now);
             }
         }
-        self.election.set_serves(&group.id, serves);
+        self.set_serving(&group.id, serves, now);
+    }
+
+    /// Whether this node serves a Service of a group; others may not know it yet.
+    pub(super) fn serves_here(&self, group: &GroupId, service: u64) -> bool {
+        let services = self.serving.get(group);
+        services.is_some_and(|services| services.contains(&service))
+    }
+
+    /// Says which Services of a group this node serves. What is served no more others are told at once; what is served
+    /// now, when the tables of this node have it: it would drop what they send here sooner.
+    fn set_serving(&mut self, id: &GroupId, services: BTreeSet<u64>, now: Duration) {
+        let before = self.serving.insert(id.clone(), services.clone());
+        if before.unwrap_or_default() == services {
+            return;
+        }
+        let known = |service: &u64| self.election.serves(&self.identity.node, id, *service);
+        let (known, new): (BTreeSet<u64>, BTreeSet<u64>) = services.into_iter().partition(known);
+        self.election.set_serves(id, known);
+        if new.is_empty() {
+            self.untold.remove(id);
+        } else {
+            self.untold.insert(id.clone(), None);
+        }
+        self.desired.touch(&BTreeSet::from([id.clone()]));
+        self.apply_soon(now);
+    }
+
+    /// Tells the others what this node serves and its tables have.
+    pub(super) fn tell_serving(&mut self) {
+        if self.untold.is_empty() {
+            return;
+        }
+        let written = *self.written.borrow();
+        let ready = |_: &GroupId, number: &mut Option<u64>| number.is_some_and(|it| it <= written);
+        for (id, _) in self.untold.extract_if(.., ready) {
+            let services = self.serving.get(&id).cloned().unwrap_or_default();
+            self.election.set_serves(&id, services);
+        }
     }
 
     /// The port by which kube-proxy tells whether it delivers a Service's packets to endpoints of this node.
@@ -218,14 +258,14 @@ impl Speaker {
             .services
             .iter()
             .map(|service| service_id(&service.key))
-            .filter(|service| self.election.serves(&self.identity.node, id, *service));
+            .filter(|service| self.serves_here(id, *service));
         let serves: BTreeSet<u64> = of_port.chain(before).collect();
         if serves.len() == group.services.len() {
             self.checks.remove(id);
             self.note_ready(&group, true);
             self.believe(&group, true);
         }
-        self.election.set_serves(id, serves);
+        self.set_serving(id, serves, now);
     }
 
     /// Whether a process of this node takes connections.

@@ -209,7 +209,10 @@ impl Speaker {
             changes.extend(self.holder_changes(pages));
             changes.push(Change::Complete);
         }
-        self.parts.datapath.change(changes);
+        let number = self.parts.datapath.change(changes);
+        for written in self.untold.values_mut() {
+            written.get_or_insert(number);
+        }
     }
 
     /// Tells the data path how the node's rules want to know what it has translated.
@@ -413,8 +416,11 @@ impl Speaker {
         let serves = |node: &NodeName| {
             (group.steers() || node == me)
                 && self.is_there(node, reach.of(node))
-                && (self.election.serves(node, &group.id, id)
-                    || (node == me && self.assumes_to_serve))
+                && if node == me {
+                    self.assumes_to_serve || self.serves_here(&group.id, id)
+                } else {
+                    self.election.serves(node, &group.id, id)
+                }
         };
         for port in &service.ports {
             let family_port = (Family::of(vip.address), port.protocol, port.port);

@@ -40,6 +40,11 @@ struct Lower {
     /// Nothing, if nobody has said where to be attached.
     uplinks: Mutex<Option<BTreeSet<u32>>>,
     told: Mutex<Vec<Told>>,
+    /// How often it was told something, and what of it is written.
+    said: Mutex<u64>,
+    written: watch::Sender<u64>,
+    /// It writes nothing for now.
+    slow: Mutex<bool>,
     /// Why the programs are not attached.
     hindrance: Mutex<Option<String>>,
     roles: Mutex<Roles>,
@@ -64,6 +69,13 @@ impl Lower {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    fn write_slowly(&self, slow: bool) {
+        *self.slow.lock().unwrap() = slow;
+        if !slow {
+            self.written.send_replace(*self.said.lock().unwrap());
+        }
     }
 }
 
@@ -94,9 +106,19 @@ impl DataPath for Lower {
         *self.uplinks.lock().unwrap_or_else(PoisonError::into_inner) = Some(interfaces.uplinks);
     }
 
-    fn change(&self, changes: Vec<Told>) {
+    fn change(&self, changes: Vec<Told>) -> u64 {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.extend(changes);
+        let mut said = self.said.lock().unwrap();
+        *said += 1;
+        if !*self.slow.lock().unwrap() {
+            self.written.send_replace(*said);
+        }
+        *said
+    }
+
+    fn written(&self) -> watch::Receiver<u64> {
+        self.written.subscribe()
     }
 
     fn held(&self) -> Arc<Held> {

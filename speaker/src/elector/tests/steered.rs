@@ -238,3 +238,39 @@ fn every_change_of_a_table_is_a_generation_and_all_nodes_show_the_same_table() {
         "what it was before is shown as it was before"
     );
 }
+
+/// Who steers by what a node says is never ahead of that node's own tables, which would drop what comes.
+#[test]
+fn what_a_node_serves_others_hear_when_its_own_tables_have_it_and_what_it_does_not_at_once() {
+    let mut world = World::new(2);
+    world.tell(&mk_port(&ObjectKey::new("default", "s0")));
+    world.tell(&mk_pods(&["n1"]));
+    world.run(Duration::from_secs(5));
+    // Whom the tables of a node name for what is new.
+    let named = |world: &mut World, node: &str| -> BTreeSet<String> {
+        let told = world.host(node).lower.told.lock().unwrap();
+        let ports = told.iter().rev().filter_map(|change| match change {
+            Told::Port(_, Some(state)) => Some(state),
+            _ => None,
+        });
+        let nodes = ports.take(1).flat_map(|state| state.nodes.keys());
+        nodes.map(|node| node.0.to_string()).collect()
+    };
+    let of = |nodes: &[&str]| -> BTreeSet<String> { nodes.iter().map(|it| (*it).into()).collect() };
+    assert_eq!(named(&mut world, "n1"), of(&["n1"]));
+
+    world.host("n2").lower.write_slowly(true);
+    world.tell(&mk_pods(&["n1", "n2"]));
+    world.run(Duration::from_secs(5));
+    assert_eq!(named(&mut world, "n2"), of(&["n1", "n2"]), "its own");
+    assert_eq!(named(&mut world, "n1"), of(&["n1"]), "others do not know");
+    world.host("n2").lower.write_slowly(false);
+    world.run(Duration::from_millis(500));
+    assert_eq!(named(&mut world, "n1"), of(&["n1", "n2"]));
+
+    world.host("n2").lower.write_slowly(true);
+    world.tell(&mk_pods(&["n1"]));
+    world.run(Duration::from_millis(500));
+    assert_eq!(named(&mut world, "n1"), of(&["n1"]));
+    assert_eq!(named(&mut world, "n2"), of(&["n1"]));
+}
