@@ -81,7 +81,7 @@ fn comes_and_goes(cni: Cni) {
     });
     let datagrams = remote().map(|remote| Datagrams::open(&pod, remote));
     for (datagrams, egress) in datagrams.iter().zip(egress) {
-        assert_eq!(datagrams.seen_as(Duration::from_secs(5)), Some(egress));
+        assert_eq!(datagrams.surely_seen_as(), egress);
     }
     // A policy is kept for as long as its gateway has bindings: these are gone.
     cluster
@@ -97,7 +97,7 @@ fn comes_and_goes(cni: Cni) {
     until("the table is as without policies", || !is_armed(&cluster));
     for (datagrams, node) in datagrams.iter().zip(node) {
         // One socket, another source: what was tracked of it was ended.
-        assert_eq!(datagrams.seen_as(Duration::from_secs(5)), Some(node));
+        assert_eq!(datagrams.surely_seen_as(), node);
     }
     cluster.assert_clean(&node);
 }
@@ -182,8 +182,8 @@ impl Began {
                     .and_then(|()| flow.outside_speaks())
                     .unwrap_or_else(|error| panic!("{what}: {error}\n{}", cluster.state()));
             }
-            let seen = datagrams.seen_as(Duration::from_secs(5));
-            assert_eq!(seen, Some(by), "{what}\n{}", cluster.state());
+            let seen = datagrams.surely_seen_as();
+            assert_eq!(seen, by, "{what}\n{}", cluster.state());
         }
     }
 
@@ -249,8 +249,8 @@ fn what_a_pod_began_goes_on_whose_ever_it_is() {
             }
         }
         for (datagrams, egress) in datagrams.iter().zip(egress) {
-            let seen = datagrams.seen_as(Duration::from_secs(5));
-            assert_eq!(seen, Some(egress), "{when}");
+            let seen = datagrams.surely_seen_as();
+            assert_eq!(seen, egress, "{when}");
         }
     };
     go_on("as it began", &cluster);
@@ -325,11 +325,7 @@ fn an_address_that_is_used_again_begins_anew() {
     let (pod, outside) = (cluster.pod(0).netns.share(), cluster.lab.remote().share());
     let datagrams = remote().map(|remote| Datagrams::open(&pod, remote));
     for (datagrams, node) in datagrams.iter().zip(cluster.node_ips()) {
-        assert_eq!(
-            datagrams.seen_as(Duration::from_secs(5)),
-            Some(node),
-            "as its node"
-        );
+        assert_eq!(datagrams.surely_seen_as(), node, "as its node");
     }
     let [v4, _] = cluster.pod(0).addresses;
     cluster.egress.pods.remove(&v4);
@@ -355,10 +351,7 @@ fn an_address_that_is_used_again_begins_anew() {
         "the same ports, and a new pod's"
     );
     // The other address was known all the time, and keeps what it began with.
-    assert_eq!(
-        datagrams[1].seen_as(Duration::from_secs(5)),
-        Some(cluster.node_ips()[1])
-    );
+    assert_eq!(datagrams[1].surely_seen_as(), cluster.node_ips()[1]);
     cluster.assert_clean(&cluster.node_ips());
     let flow = Pair::open(&pod, &outside, remote()[1]).unwrap();
     assert_eq!(flow.seen_as, cluster.egress_ips()[1]);

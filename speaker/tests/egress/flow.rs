@@ -112,12 +112,31 @@ impl Datagrams {
 
     /// The address it is seen by, if there is an answer.
     pub(super) fn seen_as(&self, within: Duration) -> Option<IpAddr> {
-        self.socket.set_read_timeout(Some(within)).unwrap();
-        self.socket.send(WHO_AM_I.as_bytes()).ok()?;
+        self.ask(within).ok()
+    }
+
+    /// The same, where one has to come: a datagram may be lost, and is said again twice.
+    pub(super) fn surely_seen_as(&self) -> IpAddr {
+        for _ in 0..3 {
+            match self.ask(Duration::from_secs(5)) {
+                Ok(seen) => return seen,
+                Err(error) => println!("{:?}: {error}", self.socket),
+            }
+        }
+        panic!("no answer to three datagrams");
+    }
+
+    fn ask(&self, within: Duration) -> io::Result<IpAddr> {
+        self.socket.set_read_timeout(Some(within))?;
+        self.socket.send(WHO_AM_I.as_bytes())?;
         let mut answer = [0; 128];
-        let length = self.socket.recv(&mut answer).ok()?;
-        let text = std::str::from_utf8(&answer[..length]).ok()?;
-        text.split_once(' ')?.1.parse().ok()
+        let length = self.socket.recv(&mut answer)?;
+        let text = String::from_utf8_lossy(&answer[..length]);
+        let seen = text.split_once(' ').map(|(_, address)| address.parse());
+        match seen {
+            Some(Ok(address)) => Ok(address),
+            _ => Err(io::Error::other(text.into_owned())),
+        }
     }
 }
 
