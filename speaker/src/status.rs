@@ -363,7 +363,7 @@ impl Reporter {
             BTreeMap::new()
         };
         for vip in &group.vips {
-            if mine && speaker.is_few(group) && is_led_by_others(speaker, vip.address) {
+            if mine && speaker.is_few(group) && speaker.is_led_by_others(vip.address) {
                 continue;
             }
             let mut status = status(speaker, group, vip, &verdicts);
@@ -433,23 +433,6 @@ impl Reporter {
             },
         );
     }
-}
-
-/// Whether an address's record is another leader's who took it over as late as this node, or later: where most nodes are, if
-/// they are not here.
-fn is_led_by_others(speaker: &Speaker, address: IpAddr) -> bool {
-    speaker.index().virtual_ip(address).is_some_and(|vip| {
-        let epoch = speaker
-            .election()
-            .view(&vip.group)
-            .map_or(0, |view| view.epoch);
-        // Who has heard of no claim before its own, as after the end of all, cannot tell: a leader puts its name back.
-        let can_tell = epoch > 1;
-        let others = vip.leader.as_ref();
-        can_tell
-            && others.is_some_and(|leader| leader != speaker.election().me())
-            && vip.epoch >= epoch
-    })
 }
 
 /// Whether an address is known to be leaderless already, in the same words: the next reporter need not repeat it.

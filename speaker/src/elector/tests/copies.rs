@@ -220,6 +220,65 @@ fn who_is_back_alone_says_so_whatever_the_records_epoch() {
     writes.extend(reporter.look(speaker, BTreeSet::new(), world.now + LATER, 0));
     let text = format!("{writes:?}");
     assert!(text.contains("NoMajority"), "{text}");
+
+    // So it is on record; and then another's who takes it from this one, or puts back what was there.
+    let said = |world: &mut World, leader: &str, epoch: u64| {
+        world.tell(&Object::VirtualIp(VirtualIp {
+            egress_policies: vec!["mail".into()],
+            leader: Some(leader.into()),
+            epoch,
+            ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+        }));
+        world.run(Duration::from_secs(1));
+        let mut reporter = crate::status::Reporter::default();
+        let speaker = &world.hosts[&"n1".into()].speaker;
+        let all = || BTreeSet::from([VIP.into()]);
+        let mut writes = reporter.look(speaker, all(), world.now, 0);
+        writes.extend(reporter.look(speaker, all(), world.now + LATER, 0));
+        writes.len()
+    };
+    let epoch = world.hosts[&"n1".into()].speaker.election().view(VIP);
+    let epoch = epoch.unwrap().epoch;
+    assert_eq!(epoch, 1, "it has heard of no claim");
+    said(&mut world, "n1", epoch);
+    assert_eq!(said(&mut world, "n2", 40), 0);
+}
+
+/// The first leader that an address ever had is cut off, and another takes over.
+#[test]
+fn the_first_leader_of_all_leaves_its_successors_record_alone() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let first = leader(&world);
+    for node in ["n1", "n2", "n3"] {
+        if node != first {
+            kill(&mut world, node);
+        }
+    }
+    world.run(Duration::from_secs(5));
+    assert_eq!(licence(&world, &first), Some(Licence::Frozen));
+    let other = if first == "n1" { "n2" } else { "n1" };
+    world.tell(&Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        leader: Some(other.into()),
+        epoch: 2,
+        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+    }));
+    world.run(LATER);
+    let speaker = &world.host(&first).speaker;
+    assert_eq!(speaker.election().view(VIP).unwrap().epoch, 1);
+    let mut reporter = crate::status::Reporter::default();
+    for after in 0..20 {
+        let now = world.now + LATER * after;
+        let writes = reporter.look(
+            &world.host(&first).speaker,
+            BTreeSet::from([VIP.into()]),
+            now,
+            0,
+        );
+        assert!(writes.is_empty(), "{writes:?}");
+    }
 }
 
 const LATER: Duration = Duration::from_secs(1);
