@@ -37,6 +37,11 @@ pub const TCP_PORT: u16 = 8080;
 pub const NEWS_PORT: u16 = 8081;
 /// The time between two lines of its news.
 pub const NEWS_INTERVAL: Duration = Duration::from_millis(100);
+/// What a client asks to learn its address as the pod sees it.
+pub const WHO_AM_I: &str = "whoami";
+/// What a client says, with a number of bytes behind it, before both send as many.
+pub const BULK: &str = "bulk ";
+
 /// One line of a server's news: `<pod> <number> <address>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct News {
@@ -68,11 +73,6 @@ impl News {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no news: {line:?}")))
     }
 }
-
-/// What a client asks to learn its address as the pod sees it.
-pub const WHO_AM_I: &str = "whoami";
-/// What a client says, with a number of bytes behind it, before both send as many.
-pub const BULK: &str = "bulk ";
 
 /// The servers of one pod, on a thread in its namespace. Dropping it ends them: open connections are reset or
 /// closed by the kernel as for a process that dies.

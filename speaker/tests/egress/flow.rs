@@ -115,15 +115,10 @@ impl Datagrams {
         self.ask(within).ok()
     }
 
-    /// The same, where one has to come: a datagram may be lost, and is said again twice.
+    /// The same, where one has to come.
     pub(super) fn surely_seen_as(&self) -> IpAddr {
-        for _ in 0..3 {
-            match self.ask(Duration::from_secs(5)) {
-                Ok(seen) => return seen,
-                Err(error) => println!("{:?}: {error}", self.socket),
-            }
-        }
-        panic!("no answer to three datagrams");
+        self.ask(Duration::from_secs(5))
+            .unwrap_or_else(|error| panic!("{:?}: {error}", self.socket))
     }
 
     fn ask(&self, within: Duration) -> io::Result<IpAddr> {

@@ -135,7 +135,7 @@ fn flows_outlive_their_gateway() {
             lost += 1;
         }
     }
-    println!("lost {lost} of {flows} that were older than a second");
+    println!("lost {lost} of {flows} that were known at the standby");
     let (mut begun, mut ages) = (0, Vec::new());
     for (streams, given_up) in young {
         begun += given_up + streams.len() as u64;

@@ -129,19 +129,20 @@ fn a_minority_begins_nothing_and_ends_what_it_has() {
     assert_eq!(world.announcers(), announcers);
 }
 
+/// The address's record, of a policy's leader.
+fn mk_record(leader: &str, epoch: u64) -> Object {
+    Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        leader: Some(leader.into()),
+        epoch,
+        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+    })
+}
+
 /// What the only node that is left says of the address, the last of three to lead it; and what it says over again once the
 /// record is as given.
 #[test]
 fn a_minority_says_that_it_does_not_announce_and_leaves_others_records_alone() {
-    let address: IpAddr = VIP.parse().unwrap();
-    let vip = |leader: &str, epoch| {
-        Object::VirtualIp(VirtualIp {
-            egress_policies: vec!["mail".into()],
-            leader: Some(leader.into()),
-            epoch,
-            ..VirtualIp::unheld(address, "out".into(), VIP.into())
-        })
-    };
     let mut world = mk_world();
     tell_policy(&mut world);
     world.run(Duration::from_secs(2));
@@ -176,20 +177,23 @@ fn a_minority_says_that_it_does_not_announce_and_leaves_others_records_alone() {
     // Where most nodes are, one has taken over: before this one, at once with it, after it.
     for theirs in [epoch, epoch + 1] {
         let mut reporter = crate::status::Reporter::default();
-        let record = vip(&dead, theirs);
+        let record = mk_record(&dead, theirs);
         assert_eq!(said(&mut world, &mut reporter, &record), [""; 0]);
     }
     // The record is of who led before; then of this node; then another's again, which stays.
     let mut reporter = crate::status::Reporter::default();
-    let record = vip(&dead, epoch - 1);
+    let record = mk_record(&dead, epoch - 1);
     assert_eq!(
         said(&mut world, &mut reporter, &record),
         ["\"NoMajority\""],
         "once"
     );
-    assert_eq!(said(&mut world, &mut reporter, &vip(&last, epoch)), [""; 0]);
     assert_eq!(
-        said(&mut world, &mut reporter, &vip(&dead, epoch + 1)),
+        said(&mut world, &mut reporter, &mk_record(&last, epoch)),
+        [""; 0]
+    );
+    assert_eq!(
+        said(&mut world, &mut reporter, &mk_record(&dead, epoch + 1)),
         [""; 0]
     );
 }
@@ -223,12 +227,7 @@ fn who_is_back_alone_says_so_whatever_the_records_epoch() {
 
     // So it is on record; and then another's who takes it from this one, or puts back what was there.
     let said = |world: &mut World, leader: &str, epoch: u64| {
-        world.tell(&Object::VirtualIp(VirtualIp {
-            egress_policies: vec!["mail".into()],
-            leader: Some(leader.into()),
-            epoch,
-            ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
-        }));
+        world.tell(&mk_record(leader, epoch));
         world.run(Duration::from_secs(1));
         let mut reporter = crate::status::Reporter::default();
         let speaker = &world.hosts[&"n1".into()].speaker;
@@ -259,12 +258,7 @@ fn the_first_leader_of_all_leaves_its_successors_record_alone() {
     world.run(Duration::from_secs(5));
     assert_eq!(licence(&world, &first), Some(Licence::Frozen));
     let other = if first == "n1" { "n2" } else { "n1" };
-    world.tell(&Object::VirtualIp(VirtualIp {
-        egress_policies: vec!["mail".into()],
-        leader: Some(other.into()),
-        epoch: 2,
-        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
-    }));
+    world.tell(&mk_record(other, 2));
     world.run(LATER);
     let speaker = &world.host(&first).speaker;
     assert_eq!(speaker.election().view(VIP).unwrap().epoch, 1);

@@ -273,4 +273,9 @@ fn what_a_node_serves_others_hear_when_its_own_tables_have_it_and_what_it_does_n
     world.run(Duration::from_millis(500));
     assert_eq!(named(&mut world, "n1"), of(&["n1"]));
     assert_eq!(named(&mut world, "n2"), of(&["n1"]));
+    // The slice alone would take it out of the tables: so is its word.
+    let service = landfall_core::election::service_id(&ObjectKey::new("default", "s0"));
+    let speaker = &world.host("n1").speaker;
+    let mut groups = speaker.index().groups().keys();
+    assert!(!groups.any(|id| speaker.election().serves(&"n2".into(), id, service)));
 }
