@@ -217,6 +217,19 @@ pub struct Args {
     #[arg(long, env = "LANDFALL_EGRESS")]
     pub egress: bool,
 
+    /// With --egress, on nodes with Cilium that masquerades by eBPF (`bpf.masquerade=true`): the directory where it pins its
+    /// maps. What pods send is judged by a program then, at the uplinks, and no packet filter.
+    #[arg(
+        long,
+        env = "LANDFALL_CILIUM",
+        requires = "egress",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "/sys/fs/bpf/tc/globals",
+        value_name = "DIRECTORY"
+    )]
+    pub cilium: Option<PathBuf>,
+
     /// With --egress: where the CNI plugin calls.
     #[arg(
         long,

@@ -68,6 +68,9 @@ pub struct Config {
     pub compare: Duration,
     /// How to be a gateway of egress policies.
     pub gateway: GatewayConfig,
+    /// The directory where Cilium pins its maps: the programs judge beside it what no packet filter sees. Nothing, if one
+    /// does.
+    pub cilium: Option<PathBuf>,
 }
 
 /// How often the flows are compared with connection tracking, where nothing else is asked for.
@@ -96,6 +99,7 @@ impl Config {
             xdp: BTreeSet::new(),
             watch: Duration::from_secs(1),
             compare: COMPARE,
+            cilium: None,
         }
     }
 }
@@ -310,6 +314,11 @@ pub trait DataPath: Send + Sync {
     fn held(&self) -> Arc<Held>;
     /// How the program at the uplinks is attached, by interface index.
     fn attachments(&self) -> BTreeMap<u32, Attachment>;
+    /// Packets of this node's pods that the guard has dropped since their policy has no gateway, or no address for them, by
+    /// policy.
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64>;
+    /// The interfaces (by index) where the guard should be and cannot, and why.
+    fn unguarded(&self) -> BTreeMap<u32, String>;
     /// Whether this node translates what it is the gateway of.
     fn gateway(&self) -> egress::State;
     /// What this node is to egress addresses, of all that it is gateway or standby of. To be said before those who copy

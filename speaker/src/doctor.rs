@@ -7,8 +7,9 @@ mod marks;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use landfall_ebpf_common::egress::judge::cilium::BORROWED;
 use landfall_runtime::control::{Diagnosis, Finding, Verdict};
 use nix::sys::utsname::uname;
 
@@ -46,6 +47,10 @@ pub(crate) struct Patient {
     pub(crate) egress_mark: Option<u32>,
     pub(crate) disarmed: bool,
     pub(crate) gateway: State,
+    /// The uplinks without the programs that look at what leaves, and why.
+    pub(crate) unguarded: BTreeMap<String, String>,
+    /// Where Cilium's maps are, if the programs judge beside it.
+    pub(crate) cilium: Option<PathBuf>,
     /// How many nodes there are, and those of them whose speaker is not heard.
     pub(crate) nodes: usize,
     pub(crate) unheard: Vec<String>,
@@ -68,6 +73,7 @@ impl Patient {
             ));
         }
         findings.push(self.gateway());
+        findings.extend(self.unguarded.iter().map(unguarded));
         findings.extend(self.cilium());
         findings.extend(self.marks().await);
         findings.extend(self.reverse_paths());
@@ -101,23 +107,60 @@ impl Patient {
         }
     }
 
-    /// Cilium's data path takes pods' packets past the packet filter that judges them, and has its own in their marks.
+    /// Cilium's data path takes pods' packets past the packet filter, which judges them on other nodes.
     fn cilium(&self) -> Option<Finding> {
-        if !Path::new(SETTINGS).join(CILIUMS).exists() {
-            return None;
-        }
+        let check = "cilium";
+        let is_there = Path::new(SETTINGS).join(CILIUMS).exists();
         let found = format!("Cilium is on this node ({CILIUMS})");
-        Some(if self.egress_mark.is_some() {
-            problem(
-                "cilium",
-                format!(
-                    "{found}: what its pods send does not reach the packet filter, which judges it for egress policies, or bears Cilium's marks: it is dropped, or leaves as if there were none"
+        let Some(maps) = self.cilium.as_ref().filter(|_| self.egress_mark.is_some()) else {
+            return is_there.then(|| match self.egress_mark {
+                None => note(check, found, None),
+                Some(_) => problem(
+                    check,
+                    format!(
+                        "{found}: what its pods send does not reach the packet filter, which judges it for egress policies, or bears Cilium's marks: it is dropped, or leaves as if there were none"
+                    ),
+                    "start the speakers of nodes with Cilium with --cilium (the chart's egress.cilium.enabled: true)",
                 ),
-                "do not use egress policies on nodes with Cilium yet (the chart's egress.enabled: false)",
-            )
-        } else {
-            note("cilium", found, None)
-        })
+            });
+        };
+        if !is_there {
+            return Some(problem(
+                check,
+                format!(
+                    "--cilium, and no Cilium on this node ({CILIUMS}): what policies' pods send is masqueraded before a program sees it, and dropped"
+                ),
+                "start the speakers of nodes without Cilium without --cilium (the chart's egress.cilium.enabled: false)",
+            ));
+        }
+        let masqueraded = node_rules::masqueraded().unwrap_or_default();
+        if masqueraded > 0 {
+            return Some(problem(
+                check,
+                format!(
+                    "{found} and masquerades by iptables: {masqueraded} packets of policies' pods had another address already, and were dropped"
+                ),
+                "have Cilium masquerade by eBPF (bpf.masquerade=true of its chart)",
+            ));
+        }
+        let lacking = BORROWED.iter().filter(|of| !maps.join(of.pin).exists());
+        let lacking: Vec<String> = lacking.map(|of| of.pin.to_owned()).collect();
+        // It may have one family only.
+        if lacking.len() > BORROWED.len() / 2 {
+            return Some(problem(
+                check,
+                format!(
+                    "{found}, and its maps are not at {} ({}): whom policies' pods answer outside is not known, and their answers are dropped",
+                    maps.display(),
+                    listed(&lacking)
+                ),
+                "say where they are (--cilium=DIRECTORY), have the node's bpf file system in the speaker's pod, and Cilium masquerade by eBPF (bpf.masquerade=true of its chart)",
+            ));
+        }
+        Some(ok(
+            check,
+            format!("{found}; a program judges what policies' pods send"),
+        ))
     }
 
     /// Whose rules use the bits of marks that are Landfall's.
@@ -394,6 +437,14 @@ fn attached(uplink: &Uplink) -> Option<Finding> {
             "mend that; until then this node neither steers nor is a gateway there",
         ),
     })
+}
+
+fn unguarded((uplink, reason): (&String, &String)) -> Finding {
+    problem(
+        &format!("guard on {uplink}"),
+        format!("not attached: {reason}"),
+        "mend that; until then what the packet filter has not judged leaves by it, and beside Cilium all that pods send",
+    )
 }
 
 /// With IPVS every node has the VIPs on an interface, and answers for them unless it is told not to.

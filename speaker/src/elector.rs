@@ -28,6 +28,7 @@ mod tunnel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,6 +103,8 @@ pub struct Identity {
     pub delivery: Delivery,
     /// The bits of the packet mark by which egress is judged; nothing, if packets are not treated by it.
     pub egress_mark: Option<u32>,
+    /// Where Cilium's maps are, if a program judges it beside that, and no packet filter.
+    pub cilium: Option<PathBuf>,
     /// Routers of interfaces that the user has named.
     pub routers: Vec<(String, IpAddr)>,
     /// Where to gossip.

@@ -17,6 +17,7 @@ mod tunnel;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,8 @@ pub struct Rules {
     pub tunnel: Option<Arc<Tunnel>>,
     /// Pods that leave by addresses of their own; nothing while there is no policy.
     pub egress: Option<Arc<Leaving>>,
+    /// The same in its place where a program judges them, since their packets pass by the packet filter.
+    pub passed_by: Option<Arc<Leaving>>,
 }
 
 /// Pods that leave by addresses of their own, and where this node ends for them.
@@ -196,6 +199,16 @@ impl Default for Config {
             boot: None,
         }
     }
+}
+
+/// How many packets of pods were dropped in the calling thread's network namespace since they had got another address in spite
+/// of their policies.
+///
+/// # Errors
+/// There is no table, or it does not judge pods; `EPERM` without `CAP_NET_ADMIN`.
+pub(crate) fn masqueraded() -> io::Result<u64> {
+    let name = egress::counter("translated");
+    netfilter::Query::open()?.counter(netfilter::TableFamily::Inet, ruleset::TABLE, &name)
 }
 
 impl Config {

@@ -110,6 +110,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         compare: Duration::from_secs(args.compare_every),
         ..datapath::Config::new(&args.pins.bpf_pin_dir)
     };
+    data.cilium = args.cilium.clone();
     data.gateway.mark = egress::marks(args.egress_mark).1;
     data.gateway.bindings = args.egress_bindings;
     let earlier = datapath::egress::earlier(&args.pins.bpf_pin_dir);
@@ -128,6 +129,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         manifests: args.manifests.is_some(),
         delivery: args.delivery,
         egress_mark: args.egress.then_some(args.egress_mark),
+        cilium: args.cilium.clone(),
         routers: args.uplink_gateway.clone(),
         gossip: address,
         replication_port: args.replication_port,

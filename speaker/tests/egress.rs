@@ -5,6 +5,7 @@
 mod egress {
     mod answers;
     mod change;
+    mod cilium;
     mod closed;
     mod cni;
     mod disturbed;

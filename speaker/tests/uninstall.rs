@@ -136,7 +136,7 @@ fn nothing_is_left_on_the_node() {
         text(&output)
     );
     assert!(
-        text(&output).contains("eBPF maps: 28 removed"),
+        text(&output).contains("eBPF maps: 29 removed"),
         "{}",
         text(&output)
     );

@@ -120,6 +120,24 @@ fn egress_is_asked_for() {
 }
 
 #[test]
+fn cilium_is_said_to_be_there() {
+    let alone = done(&template("speaker.yaml", &["egress.cilium.enabled=true"]));
+    assert!(!alone.contains("cilium"), "nothing of egress is enabled");
+    let both = ["egress.enabled=true", "egress.cilium.enabled=true"];
+    let speaker = done(&template("speaker.yaml", &both));
+    assert!(
+        speaker.contains("- --cilium=/sys/fs/bpf/tc/globals\n"),
+        "{speaker}"
+    );
+    let elsewhere = [both[0], both[1], "egress.cilium.mapsDir=/sys/fs/bpf/maps"];
+    let speaker = done(&template("speaker.yaml", &elsewhere));
+    assert!(
+        speaker.contains("- --cilium=/sys/fs/bpf/maps\n"),
+        "{speaker}"
+    );
+}
+
+#[test]
 fn the_cni_plugin_is_asked_for() {
     let words = [
         "--cni-socket=/run/landfall/cni.sock",
@@ -238,6 +256,7 @@ fn bad_values_are_refused() {
         (r#"egress.cni.binDir="opt""#, "/egress/cni/binDir"),
         ("egress.bindings=10", "/egress/bindings"),
         (r#"egress.mark="calico""#, "/egress/mark"),
+        ("egress.cilium.mapsDir=/tmp", "/egress/cilium/mapsDir"),
     ] {
         let output = template("speaker.yaml", &[value]);
         let stderr = String::from_utf8_lossy(&output.stderr);

@@ -4,6 +4,7 @@ pub mod binding;
 pub mod copies;
 pub mod gateway;
 pub mod guard;
+pub mod judge;
 pub mod pace;
 pub mod ports;
 pub mod shadow;

@@ -39,6 +39,8 @@ static MARKS: Array<Marks> = Array::with_max_entries(1, 0);
 static LED: LruHashMap<Pair, u64> = LruHashMap::with_max_entries(MAX_LED, 0);
 #[map]
 static GUARDED: PerCpuArray<u64> = PerCpuArray::with_max_entries(Guarded::COUNT, 0);
+#[map]
+static UNLED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_GATEWAYS, 0);
 
 /// What the kernel says of a frame beside what is in it.
 struct Told {
@@ -52,16 +54,14 @@ struct Told {
 /// Whether an address is that of a pod of this node which is a policy's tenant, or was when flows began.
 #[inline(always)]
 pub(crate) fn is_own(address: &VipKey) -> bool {
-    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
-    let tenant = unsafe { TENANTS.get(address) };
-    tenant.is_some_and(|tenant| tenant.flags & tenant_flag::HERE != 0)
+    tenant(address).is_some()
 }
 
 /// Whether a packet of a pod's that is about to leave was led to another node: it is of a flow from before the pod was whose
 /// it is, and that policy's gateway is not this node.
 #[inline(always)]
 pub(crate) fn is_led_away(mark: u32, source: &VipKey) -> bool {
-    let Some(marks) = MARKS.get(0).filter(|marks| marks.egress != 0) else {
+    let Some(marks) = marks() else {
         return false;
     };
     if mark & marks.egress == 0 || mark & marks.judged != 0 {
@@ -73,10 +73,30 @@ pub(crate) fn is_led_away(mark: u32, source: &VipKey) -> bool {
     gateway.is_some_and(|gateway| gateway.flags & gateway_flag::HERE == 0)
 }
 
+/// The bits of the packet mark, while there are policies.
+#[inline(always)]
+pub(crate) fn marks() -> Option<&'static Marks> {
+    MARKS.get(0).filter(|marks| marks.egress != 0)
+}
+
+/// What is known of a pod of this node that is a policy's tenant, or was when flows began.
+#[inline(always)]
+pub(crate) fn tenant(address: &VipKey) -> Option<&'static Tenant> {
+    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
+    let tenant = unsafe { TENANTS.get(address) };
+    tenant.filter(|tenant| tenant.flags & tenant_flag::HERE != 0)
+}
+
+/// Where the policy with a number leaves; nothing for `NOBODY`, who is behind them all.
+#[inline(always)]
+pub(crate) fn gateway(policy: u32) -> Option<&'static Gateway> {
+    GATEWAYS.get(policy)
+}
+
 /// What becomes of a frame that is about to leave.
 #[inline(always)]
 pub(crate) fn guard(context: &TcContext) -> i32 {
-    let Some(marks) = MARKS.get(0).filter(|marks| marks.egress != 0) else {
+    let Some(marks) = marks() else {
         return NEXT;
     };
     if !Ends::has(context) {
@@ -94,12 +114,9 @@ pub(crate) fn guard(context: &TcContext) -> i32 {
             here: (*skb).ifindex,
         }
     };
-    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
-    match unsafe { TENANTS.get(&ends.source) } {
-        Some(tenant) if tenant.flags & tenant_flag::HERE != 0 => {
-            of_tenant(context, &told, marks, &ends, tenant)
-        }
-        _ => of_another(&told, marks, &ends),
+    match tenant(&ends.source) {
+        Some(tenant) => of_tenant(context, &told, marks, &ends, tenant),
+        None => of_another(&told, marks, &ends),
     }
 }
 
@@ -137,20 +154,20 @@ fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenan
     // What nobody has judged may be either.
     let either = !leaves && tenant.former != NOBODY;
     if !from_before && (tenant.flags & tenant_flag::OPEN == 0 || either) {
-        return refuse(Guarded::NoGateway);
+        return refuse_unled(tenant.policy);
     }
     let place = if from_before {
         tenant.former
     } else {
         tenant.policy
     };
-    let Some(gateway) = GATEWAYS.get(place) else {
+    let Some(gateway) = gateway(place) else {
         return refuse(Guarded::NoGateway);
     };
     let at_it = gateway.interface == told.here;
     match gateway.flags & (gateway_flag::KNOWN | gateway_flag::HERE) {
         gateway_flag::KNOWN => {}
-        flags if flags & gateway_flag::KNOWN == 0 => return refuse(Guarded::NoGateway),
+        flags if flags & gateway_flag::KNOWN == 0 => return refuse_unled(place),
         _ if at_it => return NEXT,
         _ => return refuse(Guarded::Unsendable),
     }
@@ -212,13 +229,13 @@ fn pair(ends: &Ends) -> Pair {
 }
 
 #[inline(always)]
-fn is_outside(interface: u32) -> bool {
+pub(crate) fn is_outside(interface: u32) -> bool {
     OUTSIDE.get_ptr(&interface).is_some()
 }
 
 /// Whether an address lies in a network of the cluster's, as pods' do: nodes and stray pods are named one by one.
 #[inline(always)]
-fn is_of_network(address: &VipKey) -> bool {
+pub(crate) fn is_of_network(address: &VipKey) -> bool {
     INSIDE
         .get(Key::new(128, address.0))
         .is_some_and(|whole| *whole != 0)
@@ -226,20 +243,32 @@ fn is_of_network(address: &VipKey) -> bool {
 
 /// Whether an address is the cluster's own.
 #[inline(always)]
-fn is_inside(address: &VipKey) -> bool {
+pub(crate) fn is_inside(address: &VipKey) -> bool {
     maps::vip(address).is_some() || INSIDE.get(Key::new(128, address.0)).is_some()
 }
 
 #[inline(always)]
-fn refuse(why: Guarded) -> i32 {
+pub(crate) fn refuse(why: Guarded) -> i32 {
     note(why);
     DROP
 }
 
+/// Drops what has nowhere to go, and counts it for its policy too.
+#[inline(always)]
+fn refuse_unled(policy: u32) -> i32 {
+    add_one(UNLED.get_ptr_mut(policy));
+    refuse(Guarded::NoGateway)
+}
+
 #[inline(always)]
 fn note(what: Guarded) {
-    if let Some(count) = GUARDED.get_ptr_mut(what as u32) {
-        // SAFETY: the map gave the pointer, to this CPU's value, and nothing else runs on it meanwhile.
+    add_one(GUARDED.get_ptr_mut(what as u32));
+}
+
+#[inline(always)]
+fn add_one(count: Option<*mut u64>) {
+    if let Some(count) = count {
+        // SAFETY: a map gave the pointer, to this CPU's value, and nothing else runs on it meanwhile.
         unsafe { *count += 1 };
     }
 }

@@ -14,6 +14,7 @@
 //! tunnel  ──> steer            what comes from nodes that are not on the segment
 //! answers ──> packet, flows    what leaves, and answers a flow that was translated
 //! egress_out ──> guard         what leaves and is a pod's, where pods have addresses of their own
+//! egress_judge ─> judge        says whose it is, where no packet filter does; egress_restore takes back how it said so
 //!      native, answers ──> translate   addresses, ports and checksums
 //! ```
 //!
@@ -34,6 +35,7 @@ mod echo;
 mod flows;
 mod gateway;
 mod guard;
+mod judge;
 mod maps;
 mod native;
 mod packet;
@@ -141,6 +143,23 @@ pub fn landfall_egress_out(context: TcContext) -> i32 {
     } else {
         NEXT
     }
+}
+
+/// In front of the guard.
+#[classifier]
+pub fn landfall_egress_judge(context: TcContext) -> i32 {
+    if is_untagged(&context) {
+        judge::judge(&context)
+    } else {
+        NEXT
+    }
+}
+
+/// Behind all others of ours.
+#[classifier]
+pub fn landfall_egress_restore(context: TcContext) -> i32 {
+    judge::restore(&context);
+    NEXT
 }
 
 #[classifier]

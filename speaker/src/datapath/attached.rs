@@ -150,6 +150,13 @@ impl<S: Side> Attached<S> {
         }
     }
 
+    /// Whether programs are attached there by TCX, as far as the kernel and the configuration go.
+    pub(super) fn is_by_tcx(&self, interface: u32) -> bool {
+        let asked = || tcx::programs(interface, tcx::Hook::Egress);
+        let unknown = |error: io::Error| error.raw_os_error() == Some(libc::EINVAL);
+        self.hook != Hook::Clsact && !asked().is_err_and(unknown)
+    }
+
     /// Takes it off.
     pub(super) fn detach(&mut self, interface: u32, side: S) {
         remove(&self.pins.link(interface, side.word()));

@@ -1,7 +1,7 @@
 //! Pods that leave by an address of their own, as the programs see them: the guard of their nodes, and the gateway.
 //!
 //! ```text
-//!  Leaving ─> guard
+//!  Leaving ─> guard ─> judge   the latter only beside Cilium, where no packet filter judges
 //!  Egress, Surroundings ─> plan    what the gateway's maps are to hold, by name
 //!                           └─> tables   the maps, by number
 //!  gateway   its programs: there only while this node has something to translate
@@ -18,6 +18,7 @@ mod copies;
 mod error;
 mod gateway;
 pub(super) mod guard;
+pub(super) mod judge;
 mod keeper;
 mod layout;
 mod list;

@@ -28,7 +28,7 @@ pub(super) const fn shape<K, V>(name: &'static str, kind: MapType, entries: u32)
 pub(super) type Prefix<D> = (u32, D);
 
 /// Every map that outlives the process.
-pub(super) const SHAPES: [Shape; 28] = [
+pub(super) const SHAPES: [Shape; 29] = [
     shape::<common::VipKey, common::Vip>(map::VIPS, MapType::Hash, common::MAX_VIPS),
     shape::<common::VipKey, common::VipKey>(map::SHADOWS, MapType::Hash, common::MAX_VIPS),
     shape::<u32, common::VipCount>(map::COUNTS, MapType::PerCpuArray, common::MAX_VIPS),
@@ -73,4 +73,5 @@ pub(super) const SHAPES: [Shape; 28] = [
         MapType::PerCpuArray,
         guard::Guarded::COUNT,
     ),
+    shape::<u32, u64>(guard::map::UNLED, MapType::PerCpuArray, guard::MAX_GATEWAYS),
 ];

@@ -23,6 +23,7 @@ use landfall_ebpf_common::{Settings, VipKey, map, routed_prefix, seeded};
 
 use super::egress::guard::Guard;
 use super::{Change, VipCount};
+use crate::egress::PolicyName;
 
 pub(super) use local::endpoint;
 pub(super) use nodes::{Nodes, forget};
@@ -77,12 +78,13 @@ pub(super) fn network(net: IpNet) -> (u32, [u8; 16]) {
 }
 
 impl Tables {
-    /// Takes the maps, and reads what an earlier process has left in them.
-    pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+    /// Takes the maps, and reads what an earlier process has left in them. With the maps of the programs that judge, if they
+    /// do.
+    pub(super) fn adopt(ebpf: &mut Ebpf, judges: bool) -> Result<Self, TablesError> {
         Ok(Self {
             vips: vips::Vips::adopt(ebpf)?,
             nodes: Nodes::adopt(ebpf)?,
-            guard: Guard::adopt(ebpf)?,
+            guard: Guard::adopt(ebpf, judges)?,
             ports: ports::Ports::adopt(ebpf)?,
             settings: taken(ebpf, map::SETTINGS)?,
             settled: false,
@@ -187,6 +189,11 @@ impl Tables {
     /// How many packets of pods the guard sent on and dropped, in the order of `Guarded::ALL`.
     pub(super) fn guarded(&self) -> Vec<u64> {
         self.guard.counts()
+    }
+
+    /// How many packets of each policy's pods it dropped for want of a gateway.
+    pub(super) fn unled(&self) -> BTreeMap<PolicyName, u64> {
+        self.guard.unled()
     }
 
     /// How many packets met each fate, all CPUs together, in the order of `Verdict::ALL`.

@@ -53,6 +53,8 @@ pub(super) struct Shared {
     /// The maps, once they are there; shared between the thread, which writes, and whoever reads counts.
     pub(super) tables: SharedTables,
     attachments: Mutex<BTreeMap<u32, Attachment>>,
+    /// The interfaces where the guard should be and cannot, and why.
+    unguarded: Mutex<BTreeMap<u32, String>>,
     /// The same of the interfaces whose drivers are to run a program.
     pub(super) drivers: Mutex<BTreeMap<u32, Attachment>>,
     /// What of egress is in force.
@@ -87,7 +89,6 @@ impl Worker {
             fresh: false,
             not_retired: None,
             last_reason: None,
-            unguarded: BTreeMap::new(),
         };
         let thread = thread::start("datapath", move || task.run());
         Self {
@@ -148,6 +149,15 @@ impl DataPath for Worker {
 
     fn attachments(&self) -> BTreeMap<u32, Attachment> {
         lock(&self.shared.attachments).clone()
+    }
+
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64> {
+        let tables = lock(&self.shared.tables);
+        tables.as_ref().map(Tables::unled).unwrap_or_default()
+    }
+
+    fn unguarded(&self) -> BTreeMap<u32, String> {
+        lock(&self.shared.unguarded).clone()
     }
 
     fn gateway(&self) -> egress::State {
@@ -290,8 +300,6 @@ struct Task {
     /// The pins, until what lies beside them has been removed.
     not_retired: Option<Pins>,
     last_reason: Option<String>,
-    /// The interfaces where the guard should be and cannot, and why.
-    unguarded: BTreeMap<u32, String>,
 }
 
 /// What the loop wants now.
@@ -313,6 +321,7 @@ impl Task {
             let Some(interfaces) = order.interfaces else {
                 continue;
             };
+            self.renew();
             if self.uplink.is_some() {
                 self.change(&order.changes);
             } else if let Err(reason) = self.load() {
@@ -415,10 +424,24 @@ impl Task {
             uplink.flows().map_err(|error| error.to_string())?,
             self.fresh,
         );
+        if uplink.judges() == Some(false) {
+            tracing::warn!(
+                "Cilium has no maps where --cilium says: egress policies' pods answer nobody who comes from outside until it has"
+            );
+        }
         self.uplink = Some(uplink);
         self.last_reason = None;
         self.change(&self.wanted.all());
         Ok(())
+    }
+
+    /// Lets go of programs that read maps which Cilium has replaced: new ones are put in their place.
+    fn renew(&mut self) {
+        if self.uplink.take_if(|uplink| uplink.is_outdated()).is_some() {
+            tracing::info!(
+                "Cilium has made its maps anew: the programs that judge are loaded anew"
+            );
+        }
     }
 
     /// Makes changes so; what cannot be is said, and the rest is made.

@@ -19,6 +19,8 @@ fn mk_patient() -> Patient {
         egress_mark: Some(EGRESS),
         disarmed: false,
         gateway: State::Idle,
+        unguarded: BTreeMap::new(),
+        cilium: None,
         nodes: 3,
         unheard: Vec::new(),
         hears_most: true,
@@ -237,4 +239,48 @@ fn cilium_is_named() {
         ..mk_patient()
     };
     assert_eq!(seen(without), Some(Verdict::Note));
+}
+
+#[test]
+fn who_judges_beside_cilium_needs_its_maps_and_what_it_has_not_changed() {
+    let node = mk_node();
+    let maps = tempfile::tempdir().unwrap();
+    let patient = || Patient {
+        cilium: Some(maps.path().to_owned()),
+        ..mk_patient()
+    };
+    let said = |node: &Netns| {
+        let findings = examine(node, patient());
+        let cilium = findings.into_iter().find(|it| it.check == "cilium");
+        let cilium = cilium.unwrap();
+        assert_eq!(cilium.advice.is_some(), cilium.verdict == Verdict::Problem);
+        format!("{:?}: {}", cilium.verdict, cilium.found)
+    };
+    assert!(said(&node).contains("no Cilium on this node"));
+    node.ip("link add cilium_host type bridge").unwrap();
+    assert!(said(&node).contains("its maps are not at"));
+    for pin in [
+        "cilium_ct4_global",
+        "cilium_ct_any4_global",
+        "cilium_snat_v4_external",
+    ] {
+        std::fs::write(maps.path().join(pin), "").unwrap();
+    }
+    assert!(said(&node).starts_with("Ok: "), "{}", said(&node));
+    node.nft(
+        "add table inet landfall
+         add counter inet landfall egress-translated { packets 3 bytes 180 }",
+    )
+    .unwrap();
+    assert!(said(&node).contains("masquerades by iptables: 3 packets"));
+}
+
+#[test]
+fn an_uplink_without_guard_is_a_problem() {
+    let patient = Patient {
+        unguarded: [("up0".to_owned(), "no such program".to_owned())].into(),
+        ..mk_patient()
+    };
+    let problems = problems(&examine(&mk_node(), patient));
+    assert_eq!(problems, ["guard on up0: not attached: no such program"]);
 }

@@ -165,9 +165,11 @@ impl Speaker {
                 .filter_map(|name| Some(self.interface(name)?.index)),
         );
         let leaving = self.leaving(&uplinks);
+        let judged = leaving.as_ref().map(|it| it.rules.clone());
         let rules = Rules {
             tunnel: self.tunnel_rules(),
-            egress: leaving.as_ref().map(|it| it.rules.clone()),
+            egress: judged.clone().filter(|_| self.identity.cilium.is_none()),
+            passed_by: judged.filter(|_| self.identity.cilium.is_some()),
             ..self.desired.rules.clone()
         };
         self.parts.rules.apply(rules);

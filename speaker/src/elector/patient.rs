@@ -16,6 +16,12 @@ impl Speaker {
         } else {
             self.index.nodes().keys().collect()
         };
+        let named = |(index, reason): (u32, String)| {
+            let mut all = self.interfaces().iter();
+            let name = all.find(|interface| interface.index == index);
+            let name = name.map_or_else(|| index.to_string(), |it| it.name.to_string());
+            (name, reason)
+        };
         let unheard = nodes.iter().filter(|node| !self.election.is_alive(node));
         Patient {
             node: self.identity.node.to_string(),
@@ -30,6 +36,14 @@ impl Speaker {
             delivery: self.identity.delivery,
             egress_mark: self.identity.egress_mark,
             disarmed: self.is_disarmed(),
+            unguarded: self
+                .parts
+                .datapath
+                .unguarded()
+                .into_iter()
+                .map(named)
+                .collect(),
+            cilium: self.identity.cilium.clone(),
             gateway: self.parts.datapath.gateway(),
             unheard: unheard.map(ToString::to_string).collect(),
             nodes: nodes.len(),

@@ -61,6 +61,8 @@ struct Lower {
     gateway: Mutex<State>,
     /// Packets that the rules have dropped for want of a gateway.
     dropped: Mutex<BTreeMap<PolicyName, u64>>,
+    /// And the guard.
+    unled: Mutex<BTreeMap<PolicyName, u64>>,
 }
 
 impl Lower {
@@ -126,6 +128,14 @@ impl DataPath for Lower {
     }
 
     fn counts(&self) -> BTreeMap<IpAddr, VipCount> {
+        BTreeMap::new()
+    }
+
+    fn egress_dropped(&self) -> BTreeMap<PolicyName, u64> {
+        self.unled.lock().unwrap().clone()
+    }
+
+    fn unguarded(&self) -> BTreeMap<u32, String> {
         BTreeMap::new()
     }
 
@@ -207,6 +217,8 @@ struct Host {
 struct World {
     /// Speakers that begin treat packets by egress policies.
     egress: bool,
+    /// And a program judges them.
+    cilium: bool,
     /// Objects come from files: nobody waits for kube-proxy.
     manifests: bool,
     now: Duration,
@@ -278,6 +290,7 @@ impl World {
     fn of(vips: u16, manifests: bool) -> Self {
         let mut world = Self {
             egress: true,
+            cilium: false,
             manifests,
             now: Duration::from_secs(10),
             hub: Hub::default(),
@@ -323,6 +336,7 @@ impl World {
             manifests: self.manifests,
             delivery: crate::datapath::Delivery::KubeProxy,
             egress_mark: self.egress.then_some(crate::egress::MARK),
+            cilium: self.cilium.then(|| "/maps".into()),
             routers: Vec::new(),
             gossip: "10.88.0.1:7950".parse().unwrap(),
             replication_port: 7953,

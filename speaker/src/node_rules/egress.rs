@@ -22,6 +22,7 @@ mod entry;
 pub(super) mod flows;
 pub(super) mod hairpin;
 pub(super) mod keeper;
+pub(super) mod passed_by;
 pub(super) mod ports;
 pub(super) mod routes;
 mod ways;
@@ -50,6 +51,9 @@ pub(super) fn counter(reason: &str) -> String {
 
 /// Chains, sets and rules, after a skeleton.
 pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Config) {
+    if let Some(leaving) = &rules.passed_by {
+        passed_by::whole(text, leaving);
+    }
     let Some(leaving) = &rules.egress else {
         return;
     };
@@ -75,11 +79,12 @@ pub(super) fn whole(text: &mut String, rules: &Rules, ways: &Ways, config: &Conf
 
 /// Whether the one follows from the other by elements and policies alone.
 pub(super) fn is_alike(old: &Rules, new: &Rules) -> bool {
-    match (&old.egress, &new.egress) {
+    let alike = |old: &Option<Arc<Leaving>>, new: &Option<Arc<Leaving>>| match (old, new) {
         (None, None) => true,
         (Some(old), Some(new)) => old.node == new.node && old.uplinks == new.uplinks,
         _ => false,
-    }
+    };
+    alike(&old.egress, &new.egress) && alike(&old.passed_by, &new.passed_by)
 }
 
 /// From `old` to `new`, which are alike, with the same ways.
@@ -87,19 +92,16 @@ pub(super) fn change(text: &mut String, old: &Rules, new: &Rules, ways: &Ways, c
     if old.vips != new.vips || inside(old) != inside(new) {
         hairpin::replace_shadows(text, Some(old), new);
     }
+    if let (Some(old), Some(new)) = (&old.passed_by, &new.passed_by) {
+        passed_by::change(text, old, new);
+    }
     let (Some(old), Some(new)) = (&old.egress, &new.egress) else {
         return;
     };
     if old == new {
         return;
     }
-    if old.egress.inside != new.egress.inside {
-        // Networks that touch are one element: which are new is not to be told apart.
-        for set in ["inside4", "inside6", "pods4", "pods6"] {
-            let _ = writeln!(text, "flush set inet {TABLE} egress-{set}");
-        }
-        networks(text, new);
-    }
+    change_networks(text, old, new);
     let (before, after) = (&old.egress.policies, &new.egress.policies);
     for (name, policy) in after {
         match before.get(name) {
@@ -210,6 +212,17 @@ fn networks(text: &mut String, leaving: &Leaving) {
                 );
             }
         }
+    }
+}
+
+/// The same, if they are others than before.
+fn change_networks(text: &mut String, old: &Leaving, new: &Leaving) {
+    if old.egress.inside != new.egress.inside {
+        // Networks that touch are one element: which are new is not to be told apart.
+        for set in ["inside4", "inside6", "pods4", "pods6"] {
+            let _ = writeln!(text, "flush set inet {TABLE} egress-{set}");
+        }
+        networks(text, new);
     }
 }
 

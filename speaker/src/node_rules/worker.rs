@@ -257,7 +257,8 @@ impl Worker {
         } else {
             0
         };
-        let egress = rules.egress.as_ref().map(|it| it.egress.clone());
+        let egress = rules.egress.as_ref().or(rules.passed_by.as_ref());
+        let egress = egress.map(|it| it.egress.clone());
         self.written = Some(rules);
         self.arrival_mark.send_replace(Some(arrival));
         end_flows(shrunk).await;
@@ -355,7 +356,7 @@ impl Worker {
         if self
             .written
             .as_ref()
-            .is_some_and(|rules| rules.egress.is_some())
+            .is_some_and(|rules| rules.egress.is_some() || rules.passed_by.is_some())
         {
             for reason in egress::REASONS {
                 let name = egress::counter(reason);

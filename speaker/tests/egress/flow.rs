@@ -1,7 +1,7 @@
 //! What a pod does outside: connections and datagrams to the remote, which says by which address it sees them.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use landfall_lab::server::{TCP_PORT, UDP_PORT, WHO_AM_I};
@@ -100,12 +100,17 @@ pub(super) struct Datagrams {
 
 impl Datagrams {
     pub(super) fn open(from: &Netns, remote: IpAddr) -> Self {
-        let any = if remote.is_ipv4() {
-            "0.0.0.0:0"
+        Self::open_at(from, 0, remote)
+    }
+
+    /// From a port.
+    pub(super) fn open_at(from: &Netns, port: u16, remote: IpAddr) -> Self {
+        let any: IpAddr = if remote.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
         } else {
-            "[::]:0"
+            Ipv6Addr::UNSPECIFIED.into()
         };
-        let socket = from.run(|| UdpSocket::bind(any).unwrap());
+        let socket = from.run(|| UdpSocket::bind((any, port)).unwrap());
         socket.connect((remote, UDP_PORT)).unwrap();
         Self { socket }
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::sync::oneshot;
 
+use super::cilium;
 use super::cni::Cni;
 use super::wire::{NOWHERE, Wire};
 
@@ -30,6 +32,7 @@ pub(super) const POLICY: &str = "mail";
 const EGRESS: u8 = 250;
 
 /// What a lab is made of.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 pub(super) struct Plan {
     pub(super) cni: Cni,
     pub(super) pod_links: PodLinks,
@@ -39,6 +42,8 @@ pub(super) struct Plan {
     pub(super) management: bool,
     /// The programs deliver what comes in, and not the packet filter.
     pub(super) native: bool,
+    /// What pods send goes past the packet filter, as beside Cilium.
+    pub(super) cilium: bool,
     pub(super) pods: u8,
 }
 
@@ -50,6 +55,7 @@ impl Default for Plan {
             second_nic: false,
             management: false,
             native: false,
+            cilium: false,
             pods: 2,
         }
     }
@@ -61,6 +67,8 @@ pub(super) struct Cluster {
     pub(super) nic: Nic,
     pub(super) cni: Cni,
     native: bool,
+    /// Where Cilium has its maps.
+    pub(super) cilium: Option<PathBuf>,
     pub(super) wire: Wire,
     pub(super) parts: Option<Parts>,
     pub(super) egress: Egress,
@@ -110,10 +118,15 @@ impl Cluster {
             nic,
             cni: plan.cni,
             native: plan.native,
+            cilium: None,
             lab,
             _server: server,
         };
-        cluster.cni.masquerade(cluster.node());
+        if plan.cilium {
+            cluster.cilium = Some(cilium::pass_by(&cluster));
+        } else {
+            cluster.cni.masquerade(cluster.node());
+        }
         cluster.mk_gateway();
         cluster.egress = cluster.mk_egress();
         cluster
@@ -268,6 +281,7 @@ impl Cluster {
     /// Starts the node's rules and data path, which know nothing yet.
     pub(super) fn start(&mut self) {
         let pins = self.lab.mount_pins().unwrap().join(NODE);
+        let cilium = self.cilium.clone();
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = std::sync::mpsc::channel();
         let config = node_rules::Config {
@@ -283,6 +297,7 @@ impl Cluster {
                 let mut registry = Registry::default();
                 let path = datapath::Config {
                     watch: Duration::from_millis(200),
+                    cilium,
                     ..datapath::Config::new(pins)
                 };
                 let path: Box<dyn DataPath> = Box::new(datapath::start(path, &mut registry));
@@ -320,6 +335,13 @@ impl Cluster {
     /// The rules as an elector would say them.
     pub(super) fn rules(&self) -> Rules {
         let armed = !self.egress.policies.is_empty();
+        let leaving = armed.then(|| {
+            Arc::new(node_rules::Leaving {
+                node: NODE.into(),
+                egress: Arc::new(self.egress.clone()),
+                uplinks: self.uplinks(),
+            })
+        });
         let vips = landfall_lab::address::vips(0);
         Rules {
             vips: vips.into(),
@@ -327,13 +349,8 @@ impl Cluster {
                 .into_iter()
                 .map(|vip| (vip, Arc::from("eth0")))
                 .collect(),
-            egress: armed.then(|| {
-                Arc::new(node_rules::Leaving {
-                    node: NODE.into(),
-                    egress: Arc::new(self.egress.clone()),
-                    uplinks: self.uplinks(),
-                })
-            }),
+            egress: leaving.clone().filter(|_| self.cilium.is_none()),
+            passed_by: leaving.filter(|_| self.cilium.is_some()),
             ..Rules::default()
         }
     }
@@ -368,9 +385,14 @@ impl Cluster {
 
     /// Waits until the tenant's packets are led.
     pub(super) fn await_armed(&self) {
-        until("the table judges", || self.table().contains("egress-judge"));
+        let programs = if self.cilium.is_some() { 3 } else { 1 };
+        let chain = match self.cilium {
+            Some(_) => "egress-masqueraded",
+            None => "egress-judge",
+        };
+        until("the table is armed", || self.table().contains(chain));
         let begun = Instant::now();
-        while self.guards() != self.uplinks().len() {
+        while self.guards() != programs * self.uplinks().len() {
             assert!(
                 begun.elapsed() < PATIENCE,
                 "no guard

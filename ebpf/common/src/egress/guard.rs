@@ -39,6 +39,8 @@ pub struct Tenant {
     pub former: u32,
     /// [`tenant_flag`]s.
     pub flags: u32,
+    /// Tells the pod from another that had the address before.
+    pub life: u32,
     /// The address it leaves by; all zero for none.
     pub address: VipKey,
 }
@@ -52,6 +54,8 @@ pub mod tenant_flag {
     pub const HERE: u32 = 1;
     /// It has an address to leave by.
     pub const OPEN: u32 = 2;
+    /// It may have flows from before it was any policy's tenant. Only where a program judges.
+    pub const BEFORE: u32 = 4;
 }
 
 /// Where a policy's packets leave. One write of it moves all the policy's tenants.
@@ -80,6 +84,12 @@ pub mod gateway_flag {
     pub const HERE: u32 = 2;
     /// The interface is the tunnel.
     pub const TUNNEL: u32 = 4;
+    /// The policy names the destinations that it is for.
+    pub const NAMES: u32 = 8;
+    /// It names destinations that it is not for.
+    pub const EXCLUDES: u32 = 16;
+    /// It cuts flows from before it.
+    pub const CUTS: u32 = 32;
 }
 
 /// The bits of the packet mark that nftables says its judgement by. Both are 0 until they are known: then nothing is
@@ -111,17 +121,20 @@ pub enum Guarded {
     Forged,
     /// Dropped: it could not be sent to the gateway.
     Unsendable,
+    /// Dropped: its flow left by a gateway before its destination was the cluster's own.
+    Joined,
 }
 
 impl Guarded {
     /// All, each at the place of its number.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Led,
         Self::LedUnjudged,
         Self::Unjudged,
         Self::NoGateway,
         Self::Forged,
         Self::Unsendable,
+        Self::Joined,
     ];
 
     /// How many there are.
@@ -137,6 +150,7 @@ impl Guarded {
             Self::NoGateway => "no-gateway",
             Self::Forged => "forged",
             Self::Unsendable => "unsendable",
+            Self::Joined => "joined",
         }
     }
 }
@@ -158,6 +172,8 @@ pub mod map {
     pub const LED: &str = "LED";
     /// How many packets met each fate, by CPU, at the place of a [`Guarded`](super::Guarded).
     pub const GUARDED: &str = "GUARDED";
+    /// How many packets were dropped for want of a gateway, or of an address, by CPU, at the place of a policy's number.
+    pub const UNLED: &str = "UNLED";
 }
 
 // SAFETY: all are `repr(C)`, hold integers only and have no padding: the test holds them to it.
@@ -176,7 +192,7 @@ mod tests {
     /// A change here is a change of the layout's number. The sizes are the sums of the fields'.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(crate::LAYOUT, 8);
+        assert_eq!(crate::LAYOUT, 9);
         let sizes = [
             size_of::<Tenant>(),
             size_of::<Gateway>(),
@@ -185,7 +201,12 @@ mod tests {
         ];
         assert_eq!(
             sizes,
-            [4 + 4 + 4 + 16, 8 + 4 + 4 + 4 + 6 + 6, 4 + 4 + 4, 16 + 16]
+            [
+                4 + 4 + 4 + 4 + 16,
+                8 + 4 + 4 + 4 + 6 + 6,
+                4 + 4 + 4,
+                16 + 16
+            ]
         );
     }
 }

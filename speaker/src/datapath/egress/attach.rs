@@ -43,7 +43,7 @@ impl attached::Side for Side {
     fn ahead(self) -> &'static [&'static str] {
         match self {
             Self::Ingress => &[],
-            Self::Egress => &["egress", "guard"],
+            Self::Egress => &["egress", "judge", "guard"],
         }
     }
 

@@ -30,6 +30,7 @@ use super::attach::{self, Side};
 use super::changes::{Changes, QUEUE, Source, Told, listener};
 use super::copies::{Copies, Kernel, Seam};
 use super::error::GatewayError;
+use super::judge::displace;
 use super::keeper::{Keeper, Kept};
 use super::layout::{SHAPES, SIZED};
 use super::list::{self, Bound};
@@ -447,6 +448,7 @@ impl Task {
         for shape in &SHAPES[..SIZED] {
             loader.map_max_entries(shape.name, self.config.bindings);
         }
+        displace(&mut loader);
         let mut ebpf = load(&mut loader)?;
         let kernel = Kernel::adopt(&mut ebpf)?;
         let unread = Source::adopt(&mut ebpf)?;

@@ -6,12 +6,14 @@ use std::path::Path;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::util::nr_cpus;
 use ipnet::IpNet;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::guard::{
     Gateway, MAX_GATEWAYS, Marks, NOBODY, Tenant, gateway_flag, map, tenant_flag,
 };
+use landfall_ebpf_common::egress::judge::life_of;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 use xxhash_rust::xxh64::xxh64;
@@ -19,6 +21,7 @@ use xxhash_rust::xxh64::xxh64;
 use super::super::pins::Pins;
 use super::super::tables::{Nodes, Numbers, TablesError, forget, taken};
 use super::Leaving;
+use super::judge::{self, Judge};
 use crate::egress::{Policy, PolicyName, marks};
 use crate::node_rules::TUNNEL;
 
@@ -87,8 +90,11 @@ pub(in super::super) struct Guard {
     outside: HashMap<MapData, u32, u32>,
     marks: Array<MapData, Marks>,
     guarded: PerCpuArray<MapData, u64>,
+    unled: PerCpuArray<MapData, u64>,
     known: Known,
     numbers: Numbers,
+    /// What it goes by who judges, where that is no packet filter.
+    judge: Option<Judge>,
     /// What was said last.
     leaving: Option<Leaving>,
 }
@@ -103,7 +109,7 @@ struct Known {
 
 impl Guard {
     /// Takes the maps, and reads what an earlier process has left in them.
-    pub(in super::super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
+    pub(in super::super) fn adopt(ebpf: &mut Ebpf, judges: bool) -> Result<Self, TablesError> {
         let tenants: HashMap<_, VipKey, Tenant> = taken(ebpf, map::TENANTS)?;
         let gateways: Array<_, Gateway> = taken(ebpf, map::GATEWAYS)?;
         let inside: LpmTrie<_, [u8; 16], u32> = taken(ebpf, map::INSIDE)?;
@@ -134,8 +140,10 @@ impl Guard {
             outside,
             marks: taken(ebpf, map::MARKS)?,
             guarded: taken(ebpf, map::GUARDED)?,
+            unled: taken(ebpf, map::UNLED)?,
             numbers: Numbers::new(0, MAX_GATEWAYS, &used),
             known,
+            judge: judges.then(|| Judge::adopt(ebpf)).transpose()?,
             leaving: None,
         })
     }
@@ -161,7 +169,9 @@ impl Guard {
             egress,
             is_gateway: u32::from(is_gateway),
         };
-        if self.marks.get(&0, 0)? != marks {
+        let before = self.marks.get(&0, 0)?;
+        let begins = before == Marks::default();
+        if before != marks {
             self.marks.set(0, marks, 0)?;
         }
         for index in leaving.outside.difference(&self.known.outside) {
@@ -171,8 +181,22 @@ impl Guard {
             forget(self.outside.remove(index))?;
         }
         self.known.outside.clone_from(&leaving.outside);
-        let numbers = self.lead(leaving, nodes)?;
-        self.tell_tenants(leaving, &numbers)?;
+        let numbers = self.numbers(leaving)?;
+        let destinations = judge::destinations(leaving, &numbers);
+        let plain = judge::plain(leaving);
+        if let Some(judge) = &mut self.judge {
+            judge.name(&destinations)?;
+        }
+        self.lead(leaving, &numbers, nodes)?;
+        // Whoever is about to be in one of the two is not taken out of the other before.
+        let wanted = self.tenants(leaving, &numbers, begins);
+        if let Some(judge) = &mut self.judge {
+            judge.admit(&plain)?;
+        }
+        self.tell_tenants(&wanted)?;
+        if let Some(judge) = &mut self.judge {
+            judge.end(&destinations, &plain)?;
+        }
         self.forget_gateways(&numbers.values().copied().collect())?;
         self.tell_inside(leaving.egress.inside.iter().map(network).collect())
     }
@@ -182,9 +206,10 @@ impl Guard {
         match self.leaving.take() {
             None => Ok(()),
             Some(leaving) => {
-                let led = self.lead(&leaving, nodes);
+                let numbers = self.numbers(&leaving);
+                let led = numbers.and_then(|numbers| self.lead(&leaving, &numbers, nodes));
                 self.leaving = Some(leaving);
-                led.map(drop)
+                led
             }
         }
     }
@@ -197,44 +222,90 @@ impl Guard {
             .collect()
     }
 
-    /// Writes the gateways; the numbers of their policies.
-    fn lead(
-        &mut self,
-        leaving: &Leaving,
-        nodes: &mut Nodes,
-    ) -> Result<BTreeMap<PolicyName, u32>, TablesError> {
-        let macs = own_macs();
-        let by_seed: BTreeMap<u64, u32> = self
-            .known
-            .gateways
-            .iter()
+    /// How many packets of each policy's pods were dropped since there is no gateway, or no address for them; of those of
+    /// which there were any.
+    pub(in super::super) fn unled(&self) -> BTreeMap<PolicyName, u64> {
+        let Some(leaving) = &self.leaving else {
+            return BTreeMap::new();
+        };
+        let numbers = self.by_seed();
+        let names = leaving.egress.policies.keys();
+        let count = |name: &PolicyName| {
+            let number = numbers.get(&seed_of(name))?;
+            let count: u64 = self.unled.get(number, 0).ok()?.iter().sum();
+            (count > 0).then(|| (name.clone(), count))
+        };
+        names.filter_map(count).collect()
+    }
+
+    fn by_seed(&self) -> BTreeMap<u64, u32> {
+        let gateways = self.known.gateways.iter();
+        gateways
             .map(|(number, gateway)| (gateway.seed, *number))
-            .collect();
+            .collect()
+    }
+
+    /// The numbers of the policies. A new one's is its own as soon as its place is written.
+    fn numbers(&mut self, leaving: &Leaving) -> Result<BTreeMap<PolicyName, u32>, TablesError> {
+        let by_seed = self.by_seed();
         let mut numbers = BTreeMap::new();
-        for (name, policy) in &leaving.egress.policies {
+        for name in leaving.egress.policies.keys() {
             let seed = seed_of(name);
             let number = match by_seed.get(&seed) {
                 Some(number) => *number,
-                None => self
-                    .numbers
-                    .take()
-                    .ok_or(TablesError::Full(MAX_GATEWAYS, "policies"))?,
+                None => self.take(seed)?,
             };
-            let gateway = gateway(seed, policy, leaving, &macs, nodes)?;
-            if self.known.gateways.get(&number) != Some(&gateway) {
-                self.gateways.set(number, gateway, 0)?;
-                self.known.gateways.insert(number, gateway);
-            }
             numbers.insert(name.clone(), number);
         }
         Ok(numbers)
     }
 
-    fn tell_tenants(
+    fn take(&mut self, seed: u64) -> Result<u32, TablesError> {
+        let taken = self.numbers.take();
+        let number = taken.ok_or(TablesError::Full(MAX_GATEWAYS, "policies"))?;
+        let gateway = Gateway {
+            seed,
+            ..Gateway::default()
+        };
+        if let Err(error) = self.gateways.set(number, gateway, 0) {
+            self.numbers.give(number);
+            return Err(error.into());
+        }
+        self.known.gateways.insert(number, gateway);
+        Ok(number)
+    }
+
+    /// Writes the gateways.
+    fn lead(
         &mut self,
         leaving: &Leaving,
         numbers: &BTreeMap<PolicyName, u32>,
+        nodes: &mut Nodes,
     ) -> Result<(), TablesError> {
+        let macs = own_macs();
+        for (name, policy) in &leaving.egress.policies {
+            let Some(number) = numbers.get(name) else {
+                continue;
+            };
+            let mut gateway = gateway(seed_of(name), policy, leaving, &macs, nodes)?;
+            if self.judge.is_some() {
+                gateway.flags |= is_for(policy);
+            }
+            if self.known.gateways.get(number) != Some(&gateway) {
+                self.gateways.set(*number, gateway, 0)?;
+                self.known.gateways.insert(*number, gateway);
+            }
+        }
+        Ok(())
+    }
+
+    /// The tenants, as the maps say them. Of none of them anything was known if the guard `begins` with this.
+    fn tenants(
+        &self,
+        leaving: &Leaving,
+        numbers: &BTreeMap<PolicyName, u32>,
+        begins: bool,
+    ) -> BTreeMap<IpAddr, Tenant> {
         let mut wanted = BTreeMap::new();
         for (address, pod) in &leaving.egress.pods {
             let number = |policy: &PolicyName| numbers.get(policy).copied();
@@ -244,6 +315,7 @@ impl Guard {
             }
             let egress_ip = pod.tenant.as_ref().and_then(|tenant| tenant.egress_ip);
             let policy = pod.policy().and_then(number);
+            let life = life_of(pod.identity);
             let mut flags = 0;
             if pod.node == leaving.node {
                 flags |= tenant_flag::HERE;
@@ -251,15 +323,35 @@ impl Guard {
             if egress_ip.is_some() && policy.is_some() {
                 flags |= tenant_flag::OPEN;
             }
+            if self.was_before(address, life, begins) {
+                flags |= tenant_flag::BEFORE;
+            }
             let tenant = Tenant {
                 policy: policy.unwrap_or(NOBODY),
                 former: former.unwrap_or(NOBODY),
                 flags,
+                life,
                 address: egress_ip.map_or(VipKey([0; 16]), VipKey::from_address),
             };
             wanted.insert(*address, tenant);
         }
-        for (address, tenant) in &wanted {
+        wanted
+    }
+
+    /// Whether a pod was there before it was a tenant, as far as it matters.
+    fn was_before(&self, address: &IpAddr, life: u32, begins: bool) -> bool {
+        let Some(judge) = &self.judge else {
+            return false;
+        };
+        let known = self.known.tenants.get(address);
+        begins
+            || judge.was_plain(address, life)
+            || known
+                .is_some_and(|known| known.life == life && known.flags & tenant_flag::BEFORE != 0)
+    }
+
+    fn tell_tenants(&mut self, wanted: &BTreeMap<IpAddr, Tenant>) -> Result<(), TablesError> {
+        for (address, tenant) in wanted {
             if self.known.tenants.get(address) != Some(tenant) {
                 self.tenants
                     .insert(VipKey::from_address(*address), tenant, 0)?;
@@ -284,6 +376,7 @@ impl Guard {
             .extract_if(.., |number, _| !used.contains(number))
         {
             self.gateways.set(number, Gateway::default(), 0)?;
+            self.unled.set(number, none()?, 0)?;
             self.numbers.give(number);
         }
         Ok(())
@@ -305,6 +398,9 @@ impl Guard {
         for address in std::mem::take(&mut self.known.tenants).into_keys() {
             forget(self.tenants.remove(&VipKey::from_address(address)))?;
         }
+        if let Some(judge) = &mut self.judge {
+            judge.end(&BTreeSet::new(), &BTreeMap::new())?;
+        }
         self.forget_gateways(&BTreeSet::new())?;
         for index in std::mem::take(&mut self.known.outside) {
             forget(self.outside.remove(&index))?;
@@ -313,6 +409,12 @@ impl Guard {
         self.marks.set(0, Marks::default(), 0)?;
         Ok(())
     }
+}
+
+/// Nothing, by CPU.
+fn none() -> Result<PerCpuValues<u64>, TablesError> {
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    Ok(PerCpuValues::try_from(vec![0; cpus])?)
 }
 
 /// A policy's gateway, as the maps say it.
@@ -355,8 +457,23 @@ fn gateway(
     })
 }
 
+/// What a policy's flags say of what it is for.
+fn is_for(policy: &Policy) -> u32 {
+    let mut flags = 0;
+    if !policy.destinations.is_empty() {
+        flags |= gateway_flag::NAMES;
+    }
+    if !policy.excluded.is_empty() {
+        flags |= gateway_flag::EXCLUDES;
+    }
+    if policy.cuts {
+        flags |= gateway_flag::CUTS;
+    }
+    flags
+}
+
 /// A network as in a longest-prefix match: its prefix's length in bits, and its address.
-fn network(net: &IpNet) -> Network {
+pub(super) fn network(net: &IpNet) -> Network {
     let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
     let length = mapped + u32::from(net.prefix_len());
     (length, VipKey::from_address(net.network()).0)

@@ -223,7 +223,7 @@ impl Gate {
             second: Some(second),
             changes: Some(Source::adopt(&mut ebpf).expect("the object holds the maps")),
             standings: BTreeMap::new(),
-            tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
+            tables: Tables::adopt(&mut ebpf, false).expect("the object holds the maps"),
             maps: GateTables::adopt(&mut ebpf).expect("the object holds the maps"),
             keeper: Some(Keeper::adopt(&mut ebpf, times).expect("the object holds the maps")),
             plan: Plan::default(),

@@ -4,6 +4,7 @@ mod flows;
 mod guard;
 mod guessed;
 mod headers;
+mod judge;
 mod kinds;
 mod marks;
 mod native;
@@ -127,6 +128,8 @@ impl Program {
             UPLINK_EGRESS,
             TUNNEL_INGRESS,
             egress::guard::PROGRAM,
+            egress::judge::PROGRAM,
+            egress::judge::RESTORE,
         ] {
             classifier(&mut ebpf, name)
                 .expect("the object holds it")
@@ -142,7 +145,7 @@ impl Program {
         drivers.tell(INTERFACE, [0; 6]).expect("the map has room");
         let mut program = Self {
             drivers,
-            tables: Tables::adopt(&mut ebpf).expect("the object holds the maps"),
+            tables: Tables::adopt(&mut ebpf, true).expect("the object holds the maps"),
             ebpf,
         };
         for node in NODES {

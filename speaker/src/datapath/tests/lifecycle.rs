@@ -148,7 +148,7 @@ impl Segment {
     fn foreign(&self, order: LinkOrder) -> Foreign {
         self.node.run(|| {
             let mut ebpf = object(None).expect("the object loads");
-            let mut tables = Tables::adopt(&mut ebpf).expect("the object holds the maps");
+            let mut tables = Tables::adopt(&mut ebpf, false).expect("the object holds the maps");
             tables
                 .change(&Change::Vip(VIP, Some(VipState::default())))
                 .expect("the map has room");

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Task, count_restored, interface_name};
+use super::{Task, count_restored, interface_name, lock};
 
 impl Task {
     /// Attaches the guard where pods leave, while there are policies. Before all is known it stays where an earlier process
@@ -23,14 +23,15 @@ impl Task {
         let mut unguarded = BTreeMap::new();
         for interface in wanted {
             match uplink.guard(*interface) {
-                Ok((_, Some(restored))) => count_restored(&self.metrics, *interface, restored),
-                Ok((_, None)) => {}
+                Ok(Some(restored)) => count_restored(&self.metrics, *interface, restored),
+                Ok(None) => {}
                 Err(error) => {
                     unguarded.insert(*interface, error.to_string());
                 }
             }
         }
-        if unguarded != self.unguarded {
+        let mut said = lock(&self.shared.unguarded);
+        if unguarded != *said {
             for (interface, reason) in &unguarded {
                 tracing::warn!(
                     interface = interface_name(*interface),
@@ -38,7 +39,7 @@ impl Task {
                     "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
                 );
             }
-            self.unguarded = unguarded;
+            *said = unguarded;
         }
     }
 }

@@ -44,6 +44,9 @@ impl Speaker {
         self.uses.due = now + LOOK_EVERY;
         self.uses.usage = self.parts.datapath.usage();
         self.uses.dropped = self.parts.rules.egress_dropped();
+        for (policy, packets) in self.parts.datapath.egress_dropped() {
+            *self.uses.dropped.entry(policy).or_default() += packets;
+        }
         self.look_what_drains(now);
         let led = self.election.leaderships();
         led.filter(|(id, _)| self.group(id).is_some_and(|group| !group.egress.is_empty()))

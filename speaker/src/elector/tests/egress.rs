@@ -352,8 +352,11 @@ fn drops_are_events_of_the_policy() {
     world.run(Duration::from_secs(2));
     let mut reporter = crate::status::Reporter::default();
     let mut events = |world: &mut World, dropped: u64| -> Vec<String> {
-        let counts = BTreeMap::from([("mail".into(), dropped)]);
-        *world.host("n1").lower.dropped.lock().unwrap() = counts;
+        // By the packet filter, and behind it by the guard.
+        let counts = |packets| BTreeMap::from([("mail".into(), packets)]);
+        let lower = &world.host("n1").lower;
+        *lower.dropped.lock().unwrap() = counts(dropped / 3);
+        *lower.unled.lock().unwrap() = counts(dropped - dropped / 3);
         let writes = said(world, "n1", &mut reporter, Duration::from_secs(30));
         let events = writes.into_iter().filter_map(|write| match write {
             crate::status::Write::Event {
@@ -383,6 +386,24 @@ fn drops_are_events_of_the_policy() {
         later.len() == 1 && later[0].contains(" dropped 1"),
         "{later:?}"
     );
+}
+
+/// The packet filter is told of them all the same, in case that they come its way.
+#[test]
+fn beside_cilium_a_program_judges() {
+    let mut world = mk_world();
+    world.cilium = true;
+    world.boot(1, 7);
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(3));
+    let rules = |node: &str| world.hosts[&NodeName::from(node)].lower.rules();
+    let (beside, other) = (rules("n1"), rules("n2"));
+    assert!(beside.egress.is_none() && other.passed_by.is_none());
+    let pods = |leaving: Option<Arc<crate::node_rules::Leaving>>| leaving.unwrap().egress.clone();
+    let (passed_by, judged) = (pods(beside.passed_by), pods(other.egress));
+    let tenant: IpAddr = "10.244.1.5".parse().unwrap();
+    assert!(passed_by.pods[&tenant].tenant.is_some());
+    assert_eq!(passed_by.policies, judged.policies.clone());
 }
 
 #[test]

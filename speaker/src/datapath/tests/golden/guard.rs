@@ -13,17 +13,17 @@ use crate::egress::{Egress, Gateway, Pod, Policy, Tenant};
 use crate::node_rules::TUNNEL;
 
 /// What `__sk_buff` is to the kernel, and where its mark and the interface that it came by lie.
-const CONTEXT: usize = 256;
-const MARK: std::ops::Range<usize> = 8..12;
-const FROM: std::ops::Range<usize> = 36..40;
+pub(super) const CONTEXT: usize = 256;
+pub(super) const MARK: std::ops::Range<usize> = 8..12;
+pub(super) const FROM: std::ops::Range<usize> = 36..40;
 
-const JUDGED: u32 = 0x1000_0000;
-const EGRESS: u32 = 0x2000_0000;
+pub(super) const JUDGED: u32 = 0x1000_0000;
+pub(super) const EGRESS: u32 = 0x2000_0000;
 const NO_MARK: u32 = 0x11;
 /// Interfaces that frames come in by: none, a pod's, one to the outside.
-const OWN: u32 = 0;
-const POD_LINK: u32 = 5;
-const OUTSIDE: u32 = 9;
+pub(super) const OWN: u32 = 0;
+pub(super) const POD_LINK: u32 = 5;
+pub(super) const OUTSIDE: u32 = 9;
 const GATEWAY: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
 /// The last numbers of pods' addresses.
@@ -39,7 +39,7 @@ pub(super) fn pod(family: usize, last: u8) -> IpAddr {
     }
 }
 
-fn inside(family: usize) -> IpAddr {
+pub(super) fn inside(family: usize) -> IpAddr {
     match family {
         0 => Ipv4Addr::new(10, 96, 0, 1).into(),
         _ => Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 1).into(),
@@ -140,7 +140,7 @@ impl Program {
         }
     }
 
-    fn guarded(&self, what: Guarded) -> u64 {
+    pub(super) fn guarded(&self, what: Guarded) -> u64 {
         self.tables.guarded()[what as usize]
     }
 }
@@ -175,8 +175,8 @@ fn a_tenants_packets_go_to_its_gateway_and_those_of_the_cluster_stay() {
         }
     }
     let counts = Guarded::ALL.map(|what| program.guarded(what));
-    // Led, led unjudged or after that, unjudged, without a gateway, forged, unsendable: of both families.
-    assert_eq!(counts, [2 * 2, 2 * 2, 0, 2 * 2, 2, 0]);
+    // Led, led unjudged or after that, unjudged, without a gateway, forged, unsendable, joined: of both families.
+    assert_eq!(counts, [2 * 2, 2 * 2, 0, 2 * 2, 2, 0, 0]);
 }
 
 #[test]

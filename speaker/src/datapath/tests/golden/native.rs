@@ -242,7 +242,7 @@ fn fragments_are_translated_both_ways() {
 }
 
 /// The first 40 bytes of a datagram, or the rest; its checksum right for the whole.
-fn mk_fragment(from: IpAddr, to: IpAddr, datagram: &[u8], part: u8) -> Vec<u8> {
+pub(super) fn mk_fragment(from: IpAddr, to: IpAddr, datagram: &[u8], part: u8) -> Vec<u8> {
     let datagram = sealed(from, to, 17, datagram);
     let payload = if part == 0 {
         &datagram[..40]
@@ -267,7 +267,7 @@ fn mk_fragment(from: IpAddr, to: IpAddr, datagram: &[u8], part: u8) -> Vec<u8> {
 }
 
 /// An ICMP error of a router, or of one end, about a packet.
-fn mk_error(from: IpAddr, to: IpAddr, about: &[u8]) -> Vec<u8> {
+pub(super) fn mk_error(from: IpAddr, to: IpAddr, about: &[u8]) -> Vec<u8> {
     // Fragmentation needed, packet too big: with an MTU of 1400.
     let (protocol, head) = if to.is_ipv4() {
         (1, [3, 4, 0, 0, 0, 0, 0x05, 0x78])
