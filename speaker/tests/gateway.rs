@@ -5,6 +5,7 @@ mod gateway {
     mod bandwidth;
     mod budget;
     mod bytes;
+    mod cilium;
     mod flows;
     mod lifecycle;
     mod ports;

@@ -4,6 +4,7 @@
 //!  tenant    judged, and not for its gateway ─> leaves      for the cluster ─> leaves
 //!            (but what was led while nobody judged goes on so: connection tracking may take it for an answer)
 //!            else ─> its gateway's Ethernet address, out of the interface to it; without a gateway ─> dropped
+//!            (if that is this node: to the program behind, with the mark by which it knows what it is to translate)
 //!            (a flow from before it was this policy's tenant: that one's)
 //!  another   for its gateway ─> dropped: a tenant's, who is not known here yet
 //!            this node's own, or what came from outside ─> leaves      judged, or for the cluster ─> leaves
@@ -168,20 +169,24 @@ fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenan
     match gateway.flags & (gateway_flag::KNOWN | gateway_flag::HERE) {
         gateway_flag::KNOWN => {}
         flags if flags & gateway_flag::KNOWN == 0 => return refuse_unled(place),
-        _ if at_it => return NEXT,
+        _ if at_it => {
+            if !leaves {
+                // The gateway's program behind this one goes by the mark.
+                context.set_mark(told.mark | marks.judged | marks.egress);
+                remember_unjudged(ends, judged);
+            }
+            return NEXT;
+        }
         _ => return refuse(Guarded::Unsendable),
     }
     if lead(context, gateway, at_it).is_none() {
         return refuse(Guarded::Unsendable);
     }
-    if !leaves && !judged {
-        remember(ends);
-    }
-    note(if leaves {
-        Guarded::Led
+    if leaves {
+        note(Guarded::Led);
     } else {
-        Guarded::LedUnjudged
-    });
+        remember_unjudged(ends, judged);
+    }
     if at_it {
         return NEXT;
     }
@@ -200,9 +205,13 @@ fn lead(context: &TcContext, gateway: &Gateway, at_it: bool) -> Option<()> {
     context.store(6, &gateway.source, 0).ok()
 }
 
-/// Keeps in mind that a tenant's packet was led which nobody had judged.
+/// Counts a tenant's packet that was led though it had no mark to say so, and keeps it in mind if nobody had judged it.
 #[inline(always)]
-fn remember(ends: &Ends) {
+fn remember_unjudged(ends: &Ends, judged: bool) {
+    note(Guarded::LedUnjudged);
+    if judged {
+        return;
+    }
     // SAFETY: it takes nothing.
     let now = unsafe { bpf_ktime_get_ns() };
     // The least recently used goes if there is no room.

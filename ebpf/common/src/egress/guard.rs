@@ -111,7 +111,7 @@ pub struct Marks {
 pub enum Guarded {
     /// Sent to the gateway, another node.
     Led,
-    /// The same, of a packet that nobody has judged.
+    /// The same, of a packet that nobody has judged; or left to the program behind, if the gateway is this node.
     LedUnjudged,
     /// Dropped: no tenant's, and nobody has judged it.
     Unjudged,

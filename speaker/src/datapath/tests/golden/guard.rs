@@ -6,6 +6,7 @@ use landfall_core::steering::seed;
 use landfall_ebpf_common::egress::guard::{Guarded, PROGRAM};
 use landfall_ebpf_common::tunnel_mac;
 
+use super::judge::{mark, run, tcp};
 use super::*;
 use crate::datapath::Leaving;
 use crate::datapath::egress::Surroundings;
@@ -300,6 +301,31 @@ fn a_gateway_is_one_write_for_all_its_tenants() {
         Left::Dropped,
         "it would leave by the wrong uplink"
     );
+}
+
+/// The gateway's program, which comes behind, goes by the mark.
+#[test]
+fn what_nobody_has_judged_is_translated_where_the_gateway_is() {
+    let mut program = Program::load();
+    let here = Gateway {
+        node: "here".into(),
+        mac: None,
+        ..mk_gateway()
+    };
+    program.change(&mk_leaving(Some(here)));
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        let frame = tcp(pod(family, TENANT), client(vip), [4000, 25]);
+        // The last may be taken for an answer by connection tracking, since nobody judged the one before.
+        for before in [JUDGED | EGRESS, NO_MARK, JUDGED] {
+            let mut context = [0; CONTEXT];
+            context[MARK].copy_from_slice(&before.to_ne_bytes());
+            context[FROM].copy_from_slice(&POD_LINK.to_ne_bytes());
+            let (action, after) = run(&mut program, PROGRAM, &frame, &context);
+            let marked = before | JUDGED | EGRESS;
+            assert_eq!((action, mark(&after)), (u32::MAX, marked), "{before:#x}");
+        }
+    }
+    assert_eq!(program.guarded(Guarded::LedUnjudged), 4);
 }
 
 #[test]

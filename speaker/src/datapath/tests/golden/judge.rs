@@ -64,7 +64,12 @@ fn to_other(egress: &mut Egress, family: usize, former: bool) {
 }
 
 /// What a program makes of a frame: its action and the context then.
-fn run(program: &mut Program, name: &'static str, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>) {
+pub(super) fn run(
+    program: &mut Program,
+    name: &'static str,
+    frame: &[u8],
+    context: &[u8],
+) -> (u32, Vec<u8>) {
     let mut out = vec![0; frame.len()];
     let mut after = vec![0; CONTEXT];
     let result = classifier(&mut program.ebpf, name)
@@ -82,7 +87,7 @@ fn run(program: &mut Program, name: &'static str, frame: &[u8], context: &[u8]) 
     (result.return_value, after)
 }
 
-fn mark(context: &[u8]) -> u32 {
+pub(super) fn mark(context: &[u8]) -> u32 {
     u32::from_ne_bytes(context[MARK].try_into().expect("four bytes"))
 }
 
@@ -149,7 +154,7 @@ impl Program {
     }
 }
 
-fn tcp(source: IpAddr, to: IpAddr, [from, port]: [u16; 2]) -> Vec<u8> {
+pub(super) fn tcp(source: IpAddr, to: IpAddr, [from, port]: [u16; 2]) -> Vec<u8> {
     let segment = mk_tcp(from, port, SYN);
     mk_frame(ethertype(source), &mk_ip(source, to, 6, 63, &segment))
 }
