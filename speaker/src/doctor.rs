@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use landfall_ebpf_common::egress::judge::cilium::BORROWED;
 use landfall_runtime::control::{Diagnosis, Finding, Verdict};
 use nix::sys::utsname::uname;
+use serde_json::Value;
 
 use crate::datapath::egress::State;
 use crate::datapath::{Attachment, Delivery};
@@ -68,7 +69,7 @@ impl Patient {
         if self.is_far {
             findings.push(note(
                 "subnets",
-                "no interface that is up has an address of a pool in its subnet: this node announces none, or where its default route is".to_owned(),
+                "no interface that is up has an address of a pool in its subnet: this node announces where an L2Advertisement names an interface, or where its default route is, if at all".to_owned(),
                 Some("if it is to: give it an address in the pools' subnet, or the pools addresses of the nodes' subnet"),
             ));
         }
@@ -188,7 +189,8 @@ impl Patient {
             problem(
                 "rp_filter",
                 format!("{name} has no default route and filters strictly (rp_filter=1): packets of clients behind a router are dropped"),
-                &format!("sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2"),
+                // Names may have dots.
+                &format!("sysctl -w net/ipv4/conf/all/rp_filter=2 net/ipv4/conf/{name}/rp_filter=2"),
             )
         });
         found.collect()
@@ -253,7 +255,8 @@ impl Own {
                 taken |= used.bits;
             }
             let bits = used.bits & self.bits(used.mark);
-            if bits == 0 || used.deed == Deed::Knows {
+            let is_others = used.deed == Deed::Knows && used.bits != bits;
+            if bits == 0 || is_others {
                 continue;
             }
             let owner = user.owner().unwrap_or("another").to_owned();
@@ -357,12 +360,6 @@ impl Users {
 
     /// Takes in the routing rules, but for our own.
     async fn routing(&mut self) {
-        #[derive(serde::Deserialize)]
-        struct Rule {
-            priority: u32,
-            fwmark: Option<String>,
-            fwmask: Option<String>,
-        }
         let ours = node_rules::Config::default().priorities();
         for flag in ["-4", "-6"] {
             if flag == "-6" && !Path::new("/proc/sys/net/ipv6").exists() {
@@ -375,23 +372,28 @@ impl Users {
                     continue;
                 }
             };
-            let rules: Vec<Rule> = match serde_json::from_str(&printed) {
+            let rules: Vec<BTreeMap<String, Value>> = match serde_json::from_str(&printed) {
                 Ok(rules) => rules,
                 Err(error) => {
                     self.lack("the routing rules", &error);
                     continue;
                 }
             };
-            for rule in rules.iter().filter(|rule| !ours.contains(&rule.priority)) {
-                let bits = |text: &Option<String>| text.as_deref().and_then(marks::parse_bits);
-                let Some(value) = bits(&rule.fwmark) else {
+            for rule in &rules {
+                let priority = rule.get("priority").and_then(Value::as_u64);
+                let priority = priority
+                    .and_then(|it| u32::try_from(it).ok())
+                    .unwrap_or_default();
+                let bits = |of: &str| marks::parse_bits(rule.get(of)?.as_str()?);
+                let Some(value) = bits("fwmark").filter(|_| !ours.contains(&priority)) else {
                     continue;
                 };
-                let mask = bits(&rule.fwmask).unwrap_or(u32::MAX);
+                let mask = bits("fwmask").unwrap_or(u32::MAX);
+                let known = (!rule.contains_key("not")).then_some(value);
                 self.users.push(User {
-                    place: format!("ip {flag} rule {}", rule.priority),
+                    place: format!("ip {flag} rule {priority}"),
                     chain: String::new(),
-                    used: marks::Use::read(Mark::Packet, mask, Some(value)),
+                    used: marks::Use::read(Mark::Packet, mask, known),
                 });
             }
         }

@@ -18,7 +18,8 @@ pub(super) enum Mark {
 /// What a rule does with bits of a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Deed {
-    /// It looks whether the whole mark has values of its own, which do not come about with others' bits in it.
+    /// It looks whether the whole mark has a value of its own, whose bits are said. That does not come about with others' bits in
+    /// it.
     Knows,
     /// It goes by them.
     Reads,
@@ -37,9 +38,9 @@ pub(super) struct Use {
 impl Use {
     /// `known` says that it is a comparison with one value, and which.
     pub(super) const fn read(mark: Mark, bits: u32, known: Option<u32>) -> Self {
-        let deed = match known {
-            Some(value) if value != 0 && bits == ALL => Deed::Knows,
-            _ => Deed::Reads,
+        let (bits, deed) = match known {
+            Some(value) if value != 0 && bits == ALL => (value, Deed::Knows),
+            _ => (bits, Deed::Reads),
         };
         Self { mark, bits, deed }
     }
@@ -470,7 +471,7 @@ COMMIT
             "OUTPUT ? Packet 0xffffffff Reads",
             "OUTPUT ? Connection 0xffffffff Writes",
             "KUBE-MARK-MASQ kube-proxy or the kubelet Packet 0x4000 Writes",
-            "POSTROUTING ? Packet 0xffffffff Knows",
+            "POSTROUTING ? Packet 0x7 Knows",
             "POSTROUTING ? Packet 0xffffffff Reads",
         ];
         assert_eq!(found, expected);

@@ -98,6 +98,51 @@ fn of_marks(findings: &[Finding]) -> Vec<String> {
     said.collect()
 }
 
+/// Who compares the whole mark meets Landfall's only if it looks for Landfall's bits alone, or for all but one value.
+#[test]
+fn who_looks_at_the_whole_mark_is_named_if_it_would_meet_ours() {
+    let said = |rule: &str| {
+        let node = mk_node();
+        node.ip(&format!("rule add {rule} lookup 99 priority 100"))
+            .unwrap();
+        node.ip("-6 rule add fwmark 0x100 lookup 99 priority 100")
+            .unwrap();
+        of_marks(&examine(&node, mk_patient())).join("\n")
+    };
+    let named = |bits: &str| {
+        format!(
+            "Problem: another goes by bits {bits} of the packet mark, which are Landfall's: ip -4 rule 100 -> "
+        )
+    };
+    for (rule, bits) in [
+        ("fwmark 0x20000000", "0x20000000"),
+        ("fwmark 0x30000000", "0x30000000"),
+        ("fwmark 0x20000000/0x20000000", "0x20000000"),
+        ("fwmark 0/0x10000000", "0x10000000"),
+        ("not fwmark 0x7", "0x30003000"),
+    ] {
+        let said = said(rule);
+        assert!(said.starts_with(&named(bits)), "{rule}: {said}");
+    }
+    for rule in [
+        "fwmark 0x20000001",
+        "fwmark 0x4000/0x4000",
+        "not fwmark 0x4000/0x4000",
+    ] {
+        let said = said(rule);
+        assert!(said.starts_with("Ok: "), "{rule}: {said}");
+    }
+    let node = mk_node();
+    let rules = "meta mark 0x20000000 accept\n meta mark 0x20000007 accept";
+    node.nft(&format!(
+        "table ip whole {{\n chain c {{\n {rules}\n }}\n }}"
+    ))
+    .unwrap();
+    let said = of_marks(&examine(&node, mk_patient())).join("\n");
+    let named = "Problem: another goes by bits 0x20000000 of the packet mark, which are Landfall's: table ip whole, chain c";
+    assert!(said.starts_with(named), "{said}");
+}
+
 #[test]
 fn who_uses_the_same_bits_is_named_by_what_it_does() {
     let node = mk_node();
