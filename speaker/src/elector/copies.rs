@@ -197,9 +197,11 @@ impl Speaker {
             let nodes = self.index.nodes();
             copies.voters.retain(|node| nodes.contains_key(node));
         }
+        let known: BTreeSet<&NodeName> = self.election.known().collect();
+        // Who is forgotten has not come back.
         copies
             .stopped
-            .retain(|node, _| self.election.has_left(node));
+            .retain(|node, _| self.election.has_left(node) || !known.contains(node));
         for node in &copies.voters {
             if self.election.has_left(node) && !copies.stopped.contains_key(node) {
                 copies.stopped.insert(node.clone(), now);

@@ -388,6 +388,38 @@ fn who_was_stopped_counts_where_another_is_missed() {
     }
 }
 
+/// One that was stopped is forgotten while another is missed. That is no reason to wait for it once the other is back.
+#[test]
+fn who_was_stopped_and_is_forgotten_was_stopped_still() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let stop = |world: &mut World, node: &str| {
+        world.host(node).speaker.leave();
+        world.run(Duration::from_millis(500));
+        kill(world, node);
+    };
+    let stops = leader(&world);
+    stop(&mut world, &stops);
+    world.run(Duration::from_secs(3));
+    let dies = leader(&world);
+    kill(&mut world, &dies);
+    world.run(Duration::from_mins(11));
+    let last = the_last(&world);
+    assert_eq!(licence(&world, &last), Some(Licence::Silent));
+    let number = dies.trim_start_matches('n').parse().unwrap();
+    world.boot(number, 7);
+    world.run(Duration::from_secs(5));
+    assert_eq!(
+        licence(&world, &last),
+        Some(Licence::Full),
+        "both are there"
+    );
+    stop(&mut world, &dies);
+    world.run(Duration::from_secs(30));
+    assert_eq!(licence(&world, &last), Some(Licence::Full));
+}
+
 /// Who led by the record is not waited for where it can lead no more.
 #[test]
 fn after_the_end_of_all_who_was_the_gateway_and_cannot_be_is_not_waited_for() {
