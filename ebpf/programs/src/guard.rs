@@ -188,6 +188,8 @@ fn of_tenant(context: &TcContext, told: &Told, marks: &Marks, ends: &Ends, tenan
         remember_unjudged(ends, judged);
     }
     if at_it {
+        // Who comes behind is told that it is led.
+        context.set_mark(told.mark | marks.egress);
         return NEXT;
     }
     // SAFETY: it takes numbers only; the frame is sent when the program has returned. There it comes by here again.

@@ -2,20 +2,22 @@
 //! the pod's interface to the uplink. The guard goes by the same two bits of the packet mark in either case.
 //!
 //! ```text
-//!  this node's own, in from outside, for the cluster ─────> not judged: the guard knows them
-//!  no tenant's: a pod that is known, a node's address, a VIP ────> judged      else ─> not judged
-//!  tenant   its flow is known ──────────────────────────> as it was, while that policy is its pod's or was
-//!                                                         (to what has become the cluster's own: dropped)
-//!           an answer to who began it outside ───────────> judged
-//!           where the policy is not for ─────────────────> judged
-//!           masqueraded before the pod was a tenant ─────> judged, unless the policy cuts such flows
-//!           else ────────────────────────────────────────> judged, and leaves by the gateway
+//!  no tenant's   this node's own, in from outside ──────────────> not judged: the guard knows them
+//!                a pod that is known, a node's address, a VIP ──> judged      else ─> not judged
+//!  a tenant's    in from outside, for the cluster ──────────────> not judged, likewise
+//!                (for what was not the cluster's when its flow left by a gateway ─> dropped)
+//!                its flow has left by a gateway ────────────────> so it does, while that policy is its pod's or was
+//!                an answer to who began it outside ─────────────> judged
+//!                where the policy is not for ───────────────────> judged
+//!                masqueraded, since the policy was not for it ──> judged, unless the policy cuts such flows
+//!                else ──────────────────────────────────────────> judged, and leaves by the gateway
 //! ```
 //!
 //! Cilium has a use of its own for the packet mark: what it said there waits in the packet's control block until all programs
 //! of ours have seen the packet. Of what they have led away or translated Cilium is told that it has its source.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_NO_PREALLOC};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{HashMap, LruHashMap};
@@ -25,7 +27,7 @@ use landfall_ebpf_common::egress::judge::cilium::{
     FROM_OUTSIDE, FlowV4, FlowV6, MAGIC, MASQUERADED, SNAT_DONE, key_v4, key_v6,
 };
 use landfall_ebpf_common::egress::judge::{
-    Destination, Judgement, MAX_DESTINATIONS, MAX_JUDGED, MAX_PLAIN,
+    COARSE, Destination, IDLE, Judgement, MAX_DESTINATIONS, MAX_JUDGED, MAX_PLAIN,
 };
 use landfall_ebpf_common::{FlowKey, VipKey};
 
@@ -66,6 +68,10 @@ const EGRESS_BIT: u32 = 2;
 /// Or that it is dropped.
 const DROP_BIT: u32 = 4;
 
+/// The seeds of no policies: a flow left as it would without, and nothing is known of it (or it is over).
+const STAYED: u64 = 0;
+const UNKNOWN: u64 = u64::MAX;
+
 /// What is known of a packet: it could be read, it is for the cluster, it is a tenant's.
 const READABLE: u32 = 1;
 const INSIDE: u32 = 8;
@@ -85,7 +91,7 @@ pub(crate) fn judge(context: &TcContext) -> i32 {
         (*skb).cb[WAITING] = mark;
         (*skb).cb[THERE] = IS_THERE;
     }
-    let said = if from == 0 { 0 } else { of(context, from) };
+    let said = of(context, from);
     if said & DROP_BIT != 0 {
         return guard::refuse(Guarded::Joined);
     }
@@ -108,6 +114,11 @@ pub(crate) fn restore(context: &TcContext) {
     // SAFETY: the context's pointer is the program's argument; the verifier checks reads and writes.
     let (mark, waiting, there) = unsafe { ((*skb).mark, (*skb).cb[WAITING], (*skb).cb[THERE]) };
     if there != IS_THERE {
+        // Somebody has taken the one away that judges, for a moment. What the guard has let out of a tenant's it has led.
+        let of_tenant = || Ends::of(context).is_some_and(|ends| guard::is_own(&ends.source));
+        if Ends::has(context) && guard::marks().is_some() && of_tenant() {
+            context.set_mark(mark & !MAGIC | SNAT_DONE);
+        }
         return;
     }
     // SAFETY: as above.
@@ -154,7 +165,7 @@ pub extern "C" fn landfall_judge_who(skb: *mut __sk_buff, from: u32) -> u32 {
     if guard::tenant(&ends.source).is_none() {
         let is_known = PLAIN.get_ptr(&ends.source).is_some()
             || guard::is_inside(&ends.source) && !guard::is_of_network(&ends.source);
-        return if is_known { JUDGED_BIT } else { 0 };
+        return if is_known && from != 0 { JUDGED_BIT } else { 0 };
     }
     let (Some(frame), Some(packet)) = (Frame::of(&context), maps::packet()) else {
         return 0;
@@ -188,25 +199,18 @@ pub extern "C" fn landfall_judge(skb: *mut __sk_buff, about: u32) -> u32 {
             anew(tenant, &ends.destination)
         };
     }
-    // SAFETY: entries are replaced whole; a reader may at worst see the one before.
-    let known = unsafe { JUDGED.get(&packet.flow) };
-    let known = known.filter(|known| known.life == tenant.life);
+    let known = known(packet, tenant);
+    let has_left = known != UNKNOWN && known != STAYED;
     if inside {
-        let left = known.is_some_and(|known| known.seed != 0);
-        return if left { DROP_BIT } else { 0 };
+        return if has_left { DROP_BIT } else { 0 };
     }
     let policy = guard::gateway(tenant.policy);
-    if let Some(known) = known {
-        if known.seed != 0 {
-            if policy.is_some_and(|policy| policy.seed == known.seed) {
-                return JUDGED_BIT | EGRESS_BIT;
-            }
-            let former = guard::gateway(tenant.former);
-            if former.is_some_and(|former| former.seed == known.seed) {
-                return EGRESS_BIT;
-            }
-        } else if !is_cut(tenant, policy, &ends.destination) {
-            return JUDGED_BIT;
+    if has_left {
+        if policy.is_some_and(|policy| policy.seed == known) {
+            return JUDGED_BIT | EGRESS_BIT;
+        }
+        if guard::gateway(tenant.former).is_some_and(|former| former.seed == known) {
+            return EGRESS_BIT;
         }
     }
     if is_there(&packet.flow, FROM_OUTSIDE) {
@@ -215,14 +219,15 @@ pub extern "C" fn landfall_judge(skb: *mut __sk_buff, about: u32) -> u32 {
     let Some(policy) = policy else {
         return JUDGED_BIT;
     };
+    // It began before the pod was a tenant, or while the policy was not for it; and Cilium has not forgotten it.
+    let began = tenant.flags & tenant_flag::BEFORE != 0 || known == STAYED;
+    let is_kept = began && policy.flags & gateway_flag::CUTS == 0 && !packet.is_syn();
     let stays = !is_for(tenant.policy, policy, &ends.destination)
-        || tenant.flags & tenant_flag::BEFORE != 0
-            && policy.flags & gateway_flag::CUTS == 0
-            && is_there(&packet.flow, MASQUERADED);
+        || is_kept && is_there(&packet.flow, MASQUERADED);
     let judgement = Judgement {
-        seed: if stays { 0 } else { policy.seed },
+        seed: if stays { STAYED } else { policy.seed },
         life: tenant.life,
-        zero: 0,
+        seen: now(),
     };
     let _ = JUDGED.insert(&packet.flow, &judgement, 0);
     if stays {
@@ -232,6 +237,37 @@ pub extern "C" fn landfall_judge(skb: *mut __sk_buff, about: u32) -> u32 {
     }
 }
 
+/// How a packet's flow was judged: by a policy's seed, [`STAYED`], or [`UNKNOWN`]. No `Option`: the compiler reads what is not
+/// there, which the verifier refuses.
+#[inline(always)]
+fn known(packet: &Packet, tenant: &Tenant) -> u64 {
+    let Some(known) = JUDGED.get_ptr_mut(&packet.flow) else {
+        return UNKNOWN;
+    };
+    let now = now();
+    // SAFETY: the map gave the pointer. Its words may be another CPU's by now, each of them whole; an entry that is another
+    // flow's meanwhile is so for one packet.
+    unsafe {
+        let idle = now.wrapping_sub((*known).seen);
+        let is_tcp = packet.protocol == TCP;
+        let is_over = if is_tcp { packet.is_syn() } else { idle > IDLE };
+        if (*known).life != tenant.life || is_over {
+            return UNKNOWN;
+        }
+        if idle > COARSE {
+            (*known).seen = now;
+        }
+        (*known).seed
+    }
+}
+
+/// Seconds since the system's start.
+#[inline(always)]
+fn now() -> u32 {
+    // SAFETY: it takes nothing.
+    (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
+}
+
 /// What is said of a packet of which no flow is known.
 #[inline(always)]
 fn anew(tenant: &Tenant, destination: &VipKey) -> u32 {
@@ -239,14 +275,6 @@ fn anew(tenant: &Tenant, destination: &VipKey) -> u32 {
         Some(policy) if is_for(tenant.policy, policy, destination) => JUDGED_BIT | EGRESS_BIT,
         _ => JUDGED_BIT,
     }
-}
-
-/// Whether a flow that stayed what it was is one that the policy cuts by now.
-#[inline(always)]
-fn is_cut(tenant: &Tenant, policy: Option<&Gateway>, destination: &VipKey) -> bool {
-    policy.is_some_and(|policy| {
-        policy.flags & gateway_flag::CUTS != 0 && is_for(tenant.policy, policy, destination)
-    })
 }
 
 /// Fills in a fragment's ports; false, if nobody has seen them.

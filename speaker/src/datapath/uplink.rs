@@ -13,7 +13,7 @@ use landfall_ebpf_common::{TUNNEL_INGRESS, UPLINK_EGRESS, UPLINK_INGRESS, tcx};
 
 use super::attached::{self, Attached, Restored, Side as _};
 use super::driver::{DriverError, Drivers};
-use super::egress::judge::{BorrowError, Lent, displace, place};
+use super::egress::judge::{BorrowError, Lent, abandon, displace, place};
 use super::flows::FlowMaps;
 use super::layout::SHAPES;
 use super::pins::Pins;
@@ -318,6 +318,7 @@ fn pinned(pins: &Pins, cilium: Option<&Path>) -> Result<(Ebpf, Option<Lent>), Up
         Some(place(&mut loader, pins, of)?)
     } else {
         displace(&mut loader);
+        abandon(pins);
         None
     };
     Ok((load(&mut loader)?, lent))

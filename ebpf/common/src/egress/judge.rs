@@ -23,9 +23,14 @@ pub struct Judgement {
     pub seed: u64,
     /// Whose it was ([`Tenant::life`](super::guard::Tenant::life)).
     pub life: u32,
-    /// Zero.
-    pub zero: u32,
+    /// When it was last heard, to [`COARSE`] s: seconds since the system's start.
+    pub seen: u32,
 }
+
+/// How exactly it is known when a flow was last heard, in seconds.
+pub const COARSE: u32 = 16;
+/// How long a flow that is not TCP may be idle and is the same still, in seconds: as at a gateway.
+pub const IDLE: u32 = 300;
 
 /// An address among a policy's networks; the key's prefix has 32 bits more than the network's, as in a [`VipKey`].
 #[repr(C)]

@@ -398,16 +398,17 @@ impl Guard {
         for address in std::mem::take(&mut self.known.tenants).into_keys() {
             forget(self.tenants.remove(&VipKey::from_address(address)))?;
         }
-        if let Some(judge) = &mut self.judge {
-            judge.end(&BTreeSet::new(), &BTreeMap::new())?;
-        }
         self.forget_gateways(&BTreeSet::new())?;
         for index in std::mem::take(&mut self.known.outside) {
             forget(self.outside.remove(&index))?;
         }
         self.tell_inside(BTreeSet::new())?;
         self.marks.set(0, Marks::default(), 0)?;
-        Ok(())
+        // Who judges does nothing any more: those that nobody was to lead pass all the while.
+        match &mut self.judge {
+            Some(judge) => judge.end(&BTreeSet::new(), &BTreeMap::new()),
+            None => Ok(()),
+        }
     }
 }
 

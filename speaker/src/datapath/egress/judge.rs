@@ -101,6 +101,15 @@ pub(in super::super) fn displace(loader: &mut EbpfLoader<'_>) {
     }
 }
 
+/// Forgets what an earlier process has left whose programs did.
+pub(in super::super) fn abandon(pins: &Pins) {
+    let own = SHAPES.iter().map(|shape| shape.name);
+    for name in own.chain(BORROWED.iter().map(|borrowed| borrowed.name)) {
+        // As a rule there is nothing.
+        let _ = std::fs::remove_file(pins.map(name));
+    }
+}
+
 /// A map of Cilium's, and its number; nothing, if there is none.
 fn found(of: &Path, borrowed: &Borrowed) -> Result<Option<(MapData, u32)>, BorrowError> {
     let path = of.join(borrowed.pin);

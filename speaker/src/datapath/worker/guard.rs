@@ -33,11 +33,20 @@ impl Task {
         let mut said = lock(&self.shared.unguarded);
         if unguarded != *said {
             for (interface, reason) in &unguarded {
-                tracing::warn!(
-                    interface = interface_name(*interface),
-                    reason,
-                    "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
-                );
+                let interface = interface_name(*interface);
+                if uplink.judges().is_some() {
+                    tracing::error!(
+                        interface,
+                        reason,
+                        "nobody judges what leaves by this uplink: pods leave by it as if there were no egress policies"
+                    );
+                } else {
+                    tracing::warn!(
+                        interface,
+                        reason,
+                        "no guard at this uplink: if the packet filter's rules are taken away, pods leave by it unjudged"
+                    );
+                }
             }
             *said = unguarded;
         }

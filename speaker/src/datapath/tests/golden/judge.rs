@@ -117,8 +117,13 @@ impl Program {
         Some(judged & BOTH)
     }
 
-    /// The same of a TCP packet from a port to port 25.
+    /// The same of a TCP packet from a port to port 25, in the middle of a connection.
     fn says(&mut self, source: IpAddr, to: IpAddr, port: u16) -> Option<u32> {
+        self.judges(&of_tcp(source, to, [port, 25], ACK), POD_LINK)
+    }
+
+    /// The same of one that begins a connection.
+    fn begins(&mut self, source: IpAddr, to: IpAddr, port: u16) -> Option<u32> {
         self.judges(&tcp(source, to, [port, 25]), POD_LINK)
     }
 
@@ -154,8 +159,12 @@ impl Program {
     }
 }
 
-pub(super) fn tcp(source: IpAddr, to: IpAddr, [from, port]: [u16; 2]) -> Vec<u8> {
-    let segment = mk_tcp(from, port, SYN);
+pub(super) fn tcp(source: IpAddr, to: IpAddr, ports: [u16; 2]) -> Vec<u8> {
+    of_tcp(source, to, ports, SYN)
+}
+
+fn of_tcp(source: IpAddr, to: IpAddr, [from, port]: [u16; 2], flags: u8) -> Vec<u8> {
+    let segment = mk_tcp(from, port, flags);
     mk_frame(ethertype(source), &mk_ip(source, to, 6, 63, &segment))
 }
 
@@ -170,7 +179,10 @@ fn it_says_what_the_packet_filter_would_and_gives_the_mark_back() {
         for (source, to, from, expected) in [
             (tenant, remote, POD_LINK, BOTH),
             (tenant, remote, OUTSIDE, 0),
-            (tenant, remote, OWN, 0),
+            // By a proxy of Cilium's on this node.
+            (tenant, remote, OWN, BOTH),
+            (plain, remote, OWN, 0),
+            (node, remote, OWN, 0),
             (tenant, inside(family), POD_LINK, 0),
             (tenant, vip, POD_LINK, 0),
             (plain, remote, POD_LINK, JUDGED),
@@ -202,14 +214,22 @@ fn what_cilium_knows_to_be_an_answer_or_masqueraded_stays_what_it_is() {
     program.change(&mk(|_| {}));
     for (family, vip) in VIPS.into_iter().enumerate() {
         let (tenant, remote) = (pod(family, TENANT), client(vip));
-        let seen =
-            |program: &mut Program, ports| program.judges(&tcp(tenant, remote, ports), POD_LINK);
+        let seen = |program: &mut Program, ports| {
+            program.judges(&of_tcp(tenant, remote, ports, ACK), POD_LINK)
+        };
         program.lend(tenant, remote, [25, 5000], 6, FROM_OUTSIDE);
         assert_eq!(seen(&mut program, [25, 5000]), Some(JUDGED), "an answer");
         assert_eq!(seen(&mut program, [5000, 25]), Some(BOTH), "turned round");
         // It was there when the first policy came.
         program.lend(tenant, remote, [5001, 25], 6, MASQUERADED);
         assert_eq!(seen(&mut program, [5001, 25]), Some(JUDGED), "from before");
+        let begins = program.begins(tenant, remote, 5001);
+        assert_eq!(begins, Some(BOTH), "another from the same port");
+        assert_eq!(
+            seen(&mut program, [5001, 25]),
+            Some(BOTH),
+            "and that goes on"
+        );
         let udp = mk_frame(
             ethertype(tenant),
             &mk_ip(tenant, remote, 17, 63, &mk_udp(53, 5002, &[])),
@@ -285,9 +305,13 @@ fn a_flow_keeps_what_it_began_with() {
         };
         program.change(&mk(|egress| elsewhere(egress, false)));
         assert_eq!(program.says(tenant, remote, 4), Some(BOTH));
-        assert_eq!(program.says(tenant, remote, 5), Some(JUDGED));
+        for port in [5, 9] {
+            assert_eq!(program.begins(tenant, remote, port), Some(JUDGED));
+        }
         program.change(&mk(|_| {}));
+        program.lend(tenant, remote, [5, 25], 6, MASQUERADED);
         assert_eq!(program.says(tenant, remote, 5), Some(JUDGED));
+        assert_eq!(program.says(tenant, remote, 9), Some(BOTH), "it is over");
         assert_eq!(program.says(tenant, remote, 6), Some(BOTH));
         program.change(&mk(|egress| {
             let policy = egress.policies.get_mut("mail").expect("it is there");
