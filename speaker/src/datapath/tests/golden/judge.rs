@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use aya::maps::{HashMap, MapData};
+use landfall_ebpf_common::FlowKey;
 use landfall_ebpf_common::egress::guard::Guarded;
 use landfall_ebpf_common::egress::judge::cilium::{FROM_OUTSIDE, MASQUERADED, key_v4, key_v6};
-use landfall_ebpf_common::egress::judge::{PROGRAM, RESTORE};
+use landfall_ebpf_common::egress::judge::{IDLE, Judgement, PROGRAM, RESTORE, map};
+use nix::time::{ClockId, clock_gettime};
 
 use super::guard::{
     CONTEXT, EGRESS, FROM, JUDGED, MARK, NOBODYS, OUTSIDE, OWN, POD_LINK, TENANT, inside,
@@ -125,6 +127,20 @@ impl Program {
     /// The same of one that begins a connection.
     fn begins(&mut self, source: IpAddr, to: IpAddr, port: u16) -> Option<u32> {
         self.judges(&tcp(source, to, [port, 25]), POD_LINK)
+    }
+
+    /// All flows were last heard so many seconds ago.
+    fn age(&mut self, idle: u32) {
+        let map = self.ebpf.map_mut(map::JUDGED).expect("the object holds it");
+        let mut map: HashMap<&mut MapData, FlowKey, Judgement> = map.try_into().expect("it is one");
+        let all: Vec<(FlowKey, Judgement)> = map.iter().flatten().collect();
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is one");
+        let now = u32::try_from(now.tv_sec()).expect("not so long");
+        for (flow, judgement) in all {
+            let seen = now.wrapping_sub(idle);
+            map.insert(flow, Judgement { seen, ..judgement }, 0)
+                .expect("it is there");
+        }
     }
 
     /// Cilium knows a flow.
@@ -331,6 +347,46 @@ fn a_flow_keeps_what_it_began_with() {
         assert_eq!(program.says(tenant, remote, 8), Some(0));
     }
     assert_eq!(program.guarded(Guarded::Joined), 2);
+}
+
+/// What was idle for longer than a gateway keeps it begins anew; TCP may be idle for long.
+#[test]
+fn a_flow_that_was_idle_for_long_is_another() {
+    let mut program = Program::load();
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        let (tenant, remote) = (pod(family, TENANT), client(vip));
+        let datagram = mk_ip(tenant, remote, 17, 63, &mk_udp(53, 5000, &[]));
+        let datagram = mk_frame(ethertype(tenant), &datagram);
+        let segment = of_tcp(tenant, remote, [53, 5000], ACK);
+        for (idle, said) in [(IDLE - 60, EGRESS), (IDLE + 60, BOTH)] {
+            program.change(&mk(|_| {}));
+            for frame in [&datagram, &segment] {
+                assert_eq!(program.judges(frame, POD_LINK), Some(BOTH));
+            }
+            program.change(&mk(|egress| to_other(egress, family, true)));
+            program.age(idle);
+            assert_eq!(program.judges(&datagram, POD_LINK), Some(said), "{idle} s");
+            // It is heard again.
+            program.age(0);
+            assert_eq!(program.judges(&segment, POD_LINK), Some(EGRESS));
+        }
+    }
+}
+
+/// Who judges was taken away: the guard leads a tenant's packets all the same, and Cilium must not give them its source.
+#[test]
+fn what_nobody_has_judged_is_said_to_have_its_source_if_it_is_a_tenants() {
+    let mut program = Program::load();
+    program.change(&mk(|_| {}));
+    let mut context = [0; CONTEXT];
+    context[MARK].copy_from_slice(&CILIUMS.to_ne_bytes());
+    for (family, vip) in VIPS.into_iter().enumerate() {
+        for (source, expected) in [(TENANT, CILIUMS & !0xf00 | 0x300), (NOBODYS, CILIUMS)] {
+            let frame = tcp(pod(family, source), client(vip), [4000, 25]);
+            let (action, after) = run(&mut program, RESTORE, &frame, &context);
+            assert_eq!((action, mark(&after)), (u32::MAX, expected), "{source}");
+        }
+    }
 }
 
 /// Fragments go where the first went, and errors where what they are about came from.
