@@ -13,6 +13,7 @@ mod egress {
     mod lifecycle;
     mod masquerade;
     mod node;
+    mod stand_in;
     mod strict;
     mod two_nics;
     mod wire;

@@ -11,6 +11,9 @@ mod gateway {
     mod ports;
     mod routers;
     mod segments;
+    #[path = "../egress/stand_in.rs"]
+    #[allow(dead_code, reason = "the scenarios of the node use the rest")]
+    mod stand_in;
     mod standby;
     mod takeover;
     mod tunnel;

@@ -2,56 +2,32 @@
 //! filter, and are judged and translated there.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use landfall_ebpf_common::egress::judge::cilium::BORROWED;
 use landfall_ebpf_common::tcx;
 use landfall_speaker::datapath::egress::State;
 use landfall_speaker::datapath::{self, Change, DataPath};
 use landfall_speaker::egress;
 use prometheus_client::registry::Registry;
 
+use super::stand_in::{IDENTITY, mk_maps, pass_by};
 use super::world::{EGRESS, PATIENCE, REMOTE, World, ask, ip, tcp_seen_as};
 
 /// In place of Cilium: the own pod's packets go from its interface to the uplink, marked.
-fn pass_by(world: &World, mark: u32) {
-    let rules = [
-        ("ip", "10.77.0.0/16", "10.88.0.1"),
-        ("ip6", "fd00:77::/32", "fd00:88::1"),
-    ];
-    let mut script = String::from(
-        "delete table inet null
-         add table netdev cilium
-         add chain netdev cilium pod { type filter hook ingress device pod4 priority 0; }\n",
-    );
-    for (family, net, router) in rules {
-        let _ = writeln!(
-            script,
-            "add rule netdev cilium pod {family} daddr {net} meta mark set {mark:#x} fwd {family} to {router} device eth0"
-        );
-    }
-    world.gw.nft(&script).unwrap();
+fn go_past(world: &World, mark: u32) {
+    world.gw.nft("delete table inet null\n").unwrap();
+    let routers = ["10.88.0.1", "fd00:88::1"].map(ip);
+    pass_by(&world.gw, &["pod4".to_owned()], "eth0", routers, mark);
 }
 
-fn mk_maps(world: &World) -> PathBuf {
-    let maps = world.pin_dir().parent().unwrap().join("cilium");
-    std::fs::create_dir(&maps).unwrap();
-    for borrowed in BORROWED {
-        let path = maps.join(borrowed.pin);
-        world
-            .gw
-            .exec(&format!(
-                "bpftool map create {} type lru_hash key {} value 56 entries 1024 name cilium",
-                path.display(),
-                borrowed.key
-            ))
-            .unwrap();
-    }
-    maps
+fn maps(world: &World) -> PathBuf {
+    let directory = world.pin_dir().parent().unwrap().join("cilium");
+    std::fs::create_dir(&directory).unwrap();
+    mk_maps(&world.gw, &directory);
+    directory
 }
 
 /// Starts the data path and waits until it has so many programs where packets leave.
@@ -108,11 +84,11 @@ fn assert_leave(world: &World, datapath: &impl DataPath) {
 #[test]
 fn a_gateways_own_pods_leave_by_its_address_beside_cilium() {
     // An identity of Cilium's has both of our bits, or none.
-    for mark in [0x3fff_0f00, 0x0fff_0f00] {
+    for mark in [IDENTITY, 0x0fff_0f00] {
         let world = World::bare();
-        pass_by(&world, mark);
+        go_past(&world, mark);
         // In their order: who judges, the guard, the gateway, and who gives the mark back.
-        let datapath = start(&world, Some(mk_maps(&world)), 4);
+        let datapath = start(&world, Some(maps(&world)), 4);
         assert_leave(&world, &datapath);
     }
 }
@@ -121,7 +97,7 @@ fn a_gateways_own_pods_leave_by_its_address_beside_cilium() {
 #[test]
 fn what_nobody_has_judged_leaves_a_gateway_by_its_address_all_the_same() {
     let world = World::bare();
-    pass_by(&world, 0);
+    go_past(&world, 0);
     let datapath = start(&world, None, 2);
     assert_leave(&world, &datapath);
 }
