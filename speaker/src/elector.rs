@@ -20,6 +20,7 @@ pub mod egress;
 mod hindered;
 mod patient;
 pub mod ready;
+mod records;
 mod shown;
 mod steering;
 #[cfg(test)]
@@ -53,6 +54,7 @@ use desired::Desired;
 use echo::Echo;
 use hindered::Hindered;
 use ready::{Check, Frontend};
+use records::Records;
 use steering::Told;
 
 /// Time between two hellos.
@@ -155,9 +157,7 @@ pub struct Speaker {
     written: watch::Receiver<u64>,
     hosts_alive: BTreeSet<SocketAddr>,
     stale: BTreeSet<GroupId>,
-    /// In which epoch this node took each address over, and the leader and its epoch that the record named then: until it
-    /// has named this one.
-    found: BTreeMap<IpAddr, (u64, Option<(NodeName, u64)>)>,
+    records: Records,
     uplinks: BTreeSet<u32>,
     /// Where addresses could be announced may be elsewhere now.
     places_stale: bool,
@@ -241,7 +241,7 @@ impl Speaker {
             written,
             hosts_alive: BTreeSet::new(),
             stale: BTreeSet::new(),
-            found: BTreeMap::new(),
+            records: Records::default(),
             uplinks: BTreeSet::new(),
             places_stale: false,
             desired: Desired::default(),
@@ -300,9 +300,8 @@ impl Speaker {
         self.say_pod_of(&event);
         if let Event::Apply(Object::VirtualIp(record)) = &event
             && record.leader.as_ref() == Some(self.election.me())
-            && let Some((_, found)) = self.found.get_mut(&record.address)
         {
-            *found = None;
+            self.records.confirm(record);
         }
         self.index.apply(event);
         if self.index.is_synced() {
@@ -589,45 +588,11 @@ impl Speaker {
         *at = soonest.min(*at);
     }
 
-    /// Keeps in mind what the records of a group's addresses say as this node takes them over.
-    fn note_found(&mut self, id: &GroupId) {
-        let lead = self.election.leadership(id);
-        let (Some(group), Some(lead)) = (self.index.groups().get(id), lead) else {
-            return;
-        };
-        for vip in &group.vips {
-            let known = self.found.get(&vip.address);
-            // Otherwise it is announced elsewhere.
-            if known.is_none_or(|(epoch, _)| *epoch != lead.epoch) {
-                let record = self.index.virtual_ip(vip.address);
-                let found = record.and_then(|it| Some((it.leader.clone()?, it.epoch)));
-                self.found.insert(vip.address, (lead.epoch, found));
-            }
-        }
-    }
-
-    /// Whether an address's record names another leader, who took it over as late as this node or later: where most nodes
-    /// are, if they are not here. Not so of what was found there, which may be of before the end of all speakers.
-    pub fn is_led_by_others(&self, address: IpAddr) -> bool {
-        self.index.virtual_ip(address).is_some_and(|record| {
-            let epoch = self
-                .election
-                .view(&record.group)
-                .map_or(0, |view| view.epoch);
-            let of_another = record
-                .leader
-                .as_ref()
-                .filter(|leader| *leader != self.election.me())
-                .map(|leader| (leader.clone(), record.epoch));
-            let found = self.found.get(&address);
-            let found = found.and_then(|(_, found)| found.as_ref());
-            of_another.is_some_and(|of_another| of_another.1 >= epoch && found != Some(&of_another))
-        })
-    }
-
     fn conclude(&mut self, change: Change) -> GroupId {
-        if let Change::Lead(id) = &change {
-            self.note_found(id);
+        match &change {
+            Change::Lead(id) => self.note_found(id),
+            Change::Quit(id) => self.records.forget(id),
+            _ => {}
         }
         let count = |word: &str| {
             self.metrics
