@@ -221,7 +221,7 @@ pub extern "C" fn landfall_judge(skb: *mut __sk_buff, about: u32) -> u32 {
     };
     // It began before the pod was a tenant, or while the policy was not for it; and Cilium has not forgotten it.
     let began = tenant.flags & tenant_flag::BEFORE != 0 || known == STAYED;
-    let is_kept = began && policy.flags & gateway_flag::CUTS == 0 && !packet.is_syn();
+    let is_kept = began && policy.flags & gateway_flag::CUTS == 0 && !begins(packet);
     let stays = !is_for(tenant.policy, policy, &ends.destination)
         || is_kept && is_there(&packet.flow, MASQUERADED);
     let judgement = Judgement {
@@ -249,9 +249,8 @@ fn known(packet: &Packet, tenant: &Tenant) -> u64 {
     // flow's meanwhile is so for one packet.
     unsafe {
         let idle = now.wrapping_sub((*known).seen);
-        let is_tcp = packet.protocol == TCP;
-        let is_over = if is_tcp { packet.is_syn() } else { idle > IDLE };
-        if (*known).life != tenant.life || is_over {
+        let is_over = packet.protocol != TCP && idle > IDLE;
+        if (*known).life != tenant.life || is_over || begins(packet) {
             return UNKNOWN;
         }
         if idle > COARSE {
@@ -259,6 +258,12 @@ fn known(packet: &Packet, tenant: &Tenant) -> u64 {
         }
         (*known).seed
     }
+}
+
+/// Whether a packet begins a TCP connection. What is read of an echo request looks like that, and is not.
+#[inline(always)]
+fn begins(packet: &Packet) -> bool {
+    packet.protocol == TCP && packet.is_syn()
 }
 
 /// Seconds since the system's start.

@@ -145,14 +145,10 @@ impl Program {
 
     /// Cilium knows a flow.
     fn lend(&mut self, source: IpAddr, to: IpAddr, ports: [u16; 2], protocol: u8, flags: u8) {
-        let (word, tcp) = match (flags, protocol) {
-            (MASQUERADED, _) => ("SNAT", false),
-            (_, protocol) => ("", protocol == 6),
-        };
-        let word = match (word, tcp) {
-            ("", true) => "TCP",
-            ("", false) => "ANY",
-            (word, _) => word,
+        let word = match (flags, protocol) {
+            (MASQUERADED, _) => "SNAT",
+            (_, 6) => "TCP",
+            _ => "ANY",
         };
         let of = |suffix| format!("CILIUM_{word}_{suffix}");
         match (source, to) {
@@ -251,6 +247,12 @@ fn what_cilium_knows_to_be_an_answer_or_masqueraded_stays_what_it_is() {
             &mk_ip(tenant, remote, 17, 63, &mk_udp(53, 5002, &[])),
         );
         assert_eq!(program.judges(&udp, POD_LINK), Some(BOTH));
+        let (protocol, request) = if vip.is_ipv4() { (1, 8) } else { (58, 128) };
+        let echo = [request, 0, 0, 0, 0x12, 0x34, 0, 1];
+        let echo = mk_ip(tenant, remote, protocol, 63, &echo);
+        program.lend(tenant, remote, [0x1234, 0], protocol, MASQUERADED);
+        let said = program.judges(&mk_frame(ethertype(tenant), &echo), POD_LINK);
+        assert_eq!(said, Some(JUDGED), "echo from before");
         // What left by its gateway does so for good, whatever Cilium takes it for by now.
         for flags in [FROM_OUTSIDE, MASQUERADED] {
             program.lend(tenant, remote, [53, 5002], 17, flags);
