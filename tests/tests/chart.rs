@@ -129,7 +129,11 @@ fn cilium_is_said_to_be_there() {
         speaker.contains("- --cilium=/sys/fs/bpf/tc/globals\n"),
         "{speaker}"
     );
-    let elsewhere = [both[0], both[1], "egress.cilium.mapsDir=/sys/fs/bpf/maps"];
+    let elsewhere = [
+        both[0],
+        both[1],
+        r#"egress.cilium.mapsDir="/sys/fs/bpf/maps""#,
+    ];
     let speaker = done(&template("speaker.yaml", &elsewhere));
     assert!(
         speaker.contains("- --cilium=/sys/fs/bpf/maps\n"),
@@ -256,7 +260,7 @@ fn bad_values_are_refused() {
         (r#"egress.cni.binDir="opt""#, "/egress/cni/binDir"),
         ("egress.bindings=10", "/egress/bindings"),
         (r#"egress.mark="calico""#, "/egress/mark"),
-        ("egress.cilium.mapsDir=/tmp", "/egress/cilium/mapsDir"),
+        (r#"egress.cilium.mapsDir="/tmp""#, "/egress/cilium/mapsDir"),
     ] {
         let output = template("speaker.yaml", &[value]);
         let stderr = String::from_utf8_lossy(&output.stderr);
