@@ -18,6 +18,8 @@ const RATE: u64 = 20_000_000;
 /// How long each transfer goes on, and for how long it is measured: from its beginning, with what goes at once.
 const LONG: Duration = Duration::from_secs(6);
 const MEASURED: Duration = Duration::from_secs(5);
+/// Longer than all that is measured of one connection.
+const ENDLESS: Duration = PATIENCE.saturating_mul(8);
 
 /// So many bits a second, and at once what goes without saying: the remote is so near that what TCP loses is only found out
 /// by its timer, and that takes a fifth of a second.
@@ -55,8 +57,8 @@ impl Pipe {
                 for stream in listener.incoming().flatten() {
                     let counted = Arc::clone(&counted);
                     thread::spawn(move || match way {
-                        Way::Up => take(stream, &counted, 4 * PATIENCE),
-                        Way::Down => give(stream, 4 * PATIENCE),
+                        Way::Up => take(stream, &counted, ENDLESS),
+                        Way::Down => give(stream, ENDLESS),
                     });
                 }
             });
@@ -89,9 +91,10 @@ impl Pipe {
 }
 
 impl End {
+    /// Never more than there was: the clock is read around the bytes.
     fn measure(&self) -> u64 {
-        let before = self.arrived.load(Ordering::Relaxed);
         let begun = Instant::now();
+        let before = self.arrived.load(Ordering::Relaxed);
         thread::sleep(MEASURED);
         let bits = 8 * (self.arrived.load(Ordering::Relaxed) - before);
         bits * 1000 / u64::try_from(begun.elapsed().as_millis()).unwrap()
@@ -116,9 +119,16 @@ fn give(mut stream: TcpStream, long: Duration) {
     while begun.elapsed() < long && stream.write_all(&buffer).is_ok() {}
 }
 
-/// As much as TCP makes of a rate that is policed, and no more than is let through.
-fn is_fair(rate: u64, of: u64) -> bool {
-    (of * 60 / 100..=of * 105 / 100).contains(&rate)
+/// Whether it is as much as TCP makes of a rate that is policed. It is never more than is let through.
+fn is_had(rate: u64, of: u64) -> bool {
+    assert!(rate <= of * 105 / 100, "{rate} of {of}");
+    rate >= of * 60 / 100
+}
+
+/// A machine that pauses slows TCP down, and more so where packets are lost: what can be had is seen in one of a few
+/// measurements.
+fn in_one_of_a_few(what: &str, is_seen: impl Fn() -> bool) {
+    assert!((0..6).any(|_| is_seen()), "{what}: in no measurement");
 }
 
 #[test]
@@ -134,22 +144,26 @@ fn a_tenant_has_its_rate_and_the_other_what_is_there() {
     let three = vec![(&pods[0], 0), (&pods[1], 1), (&pods[4], 0)];
     for way in [Way::Up, Way::Down] {
         for group in [&one, &three] {
-            let (limited, free) = thread::scope(|scope| {
-                let free = scope.spawn(|| shop.rate(&[(&pods[3], 0)], way));
-                (mail.rate(group, way), free.join().unwrap())
+            in_one_of_a_few("the rate, and the other's", || {
+                let (limited, free) = thread::scope(|scope| {
+                    let free = scope.spawn(|| shop.rate(&[(&pods[3], 0)], way));
+                    (mail.rate(group, way), free.join().unwrap())
+                });
+                println!(
+                    "{way:?}, {} at once: {limited} of {RATE} bit/s; the other tenant {free}",
+                    group.len()
+                );
+                is_had(limited, RATE) && free > 5 * RATE
             });
-            println!(
-                "{way:?}, {} at once: {limited} of {RATE} bit/s; the other tenant {free}",
-                group.len()
-            );
-            assert!(is_fair(limited, RATE), "{way:?}: {limited}");
-            assert!(free > 5 * RATE, "{way:?}: {free}");
         }
     }
     let dropped = |policy: &str| world.gateway().usage()[policy].count.bandwidth;
     assert!(dropped("mail") > 0);
     assert_eq!(dropped("shop"), 0);
-    assert_eq!(world.count("bandwidth"), dropped("mail"));
+    // What was on its way as they ended may be lost yet.
+    eventually("both count the same", || {
+        world.count("bandwidth") == dropped("mail")
+    });
     world.no_leak();
 }
 
@@ -161,7 +175,7 @@ fn another_rate_is_in_force_at_once() {
     let to = SocketAddr::new(ip(REMOTE[0]), LINES);
     let talk = connect(&world.pods[1], to).unwrap();
     let stream = connect(&world.pods[0], SocketAddr::new(ip(REMOTE[0]), pipe.up.port)).unwrap();
-    let giver = thread::spawn(move || give(stream, 4 * PATIENCE));
+    let giver = thread::spawn(move || give(stream, ENDLESS));
     for (bandwidth, least, most) in [
         (None, 5 * RATE, u64::MAX),
         (Some(at(RATE)), RATE / 2, RATE * 11 / 10),
@@ -174,9 +188,12 @@ fn another_rate_is_in_force_at_once() {
         eventually("it is in force", || world.gateway().is_settled());
         // What goes at once.
         thread::sleep(Duration::from_secs(1));
-        let rate = pipe.up.measure();
-        println!("{bandwidth:?}: {rate}");
-        assert!((least..most).contains(&rate), "{bandwidth:?}: {rate}");
+        in_one_of_a_few("another rate", || {
+            let rate = pipe.up.measure();
+            println!("{bandwidth:?}: {rate}");
+            // What a pause left unread comes on top.
+            (least..most).contains(&rate)
+        });
         assert!(!giver.is_finished());
         assert_eq!(ip(&say(&talk, WHO_AM_I).unwrap()), ip(EGRESS[0]));
     }
@@ -193,14 +210,18 @@ fn a_new_gateway_has_the_same_rate() {
     let to = SocketAddr::new(ip(REMOTE[0]), LINES);
     let talk = connect(&pair.world.pods[0], to).unwrap();
     eventually("it is copied", || pair.used() == 1);
-    let rate = |pair: &Pair, way| pipe.rate(&[(&pair.world.pods[0], 0)], way);
-    let before = rate(&pair, Way::Up);
+    let has_its_rate = |pair: &Pair, way| {
+        in_one_of_a_few("the rate", || {
+            let rate = pipe.rate(&[(&pair.world.pods[0], 0)], way);
+            println!("{way:?}: {rate} of {RATE} bit/s");
+            is_had(rate, RATE)
+        });
+    };
+    has_its_rate(&pair, Way::Up);
     pair.power_off();
     pair.take_over(2);
     assert_eq!(ip(&say(&talk, WHO_AM_I).unwrap()), ip(EGRESS[0]));
-    let after = [Way::Up, Way::Down].map(|way| rate(&pair, way));
-    println!("{before}, and after the take-over {after:?} of {RATE} bit/s");
-    for rate in [before].into_iter().chain(after) {
-        assert!(is_fair(rate, RATE), "{rate}");
+    for way in [Way::Up, Way::Down] {
+        has_its_rate(&pair, way);
     }
 }
