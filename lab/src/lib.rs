@@ -45,6 +45,7 @@
 pub mod address;
 pub mod behind;
 pub mod bulk;
+pub mod crowd;
 pub mod error;
 pub mod failover;
 pub mod fault;

@@ -149,16 +149,17 @@ pub fn fragments(from: SocketAddr, to: SocketAddr, id: u32, data: &[u8]) -> Vec<
 
 /// A SYN.
 pub fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
-    segment(from, to, sequence, tcp::TcpFlags::SYN)
+    segment(from, to, [sequence, 0], tcp::TcpFlags::SYN)
 }
 
-/// A TCP segment without data, with these flags (RFC 9293, 3.1).
-pub fn segment(from: SocketAddr, to: SocketAddr, sequence: u32, flags: u8) -> Vec<u8> {
+/// A TCP segment without data, with these numbers, its own and the one that it acknowledges, and these flags (RFC 9293, 3.1).
+pub fn segment(from: SocketAddr, to: SocketAddr, numbers: [u32; 2], flags: u8) -> Vec<u8> {
     let mut segment = vec![0; TCP_HEADER];
     let mut header = MutableTcpPacket::new(&mut segment).expect("the sizes are right");
     header.set_source(from.port());
     header.set_destination(to.port());
-    header.set_sequence(sequence);
+    header.set_sequence(numbers[0]);
+    header.set_acknowledgement(numbers[1]);
     header.set_data_offset(5);
     header.set_flags(flags);
     header.set_window(64_240);

@@ -10,7 +10,6 @@ mod gateway {
     mod lifecycle;
     mod ports;
     mod routers;
-    mod segments;
     #[path = "../egress/stand_in.rs"]
     #[allow(dead_code, reason = "the scenarios of the node use the rest")]
     mod stand_in;

@@ -133,7 +133,7 @@ fn unknown(lab: &Lab, vip: IpAddr) {
         false
     };
     for (flags, answered) in [(0x02, true), (0x10, false), (0x12, false), (0x11, false)] {
-        raw.send(vip, &segment(from, to, 1, flags)).unwrap();
+        raw.send(vip, &segment(from, to, [1, 0], flags)).unwrap();
         assert_eq!(answers(&mut ear), answered, "{to}: flags {flags:#x}");
     }
 

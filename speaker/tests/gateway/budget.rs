@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use aya::maps::{HashMap, Map, MapData};
 use landfall_ebpf_common::egress::binding::ticks;
 use landfall_ebpf_common::{LAYOUT, Port, PortKey, VipKey, map};
+use landfall_lab::crowd::{Answers, Crowd, FIN, Mirror, PSH, RST, SYN};
 use landfall_lab::server::WHO_AM_I;
 
-use super::segments::{Answers, Crowd, FIN, Mirror, PSH, RST, SYN};
 use super::world::{EGRESS, LINES, REMOTE, SECOND, World, connect, ip, pod_addresses, say};
 
 /// Ports 1024 to 65535.
@@ -82,14 +82,14 @@ fn exactly_the_budget_succeeds() {
     world.start();
     serve(&world);
     let remote = ip(REMOTE[0]);
-    let _mirror = Mirror::hang(&world.remote, remote);
+    let _mirror = Mirror::hang(&world.remote, remote).unwrap();
     let talk_to = SocketAddr::new(remote, LINES);
     let talks: Vec<TcpStream> = (0..40)
         .map(|number| connect(&world.pods[number % 4], talk_to).unwrap())
         .collect();
     let crowds: Vec<Crowd> = world.pods[..4]
         .iter()
-        .map(|pod| Crowd::of(pod, remote))
+        .map(|pod| Crowd::of(pod, remote).unwrap())
         .collect();
     let wanted: Vec<_> = (0..4)
         .map(|place| flows(pod_addresses(place)[0], WANTED / 4))
@@ -121,7 +121,7 @@ fn exactly_the_budget_succeeds() {
         let talk = connect(&world.pods[place], talk_to).unwrap();
         assert_eq!(ip(&say(&talk, WHO_AM_I).unwrap()), ip(EGRESS[0]));
     }
-    let other = Crowd::of(&world.pods[4], remote);
+    let other = Crowd::of(&world.pods[4], remote).unwrap();
     let own = flows(pod_addresses(4)[0], 1_000);
     assert_eq!(other.say(&own, SYN, ALL_OUT).refused(), 0);
     assert_eq!(other.say(&own, PSH, ALL_OUT).refused(), 0);
@@ -171,16 +171,16 @@ fn pods_that_are_all_new_share_what_has_rested() {
         .unwrap();
     world.start();
     let remote = ip(REMOTE[0]);
-    let _mirror = Mirror::hang(&world.remote, remote);
+    let _mirror = Mirror::hang(&world.remote, remote).unwrap();
     let crowds: Vec<Crowd> = world.pods[1..4]
         .iter()
-        .map(|pod| Crowd::of(pod, remote))
+        .map(|pod| Crowd::of(pod, remote).unwrap())
         .collect();
     let taken: Vec<_> = (1..4)
         .map(|place| flows(pod_addresses(place)[0], TAKEN / 3))
         .collect();
     assert_eq!(all_say(&crowds, &taken, SYN).1, 0);
-    let crowd = Crowd::of(&world.pods[0], remote);
+    let crowd = Crowd::of(&world.pods[0], remote).unwrap();
     let begun = Instant::now();
     let (mut opened, mut refused, mut again) = (0, 0, 0);
     let mut longest = Duration::ZERO;

@@ -119,7 +119,7 @@ impl Probe {
         let from = SocketAddr::new(self.client(), self.client_port);
         let to = SocketAddr::new(self.vip, self.kind.port());
         let mut packet = match self.kind {
-            Kind::MidStream | Kind::Syn => segment(from, to, 1, self.flags),
+            Kind::MidStream | Kind::Syn => segment(from, to, [1, 0], self.flags),
             Kind::Datagram => datagram(from, to, b"who are you?"),
         };
         if self.vip.is_ipv4() {

@@ -66,7 +66,7 @@ fn what_others_send_ends_no_flow() {
         // Nobody knows these: the pods that are here now answer.
         for port in PORTS {
             for flags in [TcpFlags::ACK, TcpFlags::SYN, TcpFlags::ACK] {
-                let packet = segment((own(vip), port).into(), to, 1, flags);
+                let packet = segment((own(vip), port).into(), to, [1, 0], flags);
                 raw.send(vip, &packet).unwrap();
             }
         }
@@ -81,7 +81,7 @@ fn what_others_send_ends_no_flow() {
             let from = stream.local_addr().unwrap();
             for away in AWAY {
                 for flags in [TcpFlags::ACK, flags] {
-                    let packet = segment(from, to, sequence.wrapping_add(away), flags);
+                    let packet = segment(from, to, [sequence.wrapping_add(away), 0], flags);
                     raw.send(vip, &packet).unwrap();
                 }
             }
