@@ -87,10 +87,11 @@ impl Worker {
     async fn work(&mut self, sockets: &mut Sockets) -> io::Result<()> {
         // What happened before these sockets were there is unknown.
         self.written = None;
-        self.before = Some(match self.before {
+        self.before = Some(match self.before.take() {
             None if !is_armed(&sockets.query) => Before::Unarmed,
-            None | Some(Before::Earlier) => Before::Earlier,
-            _ => Before::Unknown,
+            None => Before::Earlier(BTreeSet::new()),
+            Some(Before::Earlier(swapped)) => Before::Earlier(swapped),
+            Some(_) => Before::Unknown,
         });
         self.read_kube_proxy(&sockets.query)?;
         let mut write = Some(Instant::now());
@@ -201,7 +202,7 @@ impl Worker {
     fn doubt(&mut self) {
         self.in_force.send_replace(InForce::Unknown);
         self.ports.doubt();
-        if !matches!(self.before, Some(Before::Unarmed | Before::Earlier)) {
+        if !matches!(self.before, Some(Before::Unarmed | Before::Earlier(_))) {
             self.before = Some(Before::Unknown);
         }
     }
@@ -238,11 +239,11 @@ impl Worker {
         let loaded = self.ports.make(&rules).await;
         self.is_own(loaded);
         let (first, then) = settling(self.before.as_ref(), &rules, &self.config);
-        settle(first).await;
-        if matches!(self.before, Some(Before::Earlier)) {
-            // Connections are marked by it now: should the table not be written, they are not to be marked once more.
-            self.before = Some(Before::Unknown);
+        if let Some(Before::Earlier(swapped)) = &mut self.before {
+            // Should the table not be written, the next try is not to swap them back.
+            swapped.extend(first.swapped());
         }
+        settle(first).await;
         if !text.is_empty() {
             let process = tool::load(&text).await?;
             self.is_own(Some(process));

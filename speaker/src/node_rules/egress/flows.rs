@@ -33,8 +33,9 @@ const OTHER_SOURCE: u32 = 1 << 4;
 /// What the rules said before they were written anew.
 #[derive(Clone, Debug)]
 pub(in super::super) enum Before {
-    /// An earlier process's word.
-    Earlier,
+    /// An earlier process's word. The connections of these pods have changed sides already, by a table that could not be
+    /// written.
+    Earlier(BTreeSet<IpAddr>),
     /// This process's or somebody else's, who has changed them.
     Unknown,
     /// Nothing was there.
@@ -96,13 +97,16 @@ pub(in super::super) fn settling(
     first.egress_now = leaving.egress.clone();
     let mut then = first.clone();
     match before {
-        None | Some(Before::Earlier | Before::Unknown) => {
+        None | Some(Before::Earlier(_) | Before::Unknown) => {
             then.free_inside = true;
             then.end = tenants(leaving);
-            let is_earlier = matches!(before, Some(Before::Earlier));
+            let swapped = match before {
+                Some(Before::Earlier(swapped)) => Some(swapped),
+                _ => None,
+            };
             for (address, pod) in own(leaving) {
                 let was = leaving.egress.earlier.get(&address);
-                if let Some(was) = was.filter(|_| is_earlier) {
+                if let Some(was) = was.filter(|_| swapped.is_some()) {
                     moved(address, was, pod, &mut first, &mut then);
                 } else if pod.tenant.is_none() && pod.former.is_some() {
                     first.part.insert(address);
@@ -111,6 +115,9 @@ pub(in super::super) fn settling(
                     then.free_former.insert(address);
                 }
             }
+            first
+                .swap
+                .retain(|address| !swapped.is_some_and(|swapped| swapped.contains(address)));
         }
         Some(Before::Unarmed) => then.keep = tenants(leaving),
         Some(Before::Armed(old)) if Arc::ptr_eq(old, leaving) => {}
@@ -204,6 +211,11 @@ impl Settling {
     fn is_cut(&self, known: &Known) -> bool {
         let policy = self.egress_now.policy_of(known.from);
         policy.is_some_and(|policy| policy.cuts && policy.is_for(known.peer))
+    }
+
+    /// Whose connections change sides: once more, and they are where they were.
+    pub(in super::super) fn swapped(&self) -> impl Iterator<Item = IpAddr> {
+        self.swap.iter().copied()
     }
 
     fn is_empty(&self) -> bool {
@@ -447,12 +459,14 @@ mod tests {
             (of(first), of(then))
         };
         let none = || set(&[]);
-        let (first, then) = settling(Some(&Before::Earlier), &rules, &config);
-        let expected = (
-            (set(&[1, 3, 4]), set(&[2]), none(), set(&[3])),
-            (none(), none(), set(&[1, 3, 4]), none()),
-        );
-        assert_eq!(seen(&first, &then), expected);
+        for (swapped, swap) in [(none(), set(&[2])), (set(&[2]), none())] {
+            let (first, then) = settling(Some(&Before::Earlier(swapped)), &rules, &config);
+            let expected = (
+                (set(&[1, 3, 4]), swap, none(), set(&[3])),
+                (none(), none(), set(&[1, 3, 4]), none()),
+            );
+            assert_eq!(seen(&first, &then), expected);
+        }
         let (first, then) = settling(Some(&Before::Unknown), &rules, &config);
         let expected = (
             (set(&[4]), none(), none(), none()),
