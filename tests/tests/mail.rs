@@ -47,7 +47,7 @@ fn comes_in_and_goes_out_by_one_address() {
         for vip in vips {
             unknown(lab, vip);
         }
-        a_port_becomes_a_services(cluster, vips[0]);
+        a_port_becomes_a_services(cluster, vips);
         one_fail_over(lab, vips);
         Ok(())
     });
@@ -168,13 +168,20 @@ fn who_am_i(stream: &mut BufReader<TcpStream>) -> IpAddr {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// A flow leaves by a port that then becomes a Service's: it goes on, and everybody else reaches the Service.
-fn a_port_becomes_a_services(cluster: &Cluster, vip: IpAddr) {
+/// Flows leave by a port that then becomes a Service's: they go on, and everybody else reaches the Service.
+fn a_port_becomes_a_services(cluster: &Cluster, vips: [IpAddr; 2]) {
     let lab = cluster.lab();
     let pod = lab.pods().next().unwrap();
-    let own = SocketAddr::new(pod.addresses[0], SHARED);
-    let mut stream = from_port(&pod.netns, own, outside(false));
-    assert_eq!(who_am_i(&mut stream), vip);
+    let mut streams = vips.map(|vip| {
+        let own = SocketAddr::new(pod.addresses[usize::from(vip.is_ipv6())], SHARED);
+        from_port(&pod.netns, own, outside(vip.is_ipv6()))
+    });
+    let mut go_on = || {
+        for (stream, vip) in streams.iter_mut().zip(vips) {
+            assert_eq!(who_am_i(stream), vip);
+        }
+    };
+    go_on();
     let patch = json!({"spec": {"ports": [
         {"name": "smtp", "protocol": "TCP", "port": SMTP, "targetPort": TCP_PORT},
         {"name": "shared", "protocol": "TCP", "port": SHARED, "targetPort": TCP_PORT},
@@ -184,15 +191,17 @@ fn a_port_becomes_a_services(cluster: &Cluster, vip: IpAddr) {
         services(cluster).await.patch("mail", &params, &patch).await
     });
     patched.unwrap();
-    let begun = Instant::now();
-    for from in [lab.client(), lab.remote()] {
-        let to = SocketAddr::new(vip, SHARED);
-        while let Err(error) = Flow::open_within(from, to, Duration::from_secs(2)) {
-            assert!(begun.elapsed() < PATIENCE, "{to}: {error}");
-            assert_eq!(who_am_i(&mut stream), vip, "meanwhile");
+    for vip in vips {
+        for from in [lab.client(), lab.remote()] {
+            let begun = Instant::now();
+            let to = SocketAddr::new(vip, SHARED);
+            while let Err(error) = Flow::open_within(from, to, Duration::from_secs(2)) {
+                assert!(begun.elapsed() < PATIENCE, "{to}: {error}");
+                go_on();
+            }
         }
     }
-    assert_eq!(who_am_i(&mut stream), vip);
+    go_on();
 }
 
 /// The node loses its power by which mail comes in and goes out: one other node leads both ways, and what is not that node's
