@@ -6,8 +6,10 @@
 //!                                goes to its shadow, by a chain for each policy, egress-pin-…
 //!             └> egress-shadows  that is translated so, for connection tracking
 //!             └> egress-judge    (behind every translation of destinations) from inside to outside:
-//!                  forged ─> drop      answers ─> judged      unknown, and other nodes' ─> drop
-//!                  from before the pod was whose it is ─> that policy's egress-led-…, as egress, way
+//!                  of flows that began by a gateway, egress-bound: forged ─> drop
+//!                    from before the pod was whose it is ─> that policy's egress-led-…, as egress, way
+//!                  of others: forged ─> drop          answers ─> judged
+//!                  both: unknown, and other nodes' ─> drop
 //!                  └─> a chain for each policy: invalid ─> drop, not for it ─> judged,
 //!                                               no gateway ─> drop, else: judged, egress, way
 //!                      one for other pods: judged
@@ -168,7 +170,9 @@ fn skeleton(text: &mut String, leaving: &Leaving) {
 add map inet {TABLE} egress-former{suffix} {{ type {kind} : verdict; }}
 add set inet {TABLE} egress-closed{suffix} {{ type {kind}; }}
 add set inet {TABLE} egress-inside{suffix} {{ type {kind}; flags interval; }}
-add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
+add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}
+add chain inet {TABLE} egress-judge{suffix}
+add chain inet {TABLE} egress-bound{suffix}"
         );
     }
     let _ = writeln!(
@@ -178,6 +182,8 @@ add chain inet {TABLE} egress-replies {{ type filter hook prerouting priority ma
 add chain inet {TABLE} egress-judge {{ type filter hook prerouting priority dstnat + 10; policy accept; }}
 add chain inet {TABLE} egress-null {{ type nat hook postrouting priority srcnat - 10; policy accept; }}
 add chain inet {TABLE} egress-judged
+add chain inet {TABLE} egress-arrives
+add chain inet {TABLE} egress-within
 add chain inet {TABLE} egress-plain
 add chain inet {TABLE} egress-nowhere
 add rule inet {TABLE} egress-nowhere counter name egress-no-gateway drop"
@@ -248,63 +254,70 @@ fn judge(text: &mut String, leaving: &Leaving, config: &Config) {
     let mut rule = |rule: &str| {
         let _ = writeln!(text, "add rule inet {TABLE} {rule}");
     };
-    // Another node's pod, which that node takes for a tenant of a gateway here: what the programs have not taken is not
-    // known to them yet, or not any more. It is not to leave by this node's address.
-    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
-        rule(&format!(
-            "egress-judge iifname @egress-uplinks {family} saddr @egress-pods{suffix} \
-             {family} daddr != @egress-inside{suffix} {family} daddr != @vips{suffix} \
-             fib daddr type != {{ local, broadcast, anycast, multicast }} ct direction original \
-             counter name egress-unknown drop"
-        ));
-    }
-    rule("egress-judge iifname @egress-uplinks accept");
+    rule("egress-judge iifname @egress-uplinks goto egress-arrives");
     // Nobody's word but this chain's.
     rule(&format!(
         "egress-judge meta mark set meta mark and {rest:#x}"
     ));
-    rule("egress-judge fib daddr type { local, broadcast, anycast, multicast } accept");
+    rule("egress-judge meta nfproto vmap { ipv4 : goto egress-judge4, ipv6 : goto egress-judge6 }");
     // What has become the cluster's own ends, if it began by a gateway.
-    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
-        rule(&format!(
-            "egress-judge ct mark and {egress:#x} == {egress:#x} {family} daddr @egress-inside{suffix} \
-             counter name egress-translated drop"
-        ));
-    }
-    for (family, suffix) in [("ip", 4), ("ip6", 6)] {
-        for set in ["egress-inside", "vips"] {
-            rule(&format!(
-                "egress-judge {family} daddr @{set}{suffix} accept"
-            ));
-        }
-    }
-    if !leaving.uplinks.is_empty() {
-        // What has no route may have one by its policy's uplink.
-        rule(&format!(
-            "egress-judge fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
-            names(&leaving.uplinks)
-        ));
-    }
-    rule("egress-judge fib saddr . iif oif missing counter name egress-forged drop");
-    // Answers to who came from outside, also those of other nodes' pods. A flow of a tenant's that is known only since
-    // its gateway's frame came is none: its connection bears the mark.
     rule(&format!(
-        "egress-judge ct direction reply ct mark and {egress:#x} == 0 goto egress-judged"
+        "egress-within ct mark and {egress:#x} == {egress:#x} counter name egress-translated drop"
     ));
     // A flow from before its pod was whose it is goes on by the gateway that it began with, or not at all.
     let former = judged | egress;
     let is_former = format!("ct mark and {former:#x} == {former:#x}");
     for (family, suffix) in [("ip", 4), ("ip6", 6)] {
+        // Another node's pod, which that node takes for a tenant of a gateway here: what the programs have not taken is not
+        // known to them yet, or not any more. It is not to leave by this node's address.
         rule(&format!(
-            "egress-judge {is_former} {family} saddr vmap @egress-former{suffix}"
+            "egress-arrives {family} saddr @egress-pods{suffix} \
+             {family} daddr != @egress-inside{suffix} {family} daddr != @vips{suffix} \
+             fib daddr type != {{ local, broadcast, anycast, multicast }} ct direction original \
+             counter name egress-unknown drop"
         ));
+        let chain = format!("egress-judge{suffix}");
+        rule(&format!(
+            "{chain} {family} daddr @egress-inside{suffix} goto egress-within"
+        ));
+        rule(&format!("{chain} {family} daddr @vips{suffix} accept"));
+        // Most packets are of flows that are known: what began by a gateway goes on by it, wherever the routes lead by now.
+        rule(&format!(
+            "{chain} ct mark and {egress:#x} == {egress:#x} goto egress-bound{suffix}"
+        ));
+        rule(&format!(
+            "{chain} fib daddr type {{ local, broadcast, anycast, multicast }} accept"
+        ));
+        if !leaving.uplinks.is_empty() {
+            // What has no route may have one by its policy's uplink.
+            rule(&format!(
+                "{chain} fib daddr . mark oifname != {{ {} }} fib daddr . mark oif exists accept",
+                names(&leaving.uplinks)
+            ));
+        }
+        // Answers to who came from outside, also those of other nodes' pods. A flow of a tenant's that is known only since
+        // its gateway's frame came is none: its connection bears the mark.
+        let answers = "ct direction reply goto egress-judged".to_owned();
+        let before = [
+            format!("{is_former} {family} saddr vmap @egress-former{suffix}"),
+            format!("{is_former} counter name egress-translated drop"),
+        ];
+        let bound = format!("egress-bound{suffix}");
+        for (chain, rules) in [(&chain, &[answers][..]), (&bound, &before[..])] {
+            rule(&format!(
+                "{chain} fib saddr . iif oif missing counter name egress-forged drop"
+            ));
+            for known in rules {
+                rule(&format!("{chain} {known}"));
+            }
+            rule(&format!(
+                "{chain} {family} saddr vmap @egress-sources{suffix}"
+            ));
+            rule(&format!("{chain} counter name egress-unknown drop"));
+        }
     }
-    rule(&format!(
-        "egress-judge {is_former} counter name egress-translated drop"
-    ));
-    rule("egress-judge ip saddr vmap @egress-sources4");
-    rule("egress-judge ip6 saddr vmap @egress-sources6");
-    rule("egress-judge counter name egress-unknown drop");
+    rule("egress-arrives accept");
+    rule("egress-within accept");
     // It was a tenant's: without its way it would leave with the pod's address.
     rule(&format!(
         "egress-plain ct mark and {egress:#x} == {egress:#x} counter name egress-translated drop"
@@ -405,9 +418,10 @@ fn verdict(
     rule("ct state invalid counter name egress-invalid drop");
     // What left by the policy goes on so, whatever it is for by now: it would leave with the pod's address. And what did
     // not is marked to be known for that, should it be for it later.
-    let other = format!("ct mark and {egress:#x} == 0 ct mark set ct mark or {judged:#x}");
     for elsewhere in not_for(policy) {
-        rule(&format!("{elsewhere} {other} goto egress-judged"));
+        rule(&format!(
+            "ct mark and {egress:#x} == 0 {elsewhere} ct mark set ct mark or {judged:#x} goto egress-judged"
+        ));
     }
     // Flows that began before the policy, or while it was not for them, stay what they are; others that got another source
     // while this table was not there have no right to it.

@@ -22,8 +22,8 @@ pub(super) fn skeleton(text: &mut String, config: &Config) {
         text,
         "add chain inet {TABLE} egress-hairpin {{ type filter hook prerouting priority mangle; policy accept; }}
 add chain inet {TABLE} egress-shadows {{ type nat hook prerouting priority dstnat - 10; policy accept; }}
-add rule inet {TABLE} egress-hairpin iifname @egress-uplinks accept
-add rule inet {TABLE} egress-hairpin ct state established,related,untracked accept"
+add rule inet {TABLE} egress-hairpin ct state established,related,untracked accept
+add rule inet {TABLE} egress-hairpin iifname @egress-uplinks accept"
     );
     for ((family, suffix, kind), net) in [("ip", 4, "ipv4_addr"), ("ip6", 6, "ipv6_addr")]
         .into_iter()
