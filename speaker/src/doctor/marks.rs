@@ -137,19 +137,52 @@ impl Held {
     }
 }
 
+/// The longest key that can be looked for, in registers of 32 bits.
+const KEY: u32 = 16;
+
+/// Where a register begins, in units of 32 bits: four have 128 of them (`NFT_REG_1`), and parts that have names of their own
+/// (`NFT_REG32_00`).
+const fn place(register: u32) -> u32 {
+    if register < 8 {
+        4 * register
+    } else {
+        register - 4
+    }
+}
+
+/// The attribute by which an expression names the register that it writes; nothing if it writes none.
+fn written_by(expression: &str) -> Option<u16> {
+    match expression {
+        "immediate" | "payload" | "exthdr" | "fib" | "rt" | "numgen" | "osf" | "xfrm" => Some(1),
+        "byteorder" | "hash" | "socket" | "tunnel" => Some(2),
+        _ => None,
+    }
+}
+
 /// What is in the registers.
 #[derive(Default)]
 struct Registers(Vec<Held>);
 
 impl Registers {
     fn hold(&mut self, held: Held) {
-        self.0.retain(|it| it.register != held.register);
+        self.0
+            .retain(|it| place(it.register) != place(held.register));
         self.0.push(held);
     }
 
     fn find(&self, register: Option<u32>) -> Option<Held> {
         let mut held = self.0.iter();
-        held.find(|it| Some(it.register) == register).copied()
+        held.find(|it| Some(place(it.register)) == register.map(place))
+            .copied()
+    }
+
+    /// What looking for all that begins in one finds: several values that stand behind each other are looked for as one.
+    fn read_all(&self, register: Option<u32>, known: Option<u32>) -> impl Iterator<Item = Use> {
+        let from = register.map(place);
+        self.0.iter().filter_map(move |held| {
+            let behind = place(held.register).checked_sub(from?)?;
+            (behind < KEY).then(|| Some(Use::read(held.of?, held.seen, known)))?
+        })
     }
 
     /// What a comparison of one looks at.
@@ -231,7 +264,7 @@ pub(super) fn of_expressions(expressions: &[u8]) -> Vec<Use> {
             "lookup" => {
                 // Some of a set's values; which is not looked at.
                 let known = number(5).unwrap_or_default() & INVERTED == 0;
-                used.extend(held.read(number(2), known.then_some(ALL)));
+                used.extend(held.read_all(number(2), known.then_some(ALL)));
                 if let Some(register) = number(3) {
                     held.hold(Held::whole(register, None));
                 }
@@ -242,9 +275,11 @@ pub(super) fn of_expressions(expressions: &[u8]) -> Vec<Use> {
                 let info = find(data, 3).unwrap_or_default();
                 used.extend(of_extension(&name, &extension, revision, info));
             }
-            // They leave the registers as they are.
-            "counter" | "limit" | "log" | "nat" | "masq" | "redir" | "reject" | "notrack" => {}
-            _ => held = Registers::default(),
+            _ => {
+                if let Some(register) = written_by(&name).and_then(number) {
+                    held.hold(Held::whole(register, None));
+                }
+            }
         }
     }
     used

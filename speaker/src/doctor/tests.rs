@@ -152,6 +152,11 @@ fn who_uses_the_same_bits_is_named_by_what_it_does() {
             chain pre { ct mark & 0x20000000 != 0 accept; meta mark set 0x1; }
             chain post { meta mark set ct mark; meta mark & 0x0000000f vmap { 1 : accept }; }
             chain odd { meta mark != 0 accept; }
+            chain several {
+                meta mark & 0x10000000 . ip saddr { 0x10000000 . 192.0.2.1 } accept
+                ip saddr . ct mark & 0x20000000 { 192.0.2.1 . 0x20000000 } accept
+                ip saddr 192.0.2.1 socket mark 7 accept
+            }
         }",
     )
     .unwrap();
@@ -189,10 +194,10 @@ fn who_uses_the_same_bits_is_named_by_what_it_does() {
             "Problem: Calico changes bits 0x10000000 of the {packet}: table inet mine, chain cali-from -> {pair}"
         ),
         format!(
-            "Problem: another goes by bits 0x30003000 of the {packet}: table inet mine, chain odd -> {none}"
+            "Problem: another goes by bits 0x30003000 of the {packet}: table inet mine, chain odd; table inet mine, chain several -> {none}"
         ),
         format!(
-            "Problem: another goes by bits 0x30000000 of the {connection}: table inet mine, chain pre; table inet mine, chain post -> {none}"
+            "Problem: another goes by bits 0x30000000 of the {connection}: table inet mine, chain pre; table inet mine, chain post; table inet mine, chain several -> {none}"
         ),
         format!(
             "Problem: another changes bits 0x30003000 of the {packet}: table inet mine, chain pre; table inet mine, chain post -> {none}"
