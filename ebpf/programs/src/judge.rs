@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  no tenant's   this node's own, in from outside ──────────────> not judged: the guard knows them
+//!                (but by this node from an address of pods, none that is known ─> dropped)
 //!                a pod that is known, a node's address, a VIP ──> judged      else ─> not judged
 //!  a tenant's    in from outside, for the cluster ──────────────> not judged, likewise
 //!                (for what was not the cluster's when its flow left by a gateway ─> dropped)
@@ -65,8 +66,9 @@ const IS_THERE: u32 = 0x4c46_4d4b;
 /// second alone.
 const JUDGED_BIT: u32 = 1;
 const EGRESS_BIT: u32 = 2;
-/// Or that it is dropped.
+/// Or that it is dropped: its flow left by a gateway, and it is for the cluster by now; or nobody knows whose it is.
 const DROP_BIT: u32 = 4;
+const STRAY_BIT: u32 = 32;
 
 /// The seeds of no policies: a flow left as it would without, and nothing is known of it (or it is over).
 const STAYED: u64 = 0;
@@ -94,6 +96,9 @@ pub(crate) fn judge(context: &TcContext) -> i32 {
     let said = of(context, from);
     if said & DROP_BIT != 0 {
         return guard::refuse(Guarded::Joined);
+    }
+    if said & STRAY_BIT != 0 {
+        return guard::refuse(Guarded::Unjudged);
     }
     let mut bits = 0;
     if said & JUDGED_BIT != 0 {
@@ -163,9 +168,15 @@ pub extern "C" fn landfall_judge_who(skb: *mut __sk_buff, from: u32) -> u32 {
         return 0;
     };
     if guard::tenant(&ends.source).is_none() {
-        let is_known = PLAIN.get_ptr(&ends.source).is_some()
-            || guard::is_inside(&ends.source) && !guard::is_of_network(&ends.source);
-        return if is_known && from != 0 { JUDGED_BIT } else { 0 };
+        let is_pods = guard::is_of_network(&ends.source);
+        let is_known =
+            PLAIN.get_ptr(&ends.source).is_some() || !is_pods && guard::is_inside(&ends.source);
+        return match (from, is_known) {
+            // What this node has made, or a device that does not say where from (netkit), or a proxy for a pod.
+            (0, false) if is_pods && !guard::is_inside(&ends.destination) => STRAY_BIT,
+            (0, _) | (_, false) => 0,
+            (_, true) => JUDGED_BIT,
+        };
     }
     let (Some(frame), Some(packet)) = (Frame::of(&context), maps::packet()) else {
         return 0;
@@ -213,7 +224,8 @@ pub extern "C" fn landfall_judge(skb: *mut __sk_buff, about: u32) -> u32 {
             return EGRESS_BIT;
         }
     }
-    if is_there(&packet.flow, FROM_OUTSIDE) {
+    // Cilium remembers flows for a while that are over.
+    if !begins(packet) && is_there(&packet.flow, FROM_OUTSIDE) {
         return JUDGED_BIT;
     }
     let Some(policy) = policy else {
@@ -290,7 +302,7 @@ fn complete(packet: &mut Packet) -> bool {
             return false;
         };
         (packet.flow.client_port, packet.flow.port) = ports;
-    } else if packet.more && packet.kind == Kind::Whole {
+    } else if packet.more && packet.kind != Kind::Error {
         flows::first_fragment(packet);
     }
     true
@@ -306,7 +318,7 @@ fn is_for(number: u32, policy: &Gateway, destination: &VipKey) -> bool {
 #[inline(always)]
 fn is_among(number: u32, excluded: bool, destination: &VipKey) -> bool {
     let address = Destination {
-        set: Destination::set(number, excluded),
+        set: Destination::set(number, excluded, destination.is_mapped()),
         address: destination.0,
     };
     DESTINATIONS.get(Key::new(32 + 128, address)).is_some()

@@ -47,7 +47,7 @@ pub(super) enum TablesError {
 pub(super) struct Tables {
     vips: vips::Vips,
     nodes: Nodes,
-    guard: Guard,
+    pub(super) guard: Guard,
     ports: ports::Ports,
     settings: Array<MapData, Settings>,
     /// The other nodes have had the time to say what they hold.

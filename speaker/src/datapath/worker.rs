@@ -326,7 +326,8 @@ impl Task {
                 self.change(&order.changes);
             } else if let Err(reason) = self.load() {
                 self.absent(&interfaces.uplinks, &reason);
-                // There is nothing more to wait for: without the guard what is a tenant's reaches nobody.
+                // There is nothing more to wait for: without the guard what is a tenant's reaches nobody, if there is a packet
+                // filter.
                 self.tell_in_force();
                 self.shared.written.send_replace(order.number);
                 continue;
@@ -347,7 +348,13 @@ impl Task {
 
     fn tell_in_force(&self) {
         let egress = self.wanted.egress.as_ref().map(|it| &it.egress);
-        let now = InForce::from(egress);
+        // Where no packet filter judges, nobody does without these.
+        let is_missed = self.config.cilium.is_some()
+            && (self.uplink.is_none() || !lock(&self.shared.unguarded).is_empty());
+        let now = match egress {
+            Some(_) if is_missed => InForce::Unknown,
+            egress => InForce::from(egress),
+        };
         self.shared.in_force.send_if_modified(|told| {
             let is_new = *told != now;
             *told = now;
@@ -417,13 +424,11 @@ impl Task {
         let pins = Pins::open(&self.config.pin_dir).map_err(|error| error.to_string())?;
         let mut uplink = Uplink::load(&pins, &self.config).map_err(|error| error.to_string())?;
         let tables = uplink.tables().map_err(|error| error.to_string())?;
+        let flows = uplink.flows().map_err(|error| error.to_string())?;
         self.fresh = !tables.is_seeded();
         self.not_retired = Some(pins);
         *lock(&self.shared.tables) = Some(tables);
-        self.flows.install(
-            uplink.flows().map_err(|error| error.to_string())?,
-            self.fresh,
-        );
+        self.flows.install(flows, self.fresh);
         if uplink.judges() == Some(false) {
             tracing::warn!(
                 "Cilium has no maps where --cilium says: egress policies' pods answer nobody who comes from outside until it has"
@@ -435,12 +440,24 @@ impl Task {
         Ok(())
     }
 
-    /// Lets go of programs that read maps which Cilium has replaced: new ones are put in their place.
+    /// Puts new programs in the place of those that read maps which Cilium has replaced. They stay until that is done.
     fn renew(&mut self) {
-        if self.uplink.take_if(|uplink| uplink.is_outdated()).is_some() {
-            tracing::info!(
+        if !self.uplink.as_ref().is_some_and(Uplink::is_outdated) {
+            return;
+        }
+        match self.load() {
+            Ok(()) => tracing::info!(
                 "Cilium has made its maps anew: the programs that judge are loaded anew"
-            );
+            ),
+            Err(reason) => {
+                if self.last_reason.as_ref() != Some(&reason) {
+                    tracing::warn!(
+                        reason,
+                        "Cilium has made its maps anew, and the programs that judge go by the old ones still; trying again"
+                    );
+                }
+                self.last_reason = Some(reason);
+            }
         }
     }
 
@@ -458,6 +475,10 @@ impl Task {
         };
         if changes.contains(&Change::Complete) {
             complain(tables.begin());
+            if self.wanted.egress.is_none() {
+                // The last policy may have gone while nobody was there.
+                complain(tables.change(&Change::Egress(None)));
+            }
         }
         for change in changes {
             complain(tables.change(change));

@@ -43,12 +43,13 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// The networks of the policy with this number that it is for, or those that it is not for.
+    /// The networks of a family of the policy with this number that it is for, or those that it is not for. `::/0` is for no
+    /// IPv4 address.
     #[inline(always)]
     #[allow(clippy::inline_always)] // The verifier sees straight code.
     #[must_use]
-    pub const fn set(policy: u32, excluded: bool) -> [u8; 4] {
-        (policy << 1 | excluded as u32).to_be_bytes()
+    pub const fn set(policy: u32, excluded: bool, is_v4: bool) -> [u8; 4] {
+        (policy << 2 | (excluded as u32) << 1 | is_v4 as u32).to_be_bytes()
     }
 }
 
@@ -171,10 +172,11 @@ pub const fn life_of(identity: u64) -> u32 {
 pub const fn destination(
     policy: u32,
     excluded: bool,
+    is_v4: bool,
     prefix: u32,
     address: VipKey,
 ) -> (u32, Destination) {
-    let set = Destination::set(policy, excluded);
+    let set = Destination::set(policy, excluded, is_v4);
     (
         32 + prefix,
         Destination {

@@ -95,6 +95,8 @@ pub(in super::super) struct Guard {
     numbers: Numbers,
     /// What it goes by who judges, where that is no packet filter.
     judge: Option<Judge>,
+    /// The policies whose destinations are not all known to it: there was no room.
+    unsaid: BTreeSet<PolicyName>,
     /// What was said last.
     leaving: Option<Leaving>,
 }
@@ -144,8 +146,14 @@ impl Guard {
             numbers: Numbers::new(0, MAX_GATEWAYS, &used),
             known,
             judge: judges.then(|| Judge::adopt(ebpf)).transpose()?,
+            unsaid: BTreeSet::new(),
             leaving: None,
         })
+    }
+
+    #[cfg(test)]
+    pub(in super::super) const fn judge(&mut self) -> Option<&mut Judge> {
+        self.judge.as_mut()
     }
 
     /// Makes the maps say this and nothing else. A tenant is told after its policy's gateway, and a network of the
@@ -170,9 +178,13 @@ impl Guard {
             is_gateway: u32::from(is_gateway),
         };
         let before = self.marks.get(&0, 0)?;
-        let begins = before == Marks::default();
-        if before != marks {
+        let is_off = before == Marks::default();
+        let begins = is_off || self.judge.as_ref().is_some_and(Judge::is_new);
+        if !is_off && before != marks {
             self.marks.set(0, marks, 0)?;
+        }
+        if let Some(judge) = self.judge.as_mut().filter(|_| is_off) {
+            judge.forget_flows()?;
         }
         for index in leaving.outside.difference(&self.known.outside) {
             self.outside.insert(*index, 1, 0)?;
@@ -184,21 +196,29 @@ impl Guard {
         let numbers = self.numbers(leaving)?;
         let destinations = judge::destinations(leaving, &numbers);
         let plain = judge::plain(leaving);
+        // What there is no room for keeps nothing else from being said: whose destinations are not all known is for all, and
+        // closed.
+        let mut outcome = Ok(());
         if let Some(judge) = &mut self.judge {
-            judge.name(&destinations)?;
+            (self.unsaid, outcome) = judge.name(&destinations);
         }
         self.lead(leaving, &numbers, nodes)?;
         // Whoever is about to be in one of the two is not taken out of the other before.
         let wanted = self.tenants(leaving, &numbers, begins);
         if let Some(judge) = &mut self.judge {
-            judge.admit(&plain)?;
+            outcome = outcome.and(judge.admit(&plain));
         }
-        self.tell_tenants(&wanted)?;
+        outcome = outcome.and(self.tell_tenants(&wanted));
         if let Some(judge) = &mut self.judge {
             judge.end(&destinations, &plain)?;
         }
         self.forget_gateways(&numbers.values().copied().collect())?;
-        self.tell_inside(leaving.egress.inside.iter().map(network).collect())
+        self.tell_inside(leaving.egress.inside.iter().map(network).collect())?;
+        if is_off {
+            // Nothing goes by the tables before.
+            self.marks.set(0, marks, 0)?;
+        }
+        outcome
     }
 
     /// Takes in what may have changed without a word: this node's own Ethernet addresses.
@@ -288,7 +308,7 @@ impl Guard {
                 continue;
             };
             let mut gateway = gateway(seed_of(name), policy, leaving, &macs, nodes)?;
-            if self.judge.is_some() {
+            if self.judge.is_some() && !self.unsaid.contains(name) {
                 gateway.flags |= is_for(policy);
             }
             if self.known.gateways.get(number) != Some(&gateway) {
@@ -320,7 +340,8 @@ impl Guard {
             if pod.node == leaving.node {
                 flags |= tenant_flag::HERE;
             }
-            if egress_ip.is_some() && policy.is_some() {
+            let is_said = pod.policy().is_some_and(|it| !self.unsaid.contains(it));
+            if egress_ip.is_some() && policy.is_some() && is_said {
                 flags |= tenant_flag::OPEN;
             }
             if self.was_before(address, life, begins) {
@@ -346,27 +367,35 @@ impl Guard {
         let known = self.known.tenants.get(address);
         begins
             || judge.was_plain(address, life)
-            || known
-                .is_some_and(|known| known.life == life && known.flags & tenant_flag::BEFORE != 0)
+            || known.is_some_and(|known| {
+                let began = known.flags & tenant_flag::BEFORE != 0 || known.policy == NOBODY;
+                known.life == life && began
+            })
     }
 
     fn tell_tenants(&mut self, wanted: &BTreeMap<IpAddr, Tenant>) -> Result<(), TablesError> {
+        let mut outcome = Ok(());
+        // Who goes makes room.
+        let known = self.known.tenants.keys().copied();
+        let gone: Vec<IpAddr> = known.filter(|it| !wanted.contains_key(it)).collect();
+        for address in gone {
+            forget(self.tenants.remove(&VipKey::from_address(address)))?;
+            self.known.tenants.remove(&address);
+        }
         for (address, tenant) in wanted {
             if self.known.tenants.get(address) != Some(tenant) {
-                self.tenants
-                    .insert(VipKey::from_address(*address), tenant, 0)?;
-                self.known.tenants.insert(*address, *tenant);
+                match self
+                    .tenants
+                    .insert(VipKey::from_address(*address), tenant, 0)
+                {
+                    Ok(()) => {
+                        self.known.tenants.insert(*address, *tenant);
+                    }
+                    Err(error) => outcome = Err(error.into()),
+                }
             }
         }
-        let gone = |address: &IpAddr| !wanted.contains_key(address);
-        for (address, _) in self
-            .known
-            .tenants
-            .extract_if(.., |address, _| gone(address))
-        {
-            forget(self.tenants.remove(&VipKey::from_address(address)))?;
-        }
-        Ok(())
+        outcome
     }
 
     fn forget_gateways(&mut self, used: &BTreeSet<u32>) -> Result<(), TablesError> {
@@ -406,7 +435,10 @@ impl Guard {
         self.marks.set(0, Marks::default(), 0)?;
         // Who judges does nothing any more: those that nobody was to lead pass all the while.
         match &mut self.judge {
-            Some(judge) => judge.end(&BTreeSet::new(), &BTreeMap::new()),
+            Some(judge) => {
+                judge.end(&BTreeMap::new(), &BTreeMap::new())?;
+                judge.forget_flows()
+            }
             None => Ok(()),
         }
     }

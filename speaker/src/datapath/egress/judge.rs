@@ -82,7 +82,12 @@ pub(in super::super) fn place(
             }
             _ => {}
         }
-        let Some((theirs, id)) = found(of, &borrowed)? else {
+        // Without it nothing is told about such flows, and they end: the programs are there all the same.
+        let found = found(of, &borrowed).unwrap_or_else(|error| {
+            tracing::warn!(%error, "a map of Cilium's cannot be read");
+            None
+        });
+        let Some((theirs, id)) = found else {
             continue;
         };
         theirs
@@ -125,9 +130,10 @@ fn found(of: &Path, borrowed: &Borrowed) -> Result<Option<(MapData, u32)>, Borro
 }
 
 /// Its maps, and what this process knows to be in them.
-pub(super) struct Judge {
+pub(in super::super) struct Judge {
     plain: HashMap<MapData, VipKey, u32>,
     destinations: LpmTrie<MapData, Destination, u32>,
+    judged: HashMap<MapData, FlowKey, Judgement>,
     known_plain: BTreeMap<IpAddr, u32>,
     known_destinations: BTreeSet<(u32, Destination)>,
 }
@@ -137,6 +143,7 @@ impl Judge {
     pub(super) fn adopt(ebpf: &mut Ebpf) -> Result<Self, TablesError> {
         let plain: HashMap<_, VipKey, u32> = taken(ebpf, map::PLAIN)?;
         let destinations: LpmTrie<_, Destination, u32> = taken(ebpf, map::DESTINATIONS)?;
+        let judged: HashMap<_, FlowKey, Judgement> = taken(ebpf, map::JUDGED)?;
         let mut known_plain = BTreeMap::new();
         for entry in &plain {
             let (key, life) = entry?;
@@ -150,9 +157,29 @@ impl Judge {
         Ok(Self {
             plain,
             destinations,
+            judged,
             known_plain,
             known_destinations,
         })
+    }
+
+    /// Whether nothing was judged yet, as far as it is known.
+    pub(super) fn is_new(&self) -> bool {
+        self.known_plain.is_empty() && self.judged.keys().next().is_none()
+    }
+
+    #[cfg(test)]
+    pub(in super::super) const fn flows(&mut self) -> &mut HashMap<MapData, FlowKey, Judgement> {
+        &mut self.judged
+    }
+
+    /// Forgets all flows.
+    pub(super) fn forget_flows(&mut self) -> Result<(), TablesError> {
+        let flows: Result<Vec<FlowKey>, MapError> = self.judged.keys().collect();
+        for flow in flows? {
+            forget(self.judged.remove(&flow))?;
+        }
+        Ok(())
     }
 
     /// Whether a pod with an address was known, and nobody's tenant.
@@ -160,66 +187,98 @@ impl Judge {
         self.known_plain.get(address) == Some(&life)
     }
 
-    /// Says which destinations policies are for; those that they are not for any more stay until [`Judge::end`].
+    /// Says which destinations policies are for; those that they are not for any more stay until [`Judge::end`]. The policies
+    /// of which not all could be said.
     pub(super) fn name(
         &mut self,
-        wanted: &BTreeSet<(u32, Destination)>,
-    ) -> Result<(), TablesError> {
-        for named in wanted.difference(&self.known_destinations) {
-            self.destinations
-                .insert(&Key::new(named.0, named.1), 1, 0)?;
+        wanted: &BTreeMap<PolicyName, BTreeSet<(u32, Destination)>>,
+    ) -> (BTreeSet<PolicyName>, Result<(), TablesError>) {
+        let mut outcome = Ok(());
+        let mut unsaid = BTreeSet::new();
+        for (policy, wanted) in wanted {
+            for named in wanted {
+                if self.known_destinations.contains(named) {
+                    continue;
+                }
+                match self.destinations.insert(&Key::new(named.0, named.1), 1, 0) {
+                    Ok(()) => {
+                        self.known_destinations.insert(*named);
+                    }
+                    Err(error) => {
+                        unsaid.insert(policy.clone());
+                        outcome = Err(error.into());
+                        break;
+                    }
+                }
+            }
         }
-        self.known_destinations.extend(wanted);
-        Ok(())
+        (unsaid, outcome)
     }
 
     /// Says which pods are nobody's tenants; those that are somebody's by now stay until [`Judge::end`].
     pub(super) fn admit(&mut self, wanted: &BTreeMap<IpAddr, u32>) -> Result<(), TablesError> {
+        let mut outcome = Ok(());
         for (address, life) in wanted {
             if self.known_plain.get(address) != Some(life) {
-                self.plain.insert(VipKey::from_address(*address), life, 0)?;
-                self.known_plain.insert(*address, *life);
+                match self.plain.insert(VipKey::from_address(*address), life, 0) {
+                    Ok(()) => {
+                        self.known_plain.insert(*address, *life);
+                    }
+                    Err(error) => outcome = Err(error.into()),
+                }
             }
         }
-        Ok(())
+        outcome
     }
 
     /// Forgets all but these.
     pub(super) fn end(
         &mut self,
-        destinations: &BTreeSet<(u32, Destination)>,
+        destinations: &BTreeMap<PolicyName, BTreeSet<(u32, Destination)>>,
         plain: &BTreeMap<IpAddr, u32>,
     ) -> Result<(), TablesError> {
-        let gone = |address: &IpAddr| !plain.contains_key(address);
-        for (address, _) in self.known_plain.extract_if(.., |address, _| gone(address)) {
+        let known = self.known_plain.keys().copied();
+        let gone: Vec<IpAddr> = known.filter(|it| !plain.contains_key(it)).collect();
+        for address in gone {
             forget(self.plain.remove(&VipKey::from_address(address)))?;
+            self.known_plain.remove(&address);
         }
-        let gone = |named: &(u32, Destination)| !destinations.contains(named);
-        for (length, named) in self.known_destinations.extract_if(.., gone) {
-            forget(self.destinations.remove(&Key::new(length, named)))?;
+        let wanted: BTreeSet<(u32, Destination)> =
+            destinations.values().flatten().copied().collect();
+        let gone: Vec<_> = self
+            .known_destinations
+            .difference(&wanted)
+            .copied()
+            .collect();
+        for named in gone {
+            forget(self.destinations.remove(&Key::new(named.0, named.1)))?;
+            self.known_destinations.remove(&named);
         }
         Ok(())
     }
 }
 
-/// The destinations of all policies, by the policies' numbers.
+/// The destinations of each policy that has a number, as the maps have them.
 pub(super) fn destinations(
     leaving: &Leaving,
     numbers: &BTreeMap<PolicyName, u32>,
-) -> BTreeSet<(u32, Destination)> {
-    let mut all = BTreeSet::new();
+) -> BTreeMap<PolicyName, BTreeSet<(u32, Destination)>> {
+    let mut all = BTreeMap::new();
     for (name, policy) in &leaving.egress.policies {
         let Some(number) = numbers.get(name) else {
             continue;
         };
+        let mut of = BTreeSet::new();
         let mut add = |excluded: bool, nets: &BTreeSet<IpNet>| {
-            all.extend(nets.iter().map(|net| {
+            of.extend(nets.iter().map(|net| {
                 let (length, address) = network(net);
-                destination(*number, excluded, length, VipKey(address))
+                let is_v4 = net.addr().is_ipv4();
+                destination(*number, excluded, is_v4, length, VipKey(address))
             }));
         };
         add(false, &policy.destinations);
         add(true, &policy.excluded);
+        all.insert(name.clone(), of);
     }
     all
 }

@@ -28,6 +28,7 @@ add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
         "add chain inet {TABLE} egress-masqueraded {{ type filter hook postrouting priority srcnat + 10; policy accept; }}"
     );
     networks(text, leaving);
+    elements(text, "add", TENANTS, &tenants(leaving));
     if leaving.uplinks.is_empty() {
         return;
     }
@@ -40,7 +41,6 @@ add set inet {TABLE} egress-pods{suffix} {{ type {kind}; flags interval; }}"
             names(&leaving.uplinks)
         );
     }
-    elements(text, "add", TENANTS, &tenants(leaving));
 }
 
 /// From `old` to `new`, which have the same uplinks.

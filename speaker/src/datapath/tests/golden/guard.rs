@@ -101,7 +101,7 @@ pub(super) fn mk_leaving(gateway: Option<Gateway>) -> Change {
 
 /// What becomes of a frame that leaves.
 #[derive(Debug, PartialEq, Eq)]
-enum Left {
+pub(super) enum Left {
     /// As it was.
     Passed,
     /// From this Ethernet address to that one.
@@ -110,7 +110,7 @@ enum Left {
 }
 
 impl Program {
-    fn guards(&mut self, source: IpAddr, to: IpAddr, mark: u32, from: u32) -> Left {
+    pub(super) fn guards(&mut self, source: IpAddr, to: IpAddr, mark: u32, from: u32) -> Left {
         let frame = mk_frame(
             ethertype(source),
             &mk_ip(source, to, 6, 63, &mk_tcp(4000, 25, SYN)),

@@ -1,16 +1,19 @@
 //! Whose a packet is that no packet filter has seen: the programs say so to each other in the packet mark, and give it back.
 
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use aya::maps::{HashMap, MapData};
+use ipnet::IpNet;
 use landfall_ebpf_common::FlowKey;
 use landfall_ebpf_common::egress::guard::Guarded;
 use landfall_ebpf_common::egress::judge::cilium::{FROM_OUTSIDE, MASQUERADED, key_v4, key_v6};
-use landfall_ebpf_common::egress::judge::{IDLE, Judgement, PROGRAM, RESTORE, map};
+use landfall_ebpf_common::egress::judge::{IDLE, Judgement, MAX_DESTINATIONS, PROGRAM, RESTORE};
 use nix::time::{ClockId, clock_gettime};
 
 use super::guard::{
-    CONTEXT, EGRESS, FROM, JUDGED, MARK, NOBODYS, OUTSIDE, OWN, POD_LINK, TENANT, inside,
+    CONTEXT, EGRESS, FROM, JUDGED, Left, MARK, NOBODYS, OUTSIDE, OWN, POD_LINK, TENANT, inside,
     mk_gateway, mk_leaving, pod,
 };
 use super::native::{mk_error, mk_fragment};
@@ -131,8 +134,7 @@ impl Program {
 
     /// All flows were last heard so many seconds ago.
     fn age(&mut self, idle: u32) {
-        let map = self.ebpf.map_mut(map::JUDGED).expect("the object holds it");
-        let mut map: HashMap<&mut MapData, FlowKey, Judgement> = map.try_into().expect("it is one");
+        let map = self.tables.guard.judge().expect("it judges").flows();
         let all: Vec<(FlowKey, Judgement)> = map.iter().flatten().collect();
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is one");
         let now = u32::try_from(now.tv_sec()).expect("not so long");
@@ -208,6 +210,10 @@ fn it_says_what_the_packet_filter_would_and_gives_the_mark_back() {
             let said = program.judges(&tcp(source, to, [4000, 25]), from);
             assert_eq!(said, Some(expected), "{source} to {to} by {from}");
         }
+        // By a device that does not say where from, or by a proxy: nobody knows whose it is.
+        let stray = |to| tcp(unknown, to, [4000, 25]);
+        assert_eq!(program.judges(&stray(remote), OWN), None);
+        assert_eq!(program.judges(&stray(inside(family)), OWN), Some(0));
     }
     // Without policies it does nothing.
     program.change(&Change::Egress(None));
@@ -232,6 +238,10 @@ fn what_cilium_knows_to_be_an_answer_or_masqueraded_stays_what_it_is() {
         program.lend(tenant, remote, [25, 5000], 6, FROM_OUTSIDE);
         assert_eq!(seen(&mut program, [25, 5000]), Some(JUDGED), "an answer");
         assert_eq!(seen(&mut program, [5000, 25]), Some(BOTH), "turned round");
+        // What began outside is over, and Cilium remembers it still.
+        program.lend(tenant, remote, [5005, 25], 6, FROM_OUTSIDE);
+        assert_eq!(program.begins(tenant, remote, 5005), Some(BOTH));
+        assert_eq!(seen(&mut program, [5005, 25]), Some(BOTH), "and goes on");
         // It was there when the first policy came.
         program.lend(tenant, remote, [5001, 25], 6, MASQUERADED);
         assert_eq!(seen(&mut program, [5001, 25]), Some(JUDGED), "from before");
@@ -306,7 +316,9 @@ fn a_flow_keeps_what_it_began_with() {
         }));
         assert_eq!(program.says(tenant, remote, 1), Some(EGRESS));
         assert_eq!(program.says(tenant, remote, 3), Some(JUDGED));
+        program.lend(tenant, remote, [3, 25], 6, MASQUERADED);
         program.change(&mk(|egress| to_other(egress, family, false)));
+        assert_eq!(program.says(tenant, remote, 3), Some(JUDGED), "it stays");
         assert_eq!(
             program.says(tenant, remote, 1),
             Some(BOTH),
@@ -417,4 +429,60 @@ fn fragments_and_errors_are_of_their_flows() {
         let said = program.judges(&mk_frame(ethertype(tenant), &protocol), POD_LINK);
         assert_eq!(said, Some(BOTH), "of a protocol that is not read");
     }
+}
+
+/// A policy's networks are of their own families: nothing of IPv6 is about an IPv4 address.
+#[test]
+fn families_are_told_apart() {
+    let mut program = Program::load();
+    for (excluded, said) in [(false, [JUDGED, BOTH]), (true, [BOTH, JUDGED])] {
+        program.change(&mk(|egress| {
+            let policy = egress.policies.get_mut("mail").expect("it is there");
+            let nets = if excluded {
+                &mut policy.excluded
+            } else {
+                &mut policy.destinations
+            };
+            nets.insert("::/0".parse().expect("a literal"));
+        }));
+        for (family, vip) in VIPS.into_iter().enumerate() {
+            let begun = program.begins(pod(family, TENANT), client(vip), 4000);
+            assert_eq!(begun, Some(said[family]), "{vip}, excluded: {excluded}");
+        }
+    }
+}
+
+/// There is no room for all networks of a policy: its pods are closed, whatever it is for, and others are not concerned.
+#[test]
+fn a_policy_whose_networks_are_not_all_known_lets_nobody_out() {
+    let mut program = Program::load();
+    let many = (0..MAX_DESTINATIONS + 10).map(|number| {
+        let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 0)) + number);
+        IpNet::from(IpAddr::from(address))
+    });
+    let many: BTreeSet<IpNet> = many.collect();
+    let change = mk(|egress| {
+        to_other(egress, 0, false);
+        let web = egress.policies.get_mut("web").expect("it is there");
+        web.destinations.clone_from(&many);
+    });
+    let (web, mail) = (pod(0, TENANT), pod(1, TENANT));
+    let led = |program: &mut Program, pod: IpAddr, vip: IpAddr| {
+        let said = program.begins(pod, client(vip), 4000);
+        assert_eq!(said, Some(BOTH));
+        program.guards(pod, client(vip), BOTH, POD_LINK)
+    };
+    program
+        .tables
+        .change(&change)
+        .expect_err("there is no room");
+    assert_eq!(led(&mut program, web, VIPS[0]), Left::Dropped);
+    assert_ne!(led(&mut program, mail, VIPS[1]), Left::Dropped);
+    // With room it is for what it says.
+    program.change(&mk(|egress| {
+        to_other(egress, 0, false);
+        let web = egress.policies.get_mut("web").expect("it is there");
+        web.destinations = many.iter().take(10).copied().collect();
+    }));
+    assert_eq!(program.begins(web, client(VIPS[0]), 4000), Some(JUDGED));
 }
