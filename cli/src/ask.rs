@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::KubeConfigOptions;
 use kube::{Client, Config};
-use landfall_runtime::control;
+use landfall_runtime::{args, control};
 
 /// How to reach the API server.
 #[derive(Clone, Debug, clap::Args)]
@@ -21,15 +21,21 @@ impl ApiArgs {
     pub(crate) async fn client(&self) -> anyhow::Result<Client> {
         let config = match &self.kubeconfig {
             Some(path) => {
-                let read = Kubeconfig::read_from(path)
-                    .with_context(|| format!("--kubeconfig {}", path.display()))?;
-                Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
+                let read = args::read(path)?;
+                Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+                    .await
+                    .with_context(|| format!("--kubeconfig {}", path.display()))?
             }
             None => Config::infer().await.context(
                 "no kubeconfig, and not in a pod with a ServiceAccount: pass --kubeconfig FILE",
             )?,
         };
-        Ok(Client::try_from(config)?)
+        let server = config.cluster_url.clone();
+        let client = Client::try_from(config)?;
+        client.apiserver_version().await.with_context(|| {
+            format!("the API server at {server} does not answer: is it the right one (--kubeconfig, KUBECONFIG)?")
+        })?;
+        Ok(client)
     }
 
     /// The arguments by which kubectl finds the same.

@@ -219,7 +219,7 @@ pub enum Verdict {
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// Nobody listens there, or the caller may not ask.
-    #[error("{path}: {error}: is a speaker running here (in its pod: `kubectl exec`), and are you root?", path = .0.display(), error = .1)]
+    #[error("{path}: {error}: is a speaker running here (in its pod: `kubectl exec`), and are you root? From elsewhere: --node NODE", path = .0.display(), error = .1)]
     Unreachable(PathBuf, io::Error),
     /// It answered that it will not.
     #[error("{0}")]

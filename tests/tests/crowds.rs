@@ -9,7 +9,9 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::core::v1::Event;
 use kube::Api;
+use kube::api::ListParams;
 use landfall_api::EgressPolicy;
 use landfall_lab::crowd::{Crowd, Mirror, PSH, RST, SYN};
 use landfall_lab::server::PodServer;
@@ -244,6 +246,21 @@ fn the_budget<'a>(
         if enough { Ok(in_use) } else { Err(in_use) }
     });
     println!("the policy says {in_use}");
+    until("an Event to say what is exhausted", || {
+        let events = cluster.block_on(async {
+            let events: Api<Event> = Api::namespaced(cluster.client().await?, "default");
+            anyhow::Ok(events.list(&ListParams::default()).await?)
+        });
+        let exhausted = |event: &Event| {
+            let (reason, of) = (event.reason.as_deref(), &event.involved_object);
+            reason == Some("PortsExhausted") && of.name.as_deref() == Some("mail")
+        };
+        if events.unwrap().iter().any(exhausted) {
+            Ok(())
+        } else {
+            Err("none")
+        }
+    });
     Ok(TheirFlows {
         of,
         _mirror: mirror,

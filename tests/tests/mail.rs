@@ -41,6 +41,7 @@ fn comes_in_and_goes_out_by_one_address() {
         let lab = cluster.lab();
         let _near = PodServer::start(lab.client(), "near")?;
         let _far = PodServer::start(lab.remote(), "far")?;
+        serve_mail(lab.remote())?;
         let vips = addresses(cluster);
         println!("the Service's addresses: {vips:?}");
         await_both_ways(lab, vips);
@@ -82,7 +83,16 @@ fn addresses(cluster: &Cluster) -> [IpAddr; 2] {
 
 /// A server outside, of the family.
 fn outside(v6: bool) -> SocketAddr {
-    SocketAddr::new(Network::Remote.both(100)[usize::from(v6)], TCP_PORT)
+    SocketAddr::new(Network::Remote.both(100)[usize::from(v6)], SMTP)
+}
+
+/// A host's server is where mail servers are.
+fn serve_mail(host: &Netns) -> landfall_lab::Result<()> {
+    host.nft(&format!(
+        "add table inet mail
+         add chain inet mail in {{ type nat hook prerouting priority dstnat; }}
+         add rule inet mail in tcp dport {SMTP} redirect to :{TCP_PORT}"
+    ))
 }
 
 /// Until mail comes in to each pod, and each pod leaves by the Service's addresses.

@@ -25,7 +25,7 @@ mod sessions {
     /// How long connection tracking remembers a silent connection, in seconds; in place of days.
     const MEMORY: u64 = 1;
     /// What is younger than the copies' lag may be lost: the sessions are as old as that, and more.
-    const AGE: Duration = Duration::from_secs(2);
+    const AGE: Duration = Duration::from_secs(1);
     /// How long the mail server takes to take a message: longer than what happens meanwhile.
     const THINKS: Duration = Duration::from_secs(30);
 

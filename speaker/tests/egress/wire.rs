@@ -108,7 +108,7 @@ fn elements(netns: &Netns, family: &str) -> Vec<Value> {
     [of("seen4"), of("seen6")].concat()
 }
 
-/// Whether an address is beyond the router, or one of the LAN's clients'.
+/// Whether an address is beyond the router.
 fn is_remote(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.octets()[..2] == [10, 77],
