@@ -32,9 +32,13 @@ impl ApiArgs {
         };
         let server = config.cluster_url.clone();
         let client = Client::try_from(config)?;
-        client.apiserver_version().await.with_context(|| {
-            format!("the API server at {server} does not answer: is it the right one (--kubeconfig, KUBECONFIG)?")
-        })?;
+        // Whatever it answers: the command's own questions are to come.
+        if let Err(error @ kube::Error::Service(_)) = client.apiserver_version().await {
+            let problem = format!(
+                "the API server at {server} does not answer: is it the right one (--kubeconfig, KUBECONFIG)?"
+            );
+            return Err(anyhow::Error::new(error).context(problem));
+        }
         Ok(client)
     }
 
