@@ -80,6 +80,10 @@ pub struct PolicyUse {
     pub in_packets: u64,
     /// Bytes of them.
     pub in_bytes: u64,
+    /// How many other nodes have a copy of all its bindings, and follow; nothing where this node is not the gateway.
+    pub standbys: Option<u64>,
+    /// Milliseconds since the oldest change of them that one of these has not said to have applied.
+    pub replication_lag_milliseconds: Option<u64>,
     /// Packets that were not let through, by reason. `no-gateway` is about this node's own pods, all others about those
     /// whose gateway it is.
     pub dropped: BTreeMap<String, u64>,

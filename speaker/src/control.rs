@@ -74,6 +74,12 @@ async fn egress(State(asked): State<Asked>) -> Json<Egress> {
         let known = policies.entry(policy.to_string()).or_default();
         known.dropped.insert("no-gateway".to_owned(), *dropped);
     }
+    for (policy, coverage) in speaker.copied() {
+        let known = policies.entry(policy.to_string()).or_default();
+        known.standbys = Some(coverage.standbys);
+        let lag = u64::try_from(coverage.lag.as_millis()).unwrap_or(u64::MAX);
+        known.replication_lag_milliseconds = Some(lag);
+    }
     Json(Egress {
         node: speaker.election().me().to_string(),
         enabled: speaker.treats_egress(),
@@ -100,6 +106,7 @@ fn use_of(usage: &Usage) -> PolicyUse {
         dropped: drops
             .map(|(reason, packets)| (reason.to_owned(), packets))
             .collect(),
+        ..PolicyUse::default()
     }
 }
 

@@ -20,7 +20,7 @@ mod twin;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -32,9 +32,10 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::egress::PolicyName;
 use crate::keys::Keys;
 use actor::Actor;
-use metrics::Metrics;
+use metrics::{Metrics, lock};
 use peers::Peers;
 
 /// How to replicate.
@@ -69,12 +70,26 @@ pub struct Role {
     pub epoch: u64,
     /// The group's addresses.
     pub addresses: BTreeSet<IpAddr>,
+    /// The egress policies whose pods leave by them.
+    pub policies: BTreeSet<PolicyName>,
     /// Where the gateway is; nothing if this node is it.
     pub gateway: Option<(NodeName, SocketAddr)>,
 }
 
 /// The groups that this node leads or would take over. Of others no copy is kept.
 pub type Roles = BTreeMap<GroupId, Role>;
+
+/// How well the flows of a policy, whose gateway this node is, are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Coverage {
+    /// How many other nodes have a copy of all its bindings, and follow: with none no flow outlives this node.
+    pub standbys: u64,
+    /// How long ago the oldest change happened that one of them has not said to have applied.
+    pub lag: Duration,
+}
+
+/// The same of all policies.
+pub type Copied = BTreeMap<PolicyName, Coverage>;
 
 /// What happened to the bindings of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +136,8 @@ pub trait Copying: Send + Sync {
     fn take_roles(&self, roles: Roles);
     /// New keys, for connections to come. Returns at once.
     fn rekey(&self, keys: Keys);
+    /// How well policies whose gateway this node is are copied, as it was a moment ago.
+    fn copied(&self) -> Copied;
 }
 
 /// Replicates until it is dropped.
@@ -129,6 +146,7 @@ pub struct Replication {
     roles: watch::Sender<Roles>,
     keys: watch::Sender<Keys>,
     address: SocketAddr,
+    copied: Arc<Mutex<Copied>>,
     _actor: AbortOnDropHandle<()>,
 }
 
@@ -151,12 +169,14 @@ impl Replication {
         let (keys, current) = watch::channel(keys);
         let (roles, wanted) = watch::channel(Roles::new());
         let (peers, heard) = Peers::new(config.node.clone(), current, metrics.clone());
+        let copied = Arc::clone(&metrics.copied);
         let actor = Actor::new(config, peers, bindings, metrics);
         let actor = tokio::spawn(actor.run(listener, wanted, happened, heard));
         Ok(Self {
             roles,
             keys,
             address,
+            copied,
             _actor: AbortOnDropHandle::new(actor),
         })
     }
@@ -178,5 +198,9 @@ impl Copying for Replication {
 
     fn rekey(&self, keys: Keys) {
         self.keys.send_replace(keys);
+    }
+
+    fn copied(&self) -> Copied {
+        lock(&self.copied).clone()
     }
 }

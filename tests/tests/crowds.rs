@@ -19,7 +19,7 @@ use landfall_lab::{Fault, Netns, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, await_egress, await_seen, egress, far};
 use landfall_tests::{Cluster, PATIENCE, chart, objects, until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Ports 1024 to 65535: as many flows can an address have to one remote and port.
 const BUDGET: usize = 64_512;
@@ -27,6 +27,8 @@ const BUDGET: usize = 64_512;
 const WANTED: usize = 70_000;
 /// How many the other tenant has to the same remote and port.
 const OTHERS: usize = 1_000;
+/// The first of the pods' own ports.
+const FROM: u16 = 20_000;
 /// As fast as can be.
 const ALL_OUT: f64 = 1e9;
 /// Where connections are closed as they come.
@@ -53,7 +55,7 @@ fn four_pods_to_one_remote_and_port() {
         let [other, pods @ ..] = &others[..] else {
             panic!("there are two other nodes");
         };
-        become_another_tenants(cluster, other)?;
+        become_another_tenants(cluster, other, &json!(null))?;
         let pods: Vec<&Pod> = pods.iter().copied().chain([own[0]]).collect();
         println!(
             "{gateway} is the gateway of {} and three others",
@@ -68,6 +70,12 @@ fn four_pods_to_one_remote_and_port() {
             crowds.push(the_budget(cluster, &pods, other, server, before)?);
         }
 
+        a_quota(cluster, other)?;
+        await_metric(
+            cluster,
+            &gateway,
+            "egress_policy_standbys{policy=\"mail\"} 1",
+        );
         println!("{gateway} loses its power");
         thread::sleep(AGE);
         lab.inject(&gateway, Fault::PowerOff)?;
@@ -87,14 +95,15 @@ fn others_egress() -> [IpAddr; 2] {
     Network::Lan.both(235)
 }
 
-/// A pod becomes the tenant of another policy.
-fn become_another_tenants(cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
+/// A pod becomes the tenant of another policy, with this quota.
+fn become_another_tenants(cluster: &Cluster, pod: &Pod, quota: &Value) -> anyhow::Result<()> {
     let policy = json!({
         "apiVersion": "landfall.dev/v1alpha1", "kind": "EgressPolicy",
         "metadata": {"name": "shop"},
         "spec": {
             "podSelector": {"matchLabels": {"app": "shop"}},
             "egressIPs": {"addresses": others_egress()},
+            "quota": quota,
         },
     });
     chart::apply(cluster.plane(), &policy.to_string())?;
@@ -158,13 +167,13 @@ struct Of<'a> {
 }
 
 impl<'a> Of<'a> {
-    /// So many that are still to begin.
-    fn wanted(pod: &'a Pod, number: usize, remote: IpAddr) -> anyhow::Result<Self> {
+    /// So many that are still to begin, from this port on.
+    fn wanted(pod: &'a Pod, from: u16, number: usize, remote: IpAddr) -> anyhow::Result<Self> {
         let own = pod.addresses[usize::from(remote.is_ipv6())];
         Ok(Self {
             pod,
             crowd: Crowd::of(&pod.netns, remote)?,
-            flows: (20_000..)
+            flows: (from..)
                 .take(number)
                 .map(|port| (own, port).into())
                 .collect(),
@@ -214,9 +223,9 @@ fn the_budget<'a>(
         .collect();
     let mut of = Vec::new();
     for pod in pods {
-        of.push(Of::wanted(pod, WANTED / pods.len(), remote)?);
+        of.push(Of::wanted(pod, FROM, WANTED / pods.len(), remote)?);
     }
-    let mut its = [Of::wanted(other, OTHERS, remote)?];
+    let mut its = [Of::wanted(other, FROM, OTHERS, remote)?];
     let begun = Instant::now();
     let excess = refused(&mut of, SYN);
     println!(
@@ -246,25 +255,59 @@ fn the_budget<'a>(
         if enough { Ok(in_use) } else { Err(in_use) }
     });
     println!("the policy says {in_use}");
-    until("an Event to say what is exhausted", || {
-        let events = cluster.block_on(async {
-            let events: Api<Event> = Api::namespaced(cluster.client().await?, "default");
-            anyhow::Ok(events.list(&ListParams::default()).await?)
-        });
-        let exhausted = |event: &Event| {
-            let (reason, of) = (event.reason.as_deref(), &event.involved_object);
-            reason == Some("PortsExhausted") && of.name.as_deref() == Some("mail")
-        };
-        if events.unwrap().iter().any(exhausted) {
-            Ok(())
-        } else {
-            Err("none")
-        }
-    });
+    await_event(cluster, "mail", "PortsExhausted");
     Ok(TheirFlows {
         of,
         _mirror: mirror,
     })
+}
+
+/// The other tenant's pod gets a quota below what it has: it keeps what is there and begins nothing. Then one above: so many
+/// more it gets.
+fn a_quota(cluster: &Cluster, other: &Pod) -> anyhow::Result<()> {
+    const MORE: usize = 100;
+    let gateway = tenants::gateway(cluster.lab(), others_egress()[0]);
+    for (quota, free) in [(OTHERS / 2, 0), (OTHERS + MORE, MORE)] {
+        let all = 10 * OTHERS + quota;
+        become_another_tenants(cluster, other, &json!({"portsPerPod": quota, "ports": all}))?;
+        let said = format!("egress_policy_ports_quota{{policy=\"shop\"}} {all}");
+        await_metric(cluster, &gateway, &said);
+        for server in far() {
+            let mut more = [Of::wanted(other, 2 * FROM, 3 * MORE, server.ip())?];
+            assert_eq!(refused(&mut more, SYN), 3 * MORE - free);
+            let mut its = [Of::wanted(other, FROM, OTHERS, server.ip())?];
+            assert_eq!(refused(&mut its, PSH), 0);
+        }
+    }
+    await_event(cluster, "shop", "QuotaExhausted");
+    Ok(())
+}
+
+/// Until a node's speaker shows this line.
+fn await_metric(cluster: &Cluster, node: &str, line: &str) {
+    let line = format!("landfall_{line}");
+    until(&line, || {
+        let metrics = cluster.lab().speaker_metrics(node)?;
+        let egress = |shown: &&str| shown.starts_with("landfall_egress_policy_");
+        let shown: Vec<&str> = metrics.lines().filter(egress).collect();
+        anyhow::ensure!(shown.contains(&&*line), "{shown:#?}");
+        Ok(())
+    });
+}
+
+/// Until an Event of a policy has this reason.
+fn await_event(cluster: &Cluster, policy: &str, reason: &str) {
+    until(&format!("an Event of {policy} to say {reason}"), || {
+        let events = cluster.block_on(async {
+            let events: Api<Event> = Api::namespaced(cluster.client().await?, "default");
+            anyhow::Ok(events.list(&ListParams::default()).await?)
+        });
+        let says = |event: &Event| {
+            let of = &event.involved_object;
+            event.reason.as_deref() == Some(reason) && of.name.as_deref() == Some(policy)
+        };
+        events.unwrap().iter().any(says).then_some(()).ok_or("none")
+    });
 }
 
 /// Does something for several pods at once.

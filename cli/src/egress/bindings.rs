@@ -10,6 +10,9 @@ use crate::ask::{Format, SpeakerArgs};
 use crate::table::{aligned, or_none};
 use crate::{exec, print};
 
+/// How far a copy may be behind before that is said, in milliseconds: a busy gateway's is some tens.
+const MAX_LAG_MS: u64 = 1000;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only those of this policy's pods.
@@ -108,6 +111,9 @@ pub(super) async fn run(args: Args) -> anyhow::Result<bool> {
     for note in dropped(&here, args.policy.as_deref()) {
         print::note(note);
     }
+    if let Some(note) = uncopied(&here, args.policy.as_deref()) {
+        print::note(note);
+    }
     Ok(any)
 }
 
@@ -123,6 +129,37 @@ fn dropped(here: &Egress, policy: Option<&str>) -> Vec<String> {
         ))
     });
     lines.collect()
+}
+
+/// Which policies' flows, or whether this one's, would not outlive the node, or not all of them.
+fn uncopied(here: &Egress, policy: Option<&str>) -> Option<String> {
+    let policies = here.policies.iter();
+    let asked = policies.filter(|(name, _)| policy.is_none_or(|policy| policy == **name));
+    let (mut nowhere, mut late) = (Vec::new(), Vec::new());
+    for (name, used) in asked {
+        let lag = used.replication_lag_milliseconds.unwrap_or(0);
+        if used.standbys == Some(0) {
+            nowhere.push(name.as_str());
+        } else if lag > MAX_LAG_MS {
+            let seconds = lag / 1000;
+            late.push(format!("{name} ({seconds} s)"));
+        }
+    }
+    let node = &here.node;
+    let mut said = Vec::new();
+    if !nowhere.is_empty() {
+        let list = nowhere.join(", ");
+        said.push(format!(
+            "No other node has a copy of all flows of {list}: they would end with {node}."
+        ));
+    }
+    if !late.is_empty() {
+        let list = late.join(", ");
+        said.push(format!(
+            "Copies are behind: {list}. What began since would end with {node}."
+        ));
+    }
+    (!said.is_empty()).then(|| said.join(" "))
 }
 
 /// Numbers of packets by reason, if there are any.
@@ -310,6 +347,34 @@ mod tests {
         assert_eq!(dropped(&here, None), expected);
         assert_eq!(dropped(&here, Some("mail")), expected);
         assert!(dropped(&here, Some("shop")).is_empty());
+    }
+
+    #[test]
+    fn what_no_other_node_has_is_said() {
+        let mut here = Egress {
+            node: "n1".into(),
+            ..Egress::default()
+        };
+        for (policy, standbys, lag) in [
+            ("elsewhere", None, None),
+            ("lone", Some(0), Some(0)),
+            ("mail", Some(1), Some(40)),
+            ("shop", Some(1), Some(2_300)),
+        ] {
+            let used = control::PolicyUse {
+                standbys,
+                replication_lag_milliseconds: lag,
+                ..control::PolicyUse::default()
+            };
+            here.policies.insert(policy.into(), used);
+        }
+        let lone = "No other node has a copy of all flows of lone: they would end with n1.";
+        let shop = "Copies are behind: shop (2 s). What began since would end with n1.";
+        assert_eq!(uncopied(&here, None), Some(format!("{lone} {shop}")));
+        assert_eq!(uncopied(&here, Some("lone")).as_deref(), Some(lone));
+        for policy in ["elsewhere", "mail"] {
+            assert_eq!(uncopied(&here, Some(policy)), None);
+        }
     }
 
     #[test]

@@ -271,6 +271,7 @@ fn the_lag_is_of_the_oldest_change() {
     world.writer.record(Change::New(binding(2)), at(15));
     let b = world.standby.clone();
     assert_eq!(world.writer.behind(&b), Some(2));
+    assert_eq!(world.writer.lag(&b, at(25)), Some(at(15)));
     let Some(Message::Changes {
         position, changes, ..
     }) = world.writer.poll(&b)
@@ -281,9 +282,39 @@ fn the_lag_is_of_the_oldest_change() {
         next: position.next + changes.len() as u64,
         ..position
     };
-    assert_eq!(world.writer.applied(&b, end, at(30)), Some(at(20)));
+    let half = Position {
+        next: position.next + 1,
+        ..position
+    };
+    assert_eq!(world.writer.applied(&b, half, at(28)), Some(at(18)));
+    assert_eq!(world.writer.lag(&b, at(29)), Some(at(14)));
+    assert_eq!(world.writer.applied(&b, end, at(30)), Some(at(15)));
     assert_eq!(world.writer.applied(&b, end, at(40)), None);
     assert_eq!(world.writer.behind(&b), Some(0));
+    assert_eq!(world.writer.lag(&b, at(40)), Some(at(0)));
+}
+
+#[test]
+fn who_is_copied_to_has_no_lag() {
+    let mut world = World::new(2);
+    let at = Duration::from_millis;
+    let b = world.standby.clone();
+    assert_eq!(world.writer.lag(&b, at(0)), None, "it has nothing yet");
+    while world.send() {}
+    assert_eq!(world.writer.lag(&b, at(0)), None, "it was sent all");
+    world.settle();
+    assert_eq!(world.writer.lag(&b, at(0)), Some(at(0)));
+    // More than are kept: it is to be copied to anew.
+    for n in 0..3 {
+        world.writer.record(Change::New(binding(n)), at(1));
+    }
+    assert_eq!(world.writer.lag(&b, at(2)), None);
+    world.settle();
+    assert_eq!(world.writer.lag(&b, at(3)), Some(at(0)));
+    world.writer.lost();
+    assert_eq!(world.writer.lag(&b, at(4)), None);
+    let nobody: NodeName = "nobody".into();
+    assert_eq!(world.writer.lag(&nobody, at(4)), None);
 }
 
 #[test]

@@ -42,7 +42,9 @@ enum Copy {
     Due,
     /// It goes on.
     Running,
-    /// None is needed.
+    /// All of it was sent.
+    Sent,
+    /// None is needed: it has been applied.
     Done,
 }
 
@@ -182,7 +184,7 @@ impl Writer {
             })
             .collect();
         if last {
-            follower.copy = Copy::Done;
+            follower.copy = Copy::Sent;
             messages.push(Message::End {
                 group: group.clone(),
             });
@@ -203,6 +205,9 @@ impl Writer {
         if position.epoch != self.epoch || !known.contains(&position.next) {
             return None;
         }
+        if follower.copy == Copy::Sent {
+            follower.copy = Copy::Done;
+        }
         let oldest = follower.applied;
         follower.applied = position.next;
         if oldest == position.next {
@@ -211,6 +216,22 @@ impl Writer {
         let at = usize::try_from(oldest.checked_sub(first)?).ok()?;
         let (happened, _) = self.log.get(at)?;
         Some(now.saturating_sub(*happened))
+    }
+
+    /// How long ago the oldest change happened that a follower has not said to have applied, zero if it has applied all;
+    /// nothing while it is copied to, or is to be.
+    pub fn lag(&self, node: &NodeName, now: Duration) -> Option<Duration> {
+        let follower = self.followers.get(node)?;
+        if follower.copy != Copy::Done || follower.next < self.first {
+            return None;
+        }
+        let Ok(at) = usize::try_from(follower.applied.saturating_sub(self.first)) else {
+            return None;
+        };
+        let oldest = self.log.get(at);
+        Some(oldest.map_or(Duration::ZERO, |(happened, _)| {
+            now.saturating_sub(*happened)
+        }))
     }
 
     /// How many changes a follower has not said to have applied; nothing while it is copied to.

@@ -9,7 +9,8 @@ use landfall_core::model::NodeName;
 
 use super::Speaker;
 use crate::datapath::egress::{Licence, Standing};
-use crate::replication::{Role, Roles};
+use crate::egress::PolicyName;
+use crate::replication::{Copied, Role, Roles};
 
 /// How long a gateway that sees less than half of the nodes goes on with the flows that it has. By then another has taken
 /// over, if there is another.
@@ -56,27 +57,29 @@ impl Speaker {
         let Some(copying) = self.parts.copying.clone() else {
             return;
         };
-        let mut addresses: BTreeMap<GroupId, BTreeSet<IpAddr>> = BTreeMap::new();
+        let mut leaves: BTreeMap<GroupId, Leaves> = BTreeMap::new();
         for policy in self.plan.policies() {
             for address in self.egress.addresses_of(policy) {
                 if let Some(vip) = self.index.virtual_ip(address) {
-                    let of_group = addresses.entry(vip.group.clone()).or_default();
-                    of_group.insert(address);
+                    let (addresses, policies) = leaves.entry(vip.group.clone()).or_default();
+                    addresses.insert(address);
+                    policies.insert(policy.clone());
                 }
             }
         }
         let mut roles = Roles::new();
-        for (group, addresses) in addresses {
+        for (group, (addresses, policies)) in leaves {
             let role = match self.role_in(&group) {
                 Part::Unknown => self.copies.roles.remove(&group),
                 Part::None => None,
                 Part::Is { epoch, gateway } => Some(Role {
                     epoch,
-                    addresses: BTreeSet::new(),
+                    addresses,
+                    policies,
                     gateway,
                 }),
             };
-            roles.extend(role.map(|role| (group, Role { addresses, ..role })));
+            roles.extend(role.map(|role| (group, role)));
         }
         if roles == self.copies.roles {
             return;
@@ -90,6 +93,12 @@ impl Speaker {
         self.copies.roles = roles;
         self.stand();
         copying.take_roles(self.copies.roles.clone());
+    }
+
+    /// How well the flows of the policies whose gateway this node is are copied, as it was a moment ago.
+    pub fn copied(&self) -> Copied {
+        let copying = self.parts.copying.as_ref();
+        copying.map(|it| it.copied()).unwrap_or_default()
     }
 
     /// Tells the programs what this node is to egress addresses.
@@ -255,6 +264,9 @@ impl Speaker {
         self.stand();
     }
 }
+
+/// Addresses of a group, and the policies whose pods leave by them.
+type Leaves = (BTreeSet<IpAddr>, BTreeSet<PolicyName>);
 
 /// What this node is to a group.
 enum Part {

@@ -26,7 +26,7 @@ use crate::datapath::{Attachment, Change as Told, Held, Interfaces, VipCount};
 use crate::egress::{InForce, PolicyName};
 use crate::membership::twin::{Hub, Twin as Member};
 use crate::node_rules::Rules;
-use crate::replication::{Bindings, Copying, Happened, Roles};
+use crate::replication::{Bindings, Copied, Copying, Happened, Roles};
 
 /// By which mark the node's rules know what was translated.
 const ARRIVAL: u32 = 0x1000;
@@ -202,6 +202,10 @@ impl Copying for Lower {
     }
 
     fn rekey(&self, _: Keys) {}
+
+    fn copied(&self) -> Copied {
+        Copied::new()
+    }
 }
 
 struct Host {

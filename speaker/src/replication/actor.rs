@@ -14,9 +14,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{debug, warn};
 
-use super::metrics::Metrics;
+use super::metrics::{Metrics, lock};
 use super::peers::{Heard, Line, LineId, Peers};
-use super::{Bindings, CHUNK, Config, Cursor, Happened, Role, Roles};
+use super::{Bindings, CHUNK, Config, Copied, Coverage, Cursor, Happened, Role, Roles};
+use crate::egress::PolicyName;
 
 /// How often a gateway that did not lead, or was not there, is asked again.
 const ASK: Duration = Duration::from_millis(200);
@@ -45,6 +46,7 @@ pub(super) struct Actor {
 struct Led {
     writer: Writer,
     addresses: BTreeSet<IpAddr>,
+    policies: BTreeSet<PolicyName>,
     /// How far each copy is.
     cursors: BTreeMap<NodeName, Option<Cursor>>,
 }
@@ -194,8 +196,10 @@ impl Actor {
         let led = self.led.entry(group.clone()).or_insert_with(|| Led {
             writer: Writer::new(group.clone(), role.epoch, log, first()),
             addresses: role.addresses.clone(),
+            policies: BTreeSet::new(),
             cursors: BTreeMap::new(),
         });
+        led.policies.clone_from(&role.policies);
         if led.writer.epoch() != role.epoch {
             let mut writer = Writer::new(group.clone(), role.epoch, log, first());
             for follower in led.writer.followers() {
@@ -349,6 +353,29 @@ impl Actor {
         self.metrics
             .behind
             .set(i64::try_from(behind).unwrap_or(i64::MAX));
+        *lock(&self.metrics.copied) = self.copied();
+    }
+
+    /// Of a policy with several groups, the one that is copied worst.
+    fn copied(&self) -> Copied {
+        let now = self.now();
+        let mut copied = Copied::new();
+        for led in self.led.values() {
+            let followers = led.writer.followers();
+            let lags: Vec<Duration> = followers
+                .filter_map(|follower| led.writer.lag(follower, now))
+                .collect();
+            let coverage = Coverage {
+                standbys: lags.len() as u64,
+                lag: lags.into_iter().max().unwrap_or_default(),
+            };
+            for policy in &led.policies {
+                let worst = copied.entry(policy.clone()).or_insert(coverage);
+                worst.standbys = worst.standbys.min(coverage.standbys);
+                worst.lag = worst.lag.max(coverage.lag);
+            }
+        }
+        copied
     }
 
     async fn hear(&mut self, heard: Heard) {

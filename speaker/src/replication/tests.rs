@@ -67,6 +67,7 @@ impl Node {
         let role = Role {
             epoch,
             addresses: BTreeSet::from([egress()]),
+            policies: BTreeSet::from(["mail".into(), "shop".into()]),
             gateway,
         };
         Roles::from([("g".into(), role)])
@@ -79,6 +80,16 @@ impl Node {
     fn follows(&self, epoch: u64, gateway: &Self) {
         self.replication
             .take_roles(Self::role(epoch, Some(gateway)));
+    }
+
+    /// How many nodes have all that this gateway has of a policy, as it says itself and as Prometheus hears.
+    fn covered_by(&self, policy: &str) -> Option<u64> {
+        let said = self.replication.copied().get(policy)?.standbys;
+        let name = |of| format!("egress_policy_{of}{{policy=\"{policy}\"}}");
+        let counted = self.metric(&name("standbys"));
+        let lag = self.metric(&name("replication_lag_seconds"));
+        let agree = (counted - f64::from(u32::try_from(said).unwrap())).abs() < 0.5;
+        (agree && lag < 10.0).then_some(said)
     }
 
     /// A metric's value, by the beginning of its line.
@@ -112,11 +123,16 @@ async fn a_standby_has_what_its_gateway_has() {
     let (a, b) = (Node::start("a", KEY).await, Node::start("b", KEY).await);
     a.leads(3);
     a.twin.change(new(0..5_000)).await;
+    eventually("nobody to follow", || a.covered_by("mail") == Some(0)).await;
     // What an earlier gateway had left.
     b.twin.all().insert(binding(70_000));
     b.follows(3, &a);
     alike(&a, &b).await;
     assert_eq!(b.twin.all().len(), 5_000);
+    for policy in ["mail", "shop"] {
+        eventually("it is followed", || a.covered_by(policy) == Some(1)).await;
+    }
+    assert!(b.replication.copied().is_empty());
     let closed = (0..2_500).map(|n| Change::Closed(binding(n))).collect();
     a.twin.change(closed).await;
     a.twin.change(new(5_000..5_010)).await;
@@ -225,6 +241,7 @@ async fn what_was_said_cannot_be_said_again() {
     let role = Role {
         epoch: 1,
         addresses: BTreeSet::from([egress()]),
+        policies: BTreeSet::new(),
         gateway: Some(("a".into(), between.local_addr().unwrap())),
     };
     b.replication.take_roles(Roles::from([("g".into(), role)]));

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use landfall_lab::PodLinks;
 use landfall_lab::server::TCP_PORT;
 
 use super::cni::Cni;
@@ -49,9 +50,10 @@ fn hammer(cluster: &Cluster, remote: IpAddr, stop: &AtomicBool, opened: &AtomicU
     });
 }
 
-fn survives(cni: Cni) {
+fn survives(cni: Cni, pod_links: PodLinks) {
     let cluster = Cluster::armed(&Plan {
         cni,
+        pod_links,
         ..Plan::default()
     });
     let (pod, outside) = (&cluster.pod(0).netns, cluster.lab.remote());
@@ -117,22 +119,29 @@ fn survives(cni: Cni) {
             }
             cluster.assert_clean(&[]);
         }
-        println!("{cni:?}, {name}: all flows spoke within {slowest:?} ms");
+        println!("{cni:?}, {pod_links:?}, {name}: all flows spoke within {slowest:?} ms");
     }
-    println!("{cni:?}: {:?}", cluster.guarded());
+    println!("{cni:?}, {pod_links:?}: {:?}", cluster.guarded());
 }
 
 #[test]
 fn beside_nftables() {
-    survives(Cni::Nftables);
+    survives(Cni::Nftables, PodLinks::Bridge);
 }
 
 #[test]
 fn beside_iptables_nft() {
-    survives(Cni::IptablesNft);
+    survives(Cni::IptablesNft, PodLinks::Bridge);
 }
 
 #[test]
 fn beside_iptables_legacy() {
-    survives(Cni::IptablesLegacy);
+    survives(Cni::IptablesLegacy, PodLinks::Bridge);
+}
+
+#[test]
+fn on_links_of_their_own() {
+    for cni in [Cni::Nftables, Cni::IptablesNft, Cni::IptablesLegacy] {
+        survives(cni, PodLinks::PointToPoint);
+    }
 }

@@ -42,7 +42,17 @@ fn beside_nftables() {
 }
 
 #[test]
+fn beside_nftables_on_links_of_their_own() {
+    leaves_by_the_policy(Cni::Nftables, PodLinks::PointToPoint);
+}
+
+#[test]
 fn beside_iptables_nft() {
+    leaves_by_the_policy(Cni::IptablesNft, PodLinks::Bridge);
+}
+
+#[test]
+fn beside_iptables_nft_on_links_of_their_own() {
     leaves_by_the_policy(Cni::IptablesNft, PodLinks::PointToPoint);
 }
 
@@ -52,6 +62,6 @@ fn beside_iptables_legacy() {
 }
 
 #[test]
-fn on_links_of_their_own() {
-    leaves_by_the_policy(Cni::Nftables, PodLinks::PointToPoint);
+fn beside_iptables_legacy_on_links_of_their_own() {
+    leaves_by_the_policy(Cni::IptablesLegacy, PodLinks::PointToPoint);
 }

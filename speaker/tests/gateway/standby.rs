@@ -1,6 +1,6 @@
 //! A second gateway at the segment, which would take over from the first, and the replication between the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread;
@@ -59,6 +59,7 @@ impl Speaks {
         let role = Role {
             epoch,
             addresses: EGRESS.map(ip).into(),
+            policies: BTreeSet::from(["mail".into()]),
             gateway,
         };
         let roles = Roles::from([("mail".into(), role)]);

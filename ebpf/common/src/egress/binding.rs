@@ -150,11 +150,16 @@ pub struct Claim {
     pub port: u16,
     /// A [`phase`].
     pub phase: u8,
+    /// The flow is counted for its pod's quota.
+    pub counted: bool,
     /// Goes up each time the port changes hands.
     pub generation: u8,
     /// When the flow's sender was last heard, in [`ticks`]. Of a flow that has ended: when it did.
     pub seen: u32,
 }
+
+/// Beside the phase: that the flow is counted.
+const COUNTED: u8 = 0x80;
 
 /// Phases of a binding.
 pub mod phase {
@@ -174,9 +179,18 @@ impl Claim {
         Self {
             port,
             phase: phase::LIVE,
+            counted: false,
             generation: 0,
             seen: now,
         }
+    }
+
+    /// The same of a flow that is counted, or is not.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    #[must_use]
+    pub const fn with_count(self, counted: bool) -> Self {
+        Self { counted, ..self }
     }
 
     /// From its word. The upper half of that is the time.
@@ -185,7 +199,8 @@ impl Claim {
     pub const fn read(word: u64) -> Self {
         Self {
             port: word as u16,
-            phase: (word >> 16) as u8,
+            phase: (word >> 16) as u8 & !COUNTED,
+            counted: (word >> 16) as u8 & COUNTED != 0,
             generation: (word >> 24) as u8,
             seen: (word >> 32) as u32,
         }
@@ -196,7 +211,7 @@ impl Claim {
     #[allow(clippy::inline_always)] // As above.
     pub const fn word(self) -> u64 {
         self.port as u64
-            | (self.phase as u64) << 16
+            | ((self.phase | if self.counted { COUNTED } else { 0 }) as u64) << 16
             | (self.generation as u64) << 24
             | (self.seen as u64) << 32
     }
@@ -217,6 +232,7 @@ impl Claim {
         Self {
             port,
             phase: phase::LIVE,
+            counted: false,
             generation: self.generation.wrapping_add(1),
             seen: now,
         }
@@ -231,8 +247,6 @@ pub mod heard {
     pub const RST: u8 = 4;
     /// Of the remote: anything. Of the pod: anything after that.
     pub const OPEN: u8 = 16;
-    /// Of the pod: the binding is counted for the pod's quota.
-    pub const COUNTED: u8 = 128;
 }
 
 /// TCP flags (RFC 9293, 3.1).
@@ -260,7 +274,7 @@ impl Sides {
         let Self { mut ours, theirs } = self;
         if tcp & (SYN | ACK) == SYN {
             return Self {
-                ours: ours & heard::COUNTED,
+                ours: 0,
                 theirs: theirs & heard::OPEN,
             };
         }
@@ -305,7 +319,7 @@ impl Sides {
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
     pub const fn is_settled(self) -> bool {
-        self.ours & !heard::COUNTED == heard::OPEN && self.theirs == heard::OPEN
+        self.ours == heard::OPEN && self.theirs == heard::OPEN
     }
 
     /// Both have ended.
@@ -383,10 +397,15 @@ mod tests {
         let claim = Claim {
             port: 0xabcd,
             phase: phase::CLOSED,
+            counted: false,
             generation: 255,
             seen: 0x1234_5678,
         };
         assert_eq!(Claim::read(claim.word()), claim);
+        let counted = claim.with_count(true);
+        assert_eq!(Claim::read(counted.word()), counted);
+        assert_ne!(counted.word(), claim.word());
+        assert_eq!(counted.handed(7, 9), claim.handed(7, 9));
         let next = claim.handed(7, 9);
         assert_eq!(next, Claim::new(7, 9));
     }
@@ -464,19 +483,6 @@ mod tests {
         let reset = told(&[(true, SYN), (false, ACK), (true, RST), (true, SYN)]);
         assert_eq!(reset.ours & heard::RST, 0);
         assert!(reset.after_theirs(SYN | ACK).after_ours(ACK).is_settled());
-    }
-
-    #[test]
-    fn what_is_counted_stays_counted() {
-        let counted = Sides {
-            ours: heard::COUNTED,
-            theirs: 0,
-        };
-        for tcp in [SYN, ACK, FIN, RST, FIN | ACK] {
-            assert_ne!(counted.after_ours(tcp).ours & heard::COUNTED, 0);
-        }
-        let open = counted.after_ours(SYN).after_theirs(SYN | ACK);
-        assert!(open.after_ours(ACK).is_settled());
     }
 
     #[test]

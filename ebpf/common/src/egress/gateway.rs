@@ -415,7 +415,8 @@ impl core::ops::AddAssign for PolicyCount {
 
 /// What the program that ends bindings is told: keys of the map *in*, behind an Ethernet header that means nothing.
 pub mod keep {
-    /// Where it says how many keys there are (one byte), and of which family (one byte: 4 or 6, and [`AT_ONCE`]).
+    /// Where it says how many keys there are (one byte), and of which family (one byte: 4 or 6, and
+    /// [`AT_ONCE`] or [`COUNT`]).
     pub const HEAD: usize = 14;
     /// Where the keys begin.
     pub const KEYS: usize = 16;
@@ -423,6 +424,10 @@ pub mod keep {
     pub const MOST: usize = 64;
     /// In the byte of the family: they end though they are in use.
     pub const AT_ONCE: u8 = 0x80;
+    /// Likewise: they do not end, and are counted for their pods' quotas.
+    pub const COUNT: u8 = 0x40;
+    /// What is besides in that byte.
+    pub const FLAGS: u8 = AT_ONCE | COUNT;
 }
 
 /// The names of a gateway's maps.

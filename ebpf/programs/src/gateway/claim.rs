@@ -4,7 +4,7 @@
 use core::marker::PhantomData;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use landfall_ebpf_common::egress::binding::{Address, Binding, Claim, Key, heard, phase};
+use landfall_ebpf_common::egress::binding::{Address, Binding, Claim, Key, phase};
 use landfall_ebpf_common::egress::gateway::Reason;
 use landfall_ebpf_common::egress::ports::{Book, Crowd, FIRST, Returned, choose, seed};
 use landfall_ebpf_common::{PortKey, VipKey};
@@ -56,14 +56,14 @@ pub(super) fn reserve<F: Family>(room: &mut Room<F::A>) -> Result<(), Reason> {
     } else if word::add_below(used, u64::from(quota.ports)).is_err() {
         return Err(Reason::Quota);
     }
-    room.value.ours = 0;
+    (room.value.ours, room.counted) = (0, 0);
     if quota.ports_per_pod == 0 {
         return Ok(());
     }
     room.other = room.out.target();
     let outcome = count_pod::<F>(&room.other, u64::from(quota.ports_per_pod));
     if outcome.is_ok() {
-        room.value.ours = heard::COUNTED;
+        room.counted = 1;
     } else {
         word::add(used, LESS);
     }
@@ -77,14 +77,52 @@ pub(super) fn count_copy<F: Family>(room: &mut Room<F::A>) -> Result<(), Reason>
     let (Some(quota), Some(used)) = (maps::policy(policy), maps::used(policy)) else {
         return Err(Reason::NoWay);
     };
-    room.value.ours = 0;
+    (room.value.ours, room.counted) = (0, 0);
     if quota.ports_per_pod != 0 {
         room.other = room.out.target();
         count_pod::<F>(&room.other, REMOVED)?;
-        room.value.ours = heard::COUNTED;
+        room.counted = 1;
     }
     word::add(used, 1);
     Ok(())
+}
+
+/// Counts a flow for its pod's quota that began before there was one, whatever the quota is; its key *in* is in the room.
+/// Not 0, if it is counted now.
+#[inline(always)]
+pub(super) fn count_late<F: Family>() -> u32 {
+    let Some(room) = F::room() else {
+        return 0;
+    };
+    let Some(entry) = F::inward().get_ptr_mut(&room.inward) else {
+        return 0;
+    };
+    let claim = claim_of(entry);
+    // SAFETY: the map gave the pointer; if its owner changes meanwhile the claim does.
+    let (pod, policy) = unsafe { ((*entry).to, (*entry).policy) };
+    let limited = maps::policy(policy).is_some_and(|policy| policy.ports_per_pod != 0);
+    if claim.phase != phase::LIVE || claim.counted || !limited {
+        return 0;
+    }
+    room.other = Key {
+        local: pod,
+        local_port: 0,
+        ..room.inward
+    };
+    if count_pod::<F>(&room.other, REMOVED).is_err() {
+        return 0;
+    }
+    let mut before = claim;
+    for _ in 0..TRIES {
+        if turn(entry, before, before.with_count(true)) {
+            return 1;
+        }
+        // It may have been heard in between, which is no other flow.
+        let seen = claim_of(entry).seen;
+        before = Claim { seen, ..claim };
+    }
+    uncount_pod::<F>(&room.other);
+    0
 }
 
 #[inline(always)]
@@ -106,16 +144,20 @@ fn count_pod<F: Family>(target: &Key<F::A>, most: u64) -> Result<(), Reason> {
     Err(Reason::Quota)
 }
 
-/// Gives back what was counted for a flow: by the policy's number, and for the pod if `ours` says so; `other` is the
-/// target of its key *out*.
+/// Gives back what was counted for a flow: by the policy's number, and for the pod if it was `counted` there; `other` is
+/// the target of its key *out*.
 #[inline(always)]
-pub(super) fn release<F: Family>(policy: u16, ours: u8, other: &Key<F::A>) {
+pub(super) fn release<F: Family>(policy: u16, counted: bool, other: &Key<F::A>) {
     if let Some(used) = maps::used(policy) {
         word::add(used, LESS);
     }
-    if ours & heard::COUNTED == 0 {
-        return;
+    if counted {
+        uncount_pod::<F>(other);
     }
+}
+
+#[inline(always)]
+fn uncount_pod<F: Family>(other: &Key<F::A>) {
     let Some(count) = F::pods().get_ptr_mut(other) else {
         return;
     };
@@ -283,7 +325,7 @@ fn take<F: Family>(port: u16) -> bool {
     if is_served(room, port) {
         return false;
     }
-    room.value.claim = Claim::new(room.out.local_port, room.now).word();
+    room.value.claim = claim_in(room).word();
     let Some(entry) = F::inward().get_ptr_mut(&room.inward) else {
         return match F::inward().insert(&room.inward, &room.value, u64::from(BPF_NOEXIST)) {
             Ok(()) => true,
@@ -294,6 +336,12 @@ fn take<F: Family>(port: u16) -> bool {
         };
     };
     take_over::<F>(room, entry)
+}
+
+/// What the entry *in* of the flow at hand begins with.
+#[inline(always)]
+pub(super) fn claim_in<A: Address>(room: &Room<A>) -> Claim {
+    Claim::new(room.out.local_port, room.now).with_count(room.counted != 0)
 }
 
 /// Takes a port that rests: the pod's own, or one that has rested.
@@ -345,7 +393,9 @@ pub(super) fn hand<F: Family>(
         (*entry).ours = room.value.ours;
         (*entry).theirs = room.value.theirs;
     }
-    let after = before.handed(room.out.local_port, room.now);
+    let after = before
+        .handed(room.out.local_port, room.now)
+        .with_count(room.counted != 0);
     turn(entry, busy, after)
 }
 

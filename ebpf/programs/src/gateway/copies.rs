@@ -13,7 +13,7 @@ use landfall_ebpf_common::egress::copies::{Named, message, outcome};
 use landfall_ebpf_common::egress::gateway::{Reason, egress_flag};
 use landfall_ebpf_common::egress::ports::{DRAWN, drawn, seed};
 
-use super::claim::{EXISTS, claim_of, count_copy, gather, hand, mark, release};
+use super::claim::{EXISTS, claim_in, claim_of, count_copy, gather, hand, mark, release};
 use super::flow::{close, is_vip, now};
 use super::maps::{self, Family, Four, Room, Six};
 use crate::packet::TCP;
@@ -209,14 +209,13 @@ fn place<F: Family>() -> u32 {
             if let Err(reason) = count_copy::<F>(room) {
                 return refusal(reason);
             }
-            room.value.ours |= opened;
+            room.value.ours = opened;
             room.value.to = room.out.local;
             room.value.hop = room.source.node;
             room.value.node = is_vip(&room.out.remote.mapped());
             room.value.policy = room.source.policy;
             room.value.theirs = opened;
-            let claim = Claim::new(room.out.local_port, room.now);
-            room.value.claim = claim.word();
+            room.value.claim = claim_in(room).word();
             let taken = match entry {
                 Some(entry) => {
                     let before = claim_of(entry);
@@ -238,7 +237,7 @@ fn place<F: Family>() -> u32 {
             };
             if let Err(outcome) = taken {
                 room.other = room.out.target();
-                release::<F>(room.source.policy, room.value.ours, &room.other);
+                release::<F>(room.source.policy, room.counted != 0, &room.other);
                 return outcome;
             }
             false
@@ -259,7 +258,7 @@ fn place<F: Family>() -> u32 {
                 mark::<F>(&room.other, room.inward.local_port, false);
                 let _ = F::inward().remove(&room.inward);
                 room.other = room.out.target();
-                release::<F>(room.source.policy, room.value.ours, &room.other);
+                release::<F>(room.source.policy, room.counted != 0, &room.other);
             }
             if error == EXISTS {
                 outcome::LATER

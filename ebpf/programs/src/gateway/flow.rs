@@ -234,16 +234,18 @@ pub(super) fn close<F: Family>(entry: *mut Binding<F::A>, claim: Claim) -> bool 
         return false;
     };
     // SAFETY: as above.
-    let (policy, ours) = unsafe { ((*entry).policy, (*entry).ours) };
+    let policy = unsafe { (*entry).policy };
     let closed = Claim {
+        phase: phase::CLOSED,
+        counted: false,
         seen: now(),
-        ..claim.turned(phase::CLOSED)
+        ..claim
     };
     if !turn(entry, claim, closed) {
         return false;
     }
     room.other = room.out.target();
-    release::<F>(policy, ours, &room.other);
+    release::<F>(policy, claim.counted, &room.other);
     came_back::<F>(&room.inward, &room.out, &mut room.other);
     maps::note(Reason::Ended);
     tell::ended::<F>();
@@ -291,7 +293,7 @@ fn make<F: Family>() -> u32 {
     };
     if let Err(reason) = bound {
         room.other = room.out.target();
-        release::<F>(room.source.policy, room.value.ours, &room.other);
+        release::<F>(room.source.policy, room.counted != 0, &room.other);
         return reason as u32;
     }
     room.value.hop = hop;
@@ -302,7 +304,7 @@ fn make<F: Family>() -> u32 {
         mark::<F>(&room.other, room.inward.local_port, false);
         let _ = F::inward().remove(&room.inward);
         room.other = room.out.target();
-        release::<F>(room.source.policy, room.value.ours, &room.other);
+        release::<F>(room.source.policy, room.counted != 0, &room.other);
         // Who has copied all meanwhile may have seen it.
         tell::ended::<F>();
         return if error == EXISTS {

@@ -1,35 +1,47 @@
-//! Ending bindings: those that nobody has used for long, and those that have rested. User space names the ones that may be
-//! due; what is done about them is decided here, where nobody else can be in the middle of it.
+//! Ending bindings: those that nobody has used for long, and those that have rested; and counting those that are older than
+//! their pods' quota. User space names the ones that may be due; what is done about them is decided here, where nobody else
+//! can be in the middle of it.
 
 use aya_ebpf::programs::TcContext;
 use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address, Key, Sides, phase};
 use landfall_ebpf_common::egress::gateway::{egress_flag, keep};
 
-use super::claim::{claim_of, mark, turn};
+use super::claim::{claim_of, count_late, mark, turn};
 use super::flow::{close, now};
 use super::maps::{self, Family, Four, Six};
 
-/// Ends what is due of the bindings named. Returns how many were not.
+/// Ends what is due of the bindings named, or counts them. Returns of how many there was nothing to do.
 #[inline(always)]
 pub(super) fn keep(context: &TcContext) -> i32 {
     let Ok([count, family]) = context.load::<[u8; 2]>(keep::HEAD) else {
         return -1;
     };
-    let mut live = 0;
+    let mut left = 0;
     for place in 0..keep::MOST {
         if place >= usize::from(count) {
             break;
         }
         let at_once = u32::from(family & keep::AT_ONCE);
-        let ended = if family & !keep::AT_ONCE == 4 {
-            name::<Four>(context, place, at_once) && landfall_gateway_end_v4() != 0
+        let counts = family & keep::COUNT != 0;
+        let done = if family & !keep::FLAGS == 4 {
+            name::<Four>(context, place, at_once)
+                && if counts {
+                    landfall_gateway_count_v4() != 0
+                } else {
+                    landfall_gateway_end_v4() != 0
+                }
         } else {
-            name::<Six>(context, place, at_once) && landfall_gateway_end_v6() != 0
+            name::<Six>(context, place, at_once)
+                && if counts {
+                    landfall_gateway_count_v6() != 0
+                } else {
+                    landfall_gateway_end_v6() != 0
+                }
         };
-        live += i32::from(!ended);
+        left += i32::from(!done);
     }
-    live
+    left
 }
 
 /// Puts a binding's key into the room.
@@ -131,4 +143,18 @@ pub extern "C" fn landfall_gateway_end_v4() -> u32 {
 #[inline(never)]
 pub extern "C" fn landfall_gateway_end_v6() -> u32 {
     end::<Six>()
+}
+
+/// As above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_count_v4() -> u32 {
+    count_late::<Four>()
+}
+
+/// As above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn landfall_gateway_count_v6() -> u32 {
+    count_late::<Six>()
 }

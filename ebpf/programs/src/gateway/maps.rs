@@ -137,8 +137,8 @@ pub(super) struct Room<A: Address> {
     pub(super) copy_out: Key<A>,
     /// The number of the hop that its packets take.
     pub(super) copy_hop: u32,
-    /// Zero.
-    pub(super) spare: u32,
+    /// Not 0: the binding is counted for its pod's quota.
+    pub(super) counted: u32,
 }
 
 /// How many errors of our own there were in a second.

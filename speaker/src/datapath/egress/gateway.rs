@@ -31,7 +31,7 @@ use super::changes::{Changes, QUEUE, Source, Told, listener};
 use super::copies::{Copies, Kernel, Seam};
 use super::error::GatewayError;
 use super::judge::displace;
-use super::keeper::{Keeper, Kept};
+use super::keeper::{Keeper, Kept, Known};
 use super::layout::{SHAPES, SIZED};
 use super::list::{self, Bound};
 use super::metrics::{Counters, SharedTables};
@@ -522,12 +522,17 @@ impl Task {
         Ok(())
     }
 
-    fn write(&self, plan: &Plan, states: Option<&States>) -> Result<(), GatewayError> {
+    fn write(&mut self, plan: &Plan, states: Option<&States>) -> Result<(), GatewayError> {
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
             if let Some(states) = states {
                 tables.stand(states)?;
             }
+            let before = tables.limited().clone();
             tables.write(plan, self.config.arrival_mark)?;
+            if !tables.limited().is_subset(&before) {
+                // What is there is counted before more begins.
+                self.looked = None;
+            }
         }
         self.shared.copies.try_again(AGAIN);
         Ok(())
@@ -547,12 +552,16 @@ impl Task {
         }
         self.looked = Some(now);
         self.shared.copies.try_again(AGAIN);
-        let states = lock(&self.shared.tables)
+        let known = lock(&self.shared.tables)
             .as_ref()
-            .map(|tables| tables.states().clone())
-            .unwrap_or_default();
+            .map(|tables| (tables.states().clone(), tables.limited().clone()));
+        let (states, limited) = known.unwrap_or_default();
+        let known = Known {
+            states: &states,
+            limited: &limited,
+        };
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
-        let kept = loaded.keeper.look(program, &states)?;
+        let kept = loaded.keeper.look(program, &known)?;
         if let Some(tables) = lock(&self.shared.tables).as_mut() {
             tables.forget(plan, &kept)?;
         }

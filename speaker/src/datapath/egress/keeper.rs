@@ -1,6 +1,7 @@
 //! Ends bindings that nobody has used for long, and gives back ports that have rested.
 //!
-//! It reads the maps in batches and names what may be due; the program decides, so that nobody comes in between.
+//! It reads the maps in batches and names what may be due; the program decides, so that nobody comes in between. It also has
+//! those counted for their pods' quotas that are older than these.
 //!
 //! Of remotes that many flows went to it forgets the bit maps of ports ([`Crowd`]) once there is nothing of them, if there is no
 //! room for many more.
@@ -29,6 +30,15 @@ use super::tally::Tally;
 
 /// How many entries are read at a time.
 const BATCH: u32 = 4096;
+
+/// What a look goes by.
+#[derive(Debug)]
+pub(in super::super) struct Known<'a> {
+    /// What this node is to egress addresses.
+    pub(in super::super) states: &'a States,
+    /// The policies, by their numbers, that have a quota for each pod.
+    pub(in super::super) limited: &'a BTreeSet<u16>,
+}
 
 /// What a look through the maps has found.
 #[derive(Clone, Debug)]
@@ -117,11 +127,11 @@ impl Keeper {
         })
     }
 
-    /// Looks through both maps once; `states` is what this node is to egress addresses.
+    /// Looks through both maps once.
     pub(in super::super) fn look(
         &mut self,
         program: &SchedClassifier,
-        states: &States,
+        known: &Known<'_>,
     ) -> io::Result<Kept> {
         let mut kept = Kept {
             read: 0,
@@ -131,9 +141,9 @@ impl Keeper {
             nodes: BTreeSet::new(),
             tally: Tally::default(),
         };
-        let idle = look_at(&self.v4, 4, &self.times, program, states, &mut kept)?;
+        let idle = look_at(&self.v4, 4, &self.times, program, known, &mut kept)?;
         self.v4.disperse(idle)?;
-        let idle = look_at(&self.v6, 6, &self.times, program, states, &mut kept)?;
+        let idle = look_at(&self.v6, 6, &self.times, program, known, &mut kept)?;
         self.v6.disperse(idle)?;
         Ok(kept)
     }
@@ -161,7 +171,7 @@ fn look_at<A: Address + Eq + Hash>(
     family: u8,
     times: &Times,
     program: &SchedClassifier,
-    states: &States,
+    known: &Known<'_>,
     kept: &mut Kept,
 ) -> io::Result<HashSet<Key<A>>>
 where
@@ -190,13 +200,21 @@ where
             let due: Vec<Key<A>> = entries
                 .iter()
                 .filter(|(key, binding)| is_due(times, key, binding, now))
-                .filter(|(key, binding)| may_end(states, times, key, binding, now))
+                .filter(|(key, binding)| may_end(known.states, times, key, binding, now))
                 .map(|(key, _)| *key)
                 .collect();
             for some in due.chunks(keep::MOST) {
-                end(program, family, some)?;
+                name(program, family, some)?;
             }
-            kept.named += due.len();
+            let uncounted: Vec<Key<A>> = entries
+                .iter()
+                .filter(|(_, binding)| is_uncounted(known.limited, binding))
+                .map(|(key, _)| *key)
+                .collect();
+            for some in uncounted.chunks(keep::MOST) {
+                name(program, family | keep::COUNT, some)?;
+            }
+            kept.named += due.len() + uncounted.len();
             Ok(())
         },
     )?;
@@ -243,7 +261,7 @@ where
                 // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
                 // heard in between.
                 for _ in 0..3 {
-                    end(program, family | keep::AT_ONCE, some)?;
+                    name(program, family | keep::AT_ONCE, some)?;
                 }
             }
             ended += keys.len();
@@ -296,8 +314,14 @@ fn may_end<A: Address>(
     is_due(times, key, &since_then, now)
 }
 
+/// Whether a flow is to be counted for its pod, and is not: it is older than the quota.
+fn is_uncounted<A: Address>(limited: &BTreeSet<u16>, binding: &Binding<A>) -> bool {
+    let claim = Claim::read(binding.claim);
+    claim.phase == phase::LIVE && !claim.counted && limited.contains(&binding.policy)
+}
+
 /// Names bindings to the program.
-fn end<A>(program: &SchedClassifier, family: u8, keys: &[Key<A>]) -> io::Result<()>
+fn name<A>(program: &SchedClassifier, family: u8, keys: &[Key<A>]) -> io::Result<()>
 where
     A: Address,
     Key<A>: aya::Pod,

@@ -246,9 +246,9 @@ mod tests {
         let claim = Claim::new(1, 0);
         let of = |protocol, ours, theirs| State::of(protocol, claim, Sides { ours, theirs });
         assert_eq!(of(6, 0, 0), State::Opening);
-        assert_eq!(of(6, heard::COUNTED, heard::OPEN), State::Opening);
+        assert_eq!(of(6, 0, heard::OPEN), State::Opening);
         let open = heard::OPEN;
-        assert_eq!(of(6, open | heard::COUNTED, open), State::Established);
+        assert_eq!(of(6, open, open), State::Established);
         assert_eq!(of(6, open | heard::FIN, open), State::Closing);
         assert_eq!(of(6, open, open | heard::RST), State::Reset);
         assert_eq!(of(17, 0, 0), State::Established);

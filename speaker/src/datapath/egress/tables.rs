@@ -56,6 +56,8 @@ pub(in super::super) struct Tables {
     counted: BTreeSet<VipKey>,
     /// The names of the policies whose numbers this process has learnt.
     names: BTreeMap<u32, PolicyName>,
+    /// Of these policies, by their numbers, each pod has a quota.
+    limited: BTreeSet<u16>,
     /// What the keeper has counted last.
     tally: Tally,
     /// Which pods addresses were of when it was last said, by this process or an earlier one.
@@ -214,6 +216,7 @@ impl Tables {
             reasons: taken(ebpf, map::REASONS)?,
             counts: taken(ebpf, map::COUNTS)?,
             names: BTreeMap::new(),
+            limited: BTreeSet::new(),
             tally: Tally::default(),
         })
     }
@@ -306,10 +309,15 @@ impl Tables {
             let entry = mk_node(id, node, mark);
             self.nodes.set(entry.name, entry, "nodes")?;
         }
+        let mut limited = BTreeSet::new();
         for (name, policy) in &plan.policies {
             let entry = mk_policy(name, policy);
-            self.policies.set(entry.name, entry, "policies")?;
+            let at = self.policies.set(entry.name, entry, "policies")?;
+            if policy.ports_per_pod != 0 {
+                limited.insert(number(at));
+            }
         }
+        self.limited = limited;
         self.learn_names(plan);
         self.leave_to_others(plan)?;
         self.write_routes(plan, &hops)?;
@@ -496,6 +504,11 @@ impl Tables {
     /// The names of policies by their numbers.
     pub(super) fn names(&self) -> &BTreeMap<u32, PolicyName> {
         &self.names
+    }
+
+    /// The policies, by their numbers, that have a quota for each pod.
+    pub(in super::super) fn limited(&self) -> &BTreeSet<u16> {
+        &self.limited
     }
 
     /// What each policy's pods use here.

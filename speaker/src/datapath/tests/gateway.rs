@@ -20,14 +20,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use aya::programs::SchedClassifier;
+use aya::programs::{Program, SchedClassifier};
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_ebpf_common::egress::binding::Times;
 use landfall_ebpf_common::egress::gateway::{GateSettings, Reason};
 use landfall_ebpf_common::{GATEWAY_EGRESS, GATEWAY_INGRESS, GATEWAY_KEEP};
 
 use super::super::egress::{
-    Copies, Keeper, Kernel, Peer, PeerId, Plan, Source, Standing, Surroundings,
+    Copies, Keeper, Kernel, Known, Peer, PeerId, Plan, Source, Standing, Surroundings,
     Tables as GateTables, Uplink, mk_plan, states,
 };
 use super::super::tables::Tables;
@@ -371,7 +371,11 @@ impl Gate {
     /// A look through all bindings.
     fn keep(&mut self) -> usize {
         let mut keeper = self.keeper.take().expect("it is put back");
-        let known = states(&self.standings);
+        let (states, limited) = (states(&self.standings), self.maps.limited().clone());
+        let known = Known {
+            states: &states,
+            limited: &limited,
+        };
         let kept = keeper
             .look(self.program(GATEWAY_KEEP), &known)
             .expect("the kernel runs it");

@@ -211,6 +211,22 @@ fn copies_count_for_quotas() {
     }
 }
 
+/// Those too that were here before there was a quota for a pod.
+#[test]
+fn copies_count_for_a_quota_that_comes_with_the_take_over() {
+    for world in WORLDS {
+        let mut gate = Gate::standby(mk_egress(), forever());
+        gate.copies.insert(own(world, world.pod, 30_000..30_100));
+        let mut egress = mk_egress();
+        let policy = egress.policies.get_mut("mail").expect("it is there");
+        policy.ports_per_pod = Some(101);
+        gate.leads(&egress, Licence::Full);
+        gate.keep();
+        assert_eq!(gate.port_of(world, world.pod, 1_500), Some(1_500));
+        assert_eq!(gate.port_of(world, world.pod, 1_501), None);
+    }
+}
+
 /// The gateway's ports and the standby's free ones are all there are.
 #[test]
 fn the_budget_is_kept_over_a_take_over() {

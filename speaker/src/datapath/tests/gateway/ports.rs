@@ -97,6 +97,117 @@ fn quotas_are_exact() {
     }
 }
 
+/// A quota that comes later counts what was there before it, also what is copied, and each flow once; it goes and comes back.
+#[test]
+fn a_quota_that_comes_later_is_exact_too() {
+    for world in WORLDS {
+        let mut gate = Gate::with(&mk_egress(), Times::default(), 0);
+        let limited = |most: Option<u32>| {
+            let mut egress = mk_egress();
+            egress
+                .policies
+                .get_mut("mail")
+                .expect("it is there")
+                .ports_per_pod = most;
+            egress
+        };
+        let open = |gate: &mut Gate, from: u16, count: u16| {
+            let ports = (from..).take(usize::from(count));
+            let open = |port: &u16| gate.port_of(world, world.pod, *port).is_some();
+            ports.filter(open).count()
+        };
+        assert_eq!(open(&mut gate, 30_000, 60), 60);
+        gate.set(&limited(Some(100)));
+        gate.keep();
+        gate.keep();
+        assert_eq!(open(&mut gate, 31_000, 60), 40);
+        for port in 30_000..30_010 {
+            gate.close(world, world.pod, port);
+        }
+        assert_eq!(open(&mut gate, 32_000, 60), 10);
+        // What begins while there is none counts when there is one again.
+        gate.set(&limited(None));
+        gate.keep();
+        assert_eq!(open(&mut gate, 33_000, 20), 20);
+        gate.set(&limited(Some(110)));
+        gate.keep();
+        assert_eq!(open(&mut gate, 34_000, 60), 0, "there are 120");
+        for port in (30_010..30_020).chain(33_000..33_010) {
+            gate.close(world, world.pod, port);
+        }
+        assert_eq!(open(&mut gate, 35_000, 60), 10);
+        // And what has ended has left nothing behind.
+        let all = (30_020..30_060).chain(31_000..31_040).chain(32_000..32_010);
+        for port in all.chain(33_010..33_020).chain(35_000..35_010) {
+            gate.close(world, world.pod, port);
+        }
+        assert_eq!(gate.used("mail"), 0);
+        assert_eq!(open(&mut gate, 36_000, 120), 110);
+    }
+}
+
+/// Flows end on one CPU while another counts them: nothing stays behind of those that are over.
+#[test]
+fn what_ends_while_it_is_counted_counts_no_more() {
+    const FLOWS: u16 = 20_000;
+    const MOST: u16 = 5;
+    let [world, _] = WORLDS;
+    let mut gate = Gate::load();
+    let mine = |number: u16| 2_000 + number;
+    for number in 0..FLOWS {
+        assert_eq!(
+            gate.port_of(world, world.pod, mine(number)),
+            Some(mine(number))
+        );
+    }
+    let mut egress = mk_egress();
+    let policy = egress.policies.get_mut("mail").expect("it is there");
+    policy.ports_per_pod = Some(MOST.into());
+    gate.set(&egress);
+    let (mut keeper, states) = (gate.keeper.take().expect("it is put back"), BTreeMap::new());
+    let limited = gate.maps.limited().clone();
+    let ebpf = &gate.ebpf;
+    let program = |name| match ebpf.program(name) {
+        Some(Program::SchedClassifier(program)) => program,
+        _ => panic!("the object holds it"),
+    };
+    let (closes, counts) = (program(GATEWAY_INGRESS), program(GATEWAY_KEEP));
+    let named = std::thread::scope(|scope| {
+        let ends = scope.spawn(|| {
+            let says = |frame: &[u8]| {
+                let options = TestRunOptions {
+                    data_in: Some(frame),
+                    repeat: 1,
+                    ..TestRunOptions::default()
+                };
+                let result = closes.test_run(options).expect("the kernel runs it");
+                assert_eq!(result.return_value, SENT);
+            };
+            for number in 0..FLOWS {
+                says(&segment(world, world.pod, mine(number), FIN | ACK));
+                let fin = mk_tcp(443, mine(number), FIN | ACK);
+                says(&mk(STRANGER, world.remote, world.egress, 6, 64, &fin));
+            }
+        });
+        let known = Known {
+            states: &states,
+            limited: &limited,
+        };
+        let mut named = Vec::new();
+        while !ends.is_finished() {
+            let kept = keeper.look(counts, &known).expect("the kernel runs it");
+            named.push(kept.named);
+        }
+        ends.join().expect("no panic");
+        named
+    });
+    println!("counted while they ended: {named:?}");
+    gate.keeper = Some(keeper);
+    assert_eq!(gate.used("mail"), 0);
+    let opened = (40_000..40_100).filter(|port| gate.port_of(world, world.pod, *port).is_some());
+    assert_eq!(opened.count(), usize::from(MOST));
+}
+
 /// A Service's ports are never a flow's, however much they are wanted.
 #[test]
 fn the_ports_of_services_are_kept() {

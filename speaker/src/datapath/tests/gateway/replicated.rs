@@ -48,6 +48,7 @@ impl Speaks {
         let role = Role {
             epoch: 1,
             addresses: WORLDS.map(|world| world.egress).into(),
+            policies: BTreeSet::from(["mail".into()]),
             gateway,
         };
         self.replication
