@@ -39,7 +39,7 @@ pub use port::{
 };
 
 /// The number of the map layout; part of the path under which maps are pinned.
-pub const LAYOUT: u32 = 9;
+pub const LAYOUT: u32 = 10;
 
 /// The name of the program for the uplinks' ingress.
 pub const UPLINK_INGRESS: &str = "landfall_uplink";
