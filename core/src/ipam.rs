@@ -469,12 +469,15 @@ impl Ipam {
         {
             return;
         }
-        self.ledger.put_pool(pool);
+        let name = pool.name.clone();
+        let of_pool = self.ledger.of_pool(&name);
+        self.losing_followers(of_pool, |ledger| ledger.put_pool(pool));
         self.all_dirty();
     }
 
     fn delete_pool(&mut self, name: &Arc<str>) {
-        self.ledger.remove_pool(name);
+        let of_pool = self.ledger.of_pool(name);
+        self.losing_followers(of_pool, |ledger| ledger.remove_pool(name));
         self.pools_said.remove(name);
         self.all_dirty();
     }
@@ -525,10 +528,12 @@ impl Ipam {
         self.records_said.remove(&address);
         self.ledger.touched_records.insert(address);
         if self.ready {
-            // What was said before it began to drain is not about that.
-            let news = before.as_ref().filter(|before| before.terms == vip.terms);
-            let drained = news.map(|before| vip.drained.difference(&before.drained));
-            for policy in drained.into_iter().flatten() {
+            // It is said once the record says that flows drain; what was said before that is not about these.
+            let said = |policy: &&Arc<str>| {
+                let known = before.as_ref();
+                known.is_none_or(|before| !before.drained.contains(*policy)) && vip.drains(policy)
+            };
+            for policy in vip.drained.iter().filter(said) {
                 self.ledger.drained(address, policy, now);
             }
             self.adopt_orphan(address, now);
@@ -562,7 +567,7 @@ impl Ipam {
             let leaves = |holding| self.ledger.policies_of(holding).contains(policy);
             let terms = vip.terms.get(policy).cloned().unwrap_or_default();
             let cut = terms.on_delete == OldFlows::Cut && !self.policies.contains_key(policy);
-            let over = terms.drains && vip.drained.contains(policy);
+            let over = vip.drains(policy) && vip.drained.contains(policy);
             if !cut && !over && !self.ledger.holding(address).is_some_and(leaves) {
                 self.ledger.drain_on_record(vip, policy, terms);
             }

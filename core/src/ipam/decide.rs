@@ -243,8 +243,11 @@ impl Ipam {
         };
         let sharer = Sharer::of(&state.service);
         let holder = Holder::Service(key.clone());
+        // Where flows of its policies drain that it had before is where they go on: they have one gateway.
+        let drains = self.ledger.left_to_followers(key);
+        let siblings: Vec<IpAddr> = state.held.iter().copied().chain(drains).collect();
         self.ledger
-            .hold(address, pool, &holder, sharer, &state.held, on_record);
+            .hold(address, pool, &holder, sharer, &siblings, on_record);
         state.held.push(address);
         state.held.sort_unstable();
         state.known.insert(address);
@@ -281,7 +284,7 @@ impl Ipam {
                         holding.pool != pool
                             && !self.serves(&holding.pool, address, holding.holders.keys())
                     }) {
-                        self.ledger.rehome(address, &pool);
+                        self.rehome(address, &pool);
                     }
                     None
                 }

@@ -105,6 +105,13 @@ impl Ledger {
         self.holdings.get(&address)
     }
 
+    /// The held addresses that count for a pool.
+    pub(super) fn of_pool(&self, name: &str) -> Vec<IpAddr> {
+        let holdings = self.holdings.iter();
+        let of_pool = holdings.filter(|(_, holding)| *holding.pool == *name);
+        of_pool.map(|(address, _)| *address).collect()
+    }
+
     pub(super) fn holdings(&self) -> impl Iterator<Item = (IpAddr, &Holding)> {
         self.holdings
             .iter()
@@ -297,11 +304,35 @@ impl Ledger {
             );
         }
         // Who has it again has its flows again.
-        if let Some(policy) = owner.policy() {
-            self.end_drain(address, policy);
+        match owner {
+            Holder::EgressPolicy(policy) => {
+                self.end_drain(address, policy);
+            }
+            Holder::Service(_) => self.end_drains_of_followers(address),
+        }
+        if let Some(holding) = self.holdings.get_mut(&address) {
+            holding.former.remove(owner);
+            if holding.drains.is_empty() {
+                holding.former.clear();
+            }
         }
         self.touched_pools.insert(pool.clone());
         self.refresh(address);
+    }
+
+    /// A Service has an address: the policies that use it hold it no more by themselves, for their flows.
+    fn end_drains_of_followers(&mut self, address: IpAddr) {
+        let Some(holding) = self.holdings.get(&address) else {
+            return;
+        };
+        let mut again = self.policies_of(holding);
+        again.retain(|policy| holding.drains.contains_key(policy));
+        for policy in again {
+            self.end_drain(address, &policy);
+            if let Some(holding) = self.holdings.get_mut(&address) {
+                holding.holders.remove(&Holder::EgressPolicy(policy));
+            }
+        }
     }
 
     fn fresh_group(&self, address: IpAddr) -> Arc<str> {
@@ -433,6 +464,16 @@ impl Ledger {
         draining
             .into_iter()
             .filter(|address| self.holdings[address].is_due_to(holder))
+    }
+
+    /// The addresses that a Service had, where flows of policies drain that use what it has.
+    pub(super) fn left_to_followers(&self, service: &ObjectKey) -> BTreeSet<IpAddr> {
+        let holder = Holder::Service(service.clone());
+        let followers = self.followers(service);
+        followers
+            .flat_map(|policy| self.draining(policy))
+            .filter(|address| self.holdings[address].is_due_to(&holder))
+            .collect()
     }
 
     /// Takes an address from a record where flows drain; nobody else holds it yet, or its Services do.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::Ipam;
 use super::decide::{Loss, LossReason};
-use super::ledger::OnRecord;
+use super::ledger::{Ledger, OnRecord};
 use super::policy_refusal::PolicyRefusal;
 use super::pool::PoolState;
 use super::sharing::Sharer;
@@ -142,6 +142,42 @@ impl Ipam {
         }
     }
 
+    /// Changes something by which policies leave by their Services' addresses, of these: flows drain on those that a policy
+    /// loses by it, and on what it gets again they are as any.
+    pub(super) fn losing_followers(
+        &mut self,
+        addresses: Vec<IpAddr>,
+        change: impl FnOnce(&mut Ledger),
+    ) {
+        let of = |ledger: &Ledger, address: IpAddr| {
+            let holding = ledger.holding(address);
+            holding.map(|it| ledger.policies_of(it)).unwrap_or_default()
+        };
+        let had = addresses
+            .iter()
+            .map(|&it| of(&self.ledger, it))
+            .collect::<Vec<_>>();
+        change(&mut self.ledger);
+        for (address, had) in addresses.into_iter().zip(had) {
+            let has = of(&self.ledger, address);
+            let reported = self.virtual_ips.get(&address);
+            for policy in had.difference(&has) {
+                if reported.is_some_and(VirtualIp::was_reported) {
+                    let terms = self.ledger.terms(policy);
+                    self.ledger.drain(address, policy, terms);
+                }
+            }
+            for policy in has.difference(&had) {
+                self.ledger.end_drain(address, policy);
+            }
+        }
+    }
+
+    /// Counts `address` for another pool from now on.
+    pub(super) fn rehome(&mut self, address: IpAddr, pool: &Arc<str>) {
+        self.losing_followers(vec![address], |ledger| ledger.rehome(address, pool));
+    }
+
     /// Notes whose addresses the policy uses, if it is a Service's.
     fn follow(&mut self, policy: &EgressPolicy, follows: bool) {
         let EgressSource::Service(service) = &policy.spec.source else {
@@ -248,7 +284,7 @@ impl Ipam {
                             .holding(address)
                             .is_some_and(|held| held.pool != pool)
                         {
-                            self.ledger.rehome(address, &pool);
+                            self.rehome(address, &pool);
                         }
                         continue;
                     }
@@ -376,14 +412,12 @@ impl Ipam {
             group: record.map(|vip| vip.group.clone()),
             retain: record.is_some_and(|vip| vip.retain && vip.pool == *pool),
         };
-        // Where its flows drain is where it goes on: they have one gateway.
+        // Where its flows drain is where it goes on: they have one gateway. Its own addresses before a Service's.
         let drains = self.ledger.draining(name);
-        let siblings: Vec<IpAddr> = state
-            .held
-            .iter()
-            .copied()
-            .chain(drains.filter(|it| self.ledger.holds(*it, &holder)))
-            .collect();
+        let (own, others): (Vec<IpAddr>, Vec<IpAddr>) =
+            drains.partition(|it| self.ledger.holds(*it, &holder));
+        let held = state.held.iter().copied();
+        let siblings: Vec<IpAddr> = held.chain(own).chain(others).collect();
         self.ledger.hold(
             address,
             pool,

@@ -13,14 +13,15 @@ use crate::model::{Holder, ObjectKey};
 impl Ipam {
     /// Gives every Service what records, and then what statuses, say it holds.
     ///
-    /// Records go first since they are written first; among equals the older Service wins, then the name:
-    /// the same objects give the same assignment in whatever order they came.
+    /// Records go first since they are written first, and where flows of a policy alone are left goes last; among equals
+    /// the older Service wins, then the name: the same objects give the same assignment in whatever order they came.
     pub(super) fn replay(&mut self, now: Duration) {
-        let mut recorded: Vec<(i64, Holder, IpAddr)> = Vec::new();
+        let mut recorded: Vec<(bool, i64, Holder, IpAddr)> = Vec::new();
         for vip in self.virtual_ips.values() {
             for holder in vip.holders() {
                 if let Some((created, holder)) = self.rank_of(&holder) {
-                    recorded.push((created, holder, vip.address));
+                    let drains = holder.policy().is_some_and(|it| vip.drains(it));
+                    recorded.push((drains, created, holder, vip.address));
                 }
             }
         }
@@ -37,7 +38,9 @@ impl Ipam {
         }
         recorded.sort_unstable();
         shown.sort_unstable();
-        for (_, holder, address) in recorded.into_iter().chain(shown) {
+        let recorded = recorded.into_iter();
+        let recorded = recorded.map(|(_, created, holder, address)| (created, holder, address));
+        for (_, holder, address) in recorded.chain(shown) {
             match holder {
                 Holder::Service(key) => self.claim(&key, address),
                 Holder::EgressPolicy(name) => self.claim_for_policy(&name, address),

@@ -92,6 +92,11 @@ impl VirtualIp {
         }
     }
 
+    /// Whether flows of a policy go on to their end here, and none begins.
+    pub fn drains(&self, policy: &str) -> bool {
+        self.terms.get(policy).is_some_and(|terms| terms.drains)
+    }
+
     /// Whether a speaker has ever said anything of it: else nobody has left by it.
     pub fn was_reported(&self) -> bool {
         self.leader.is_some() || !self.conditions.is_empty()

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::world::*;
-use crate::model::{EgressPolicy, EgressSource, OldFlows, Pool, Purpose, VirtualIp};
+use crate::ipam::RecordChange;
+use crate::model::{
+    EgressPolicy, EgressSource, Event, Object, ObjectId, OldFlows, Pool, Purpose, VirtualIp,
+};
 
 const FIRST: &str = "192.0.2.0";
 
@@ -196,4 +199,145 @@ fn what_a_service_has_drains_beside_it_and_after_it() {
     world.report(FIRST, "p", 0, true);
     assert_eq!(named(&world, FIRST), (vec![], vec![]));
     assert_eq!(world.shown("mail"), [FIRST]);
+}
+
+fn group_of(world: &World, address: &str) -> Arc<str> {
+    vip(world, address).unwrap().group.clone()
+}
+
+/// A Service with the first address, and a policy whose pods leave by what it has, with flows there.
+fn mk_following() -> World {
+    let mut world = World::with_pools(vec![mk_both("out", "192.0.2.0/30")]);
+    world.service(mk_service("mail"));
+    world.policy(mk_policy("p", EgressSource::Service(key_of("mail"))));
+    world.report(FIRST, "p", 3, false);
+    world
+}
+
+#[test]
+fn what_a_service_exchanges_moves_with_where_flows_drain() {
+    let mut world = mk_following();
+    let group = group_of(&world, FIRST);
+    let mut moved = mk_service("mail");
+    moved.request.addresses = addresses(&["192.0.2.2"]);
+    world.service(moved);
+    assert_eq!(world.shown("mail"), ["192.0.2.2"]);
+    assert!(drains(&world, FIRST));
+    assert_eq!(named(&world, "192.0.2.2"), (vec!["p".into()], vec![]));
+    assert_eq!(group_of(&world, FIRST), group);
+    assert_eq!(group_of(&world, "192.0.2.2"), group);
+    // Nor in another process.
+    let records = world.virtual_ips.clone();
+    world.restart();
+    assert_eq!(world.virtual_ips, records);
+    // A Service that nobody follows is on its own.
+    world.service(mk_service("other"));
+    assert_ne!(group_of(&world, &world.shown("other")[0]), group);
+}
+
+#[test]
+fn a_policy_that_follows_no_more_goes_on_where_its_flows_drain() {
+    let mut world = mk_following();
+    world.policy(of_number("p", "192.0.2.2"));
+    assert!(drains(&world, FIRST));
+    assert_eq!(world.shown("mail"), [FIRST]);
+    assert_eq!(group_of(&world, FIRST), group_of(&world, "192.0.2.2"));
+    world.report(FIRST, "p", 0, true);
+    assert_eq!(named(&world, FIRST), (vec![], vec![]));
+}
+
+#[test]
+fn what_a_pool_takes_from_followers_drains() {
+    let mut world = mk_following();
+    // Services keep what policies lose.
+    world.pool(mk_pool("out", &["192.0.2.0/30"]));
+    assert_eq!(world.shown("mail"), [FIRST]);
+    assert_eq!(world.refused("p"), "PoolNotForEgress");
+    assert!(drains(&world, FIRST));
+    let records = world.virtual_ips.clone();
+    world.restart();
+    assert_eq!(world.virtual_ips, records);
+    world.pool(mk_both("out", "192.0.2.0/30"));
+    assert_eq!(named(&world, FIRST), (vec!["p".into()], vec![]));
+    // Both lose it.
+    for restarts in [false, true] {
+        let mut world = mk_following();
+        world.delete_pool("out");
+        if restarts {
+            world.restart();
+        }
+        assert!(world.shown("mail").is_empty());
+        assert!(drains(&world, FIRST));
+        world.report(FIRST, "p", 0, true);
+        assert!(rests(&world, FIRST));
+    }
+    // It counts for another pool for both.
+    let mut world = mk_following();
+    world.pool(mk_both("zone", "192.0.2.0/29"));
+    world.delete_pool("out");
+    assert_eq!(world.shown("mail"), [FIRST]);
+    assert_eq!(named(&world, FIRST), (vec!["p".into()], vec![]));
+}
+
+#[test]
+fn another_process_leaves_a_policy_where_it_is() {
+    let mut world = mk_world(OldFlows::Keep, 3);
+    world.policy(of_number("p", "192.0.2.2"));
+    world.report("192.0.2.2", "p", 1, false);
+    world.policy(mk_policy("p", of_pool("out", 1)));
+    assert_eq!(named(&world, "192.0.2.2"), (vec!["p".into()], vec![]));
+    assert!(drains(&world, FIRST));
+    let records = world.virtual_ips.clone();
+    world.restart();
+    assert_eq!(world.virtual_ips, records);
+}
+
+#[test]
+fn a_service_that_comes_again_shares_what_drained_meanwhile() {
+    let shared = |name| {
+        let mut service = mk_service(name);
+        service.request.sharing_key = Some("k".into());
+        service.ports[0].port = if name == "mail" { 25 } else { 80 };
+        service.request.addresses = addresses(&[FIRST]);
+        service
+    };
+    let mut world = World::with_pools(vec![mk_both("out", "192.0.2.0/30")]);
+    world.service(shared("mail"));
+    world.policy(mk_policy("p", EgressSource::Service(key_of("mail"))));
+    world.report(FIRST, "p", 3, false);
+    world.delete("mail");
+    assert!(drains(&world, FIRST));
+    world.service(shared("mail"));
+    assert_eq!(named(&world, FIRST), (vec!["p".into()], vec![]));
+    world.service(shared("web"));
+    assert_eq!(world.shown("web"), [FIRST]);
+    world.service(shared("mail"));
+    assert_eq!(world.shown("mail"), [FIRST]);
+    let records = world.virtual_ips.clone();
+    world.restart();
+    assert_eq!(world.virtual_ips, records);
+}
+
+#[test]
+fn that_flows_have_ended_is_heard_with_that_they_drain() {
+    let mut world = mk_world(OldFlows::Keep, 3);
+    world.policies.remove("p");
+    world
+        .ipam
+        .apply(Event::Delete(ObjectId::EgressPolicy("p".into())), world.now);
+    for change in world.ipam.reconcile(world.now).records {
+        let RecordChange::Put(record) = change else {
+            panic!("it stays");
+        };
+        // What was between the two is not seen: a watch began anew.
+        let mut vip = record.virtual_ip();
+        vip.leader = Some("n1".into());
+        vip.drained = [Arc::from("p")].into();
+        world.virtual_ips.insert(vip.address, vip.clone());
+        world
+            .ipam
+            .apply(Event::Apply(Object::VirtualIp(vip)), world.now);
+    }
+    world.settle();
+    assert!(rests(&world, FIRST));
 }
