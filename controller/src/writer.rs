@@ -33,6 +33,9 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// The status of a pool, or of an egress policy, is written at most this often.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How much of an object's name is in that of an Event about it: 253 characters all in all.
+const MAX_NAME: usize = 230;
+
 /// Where writes go. Its twin in tests keeps them in memory.
 pub trait Sink: Send + Sync + 'static {
     /// Does it. Must be idempotent: a write that failed may have happened.
@@ -266,6 +269,14 @@ impl<S: Sink> Writer<S> {
             // What is in flight comes back as an event of its source; there the index compares anew.
             if !flying.same_effect(&write) {
                 slot.wanted = Some(write);
+                return;
+            }
+            // The Events of what was to be in between, too.
+            let told = flying.clone().notes();
+            let told = |note: &EventNote| told.iter().any(|told| told.notice == note.notice);
+            let untold: Vec<EventNote> = write.notes().into_iter().filter(|it| !told(it)).collect();
+            for note in untold {
+                self.submit(Write::Event(note));
             }
             return;
         }
@@ -419,6 +430,8 @@ impl EventNote {
             Holder::Service(key) => &key.name,
             Holder::EgressPolicy(name) => name,
         };
+        let kept: String = name.chars().take(MAX_NAME).collect();
+        let name = kept.trim_end_matches(['.', '-']);
         Self {
             name: format!("{name}.{:x}", at.as_nanosecond()),
             about: about.clone(),

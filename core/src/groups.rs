@@ -360,12 +360,14 @@ impl GroupIndex {
                 continue; // It rests: nobody holds it, nobody announces it.
             }
             let placement = self.placement(&vip);
+            let drains = vip.only_drains();
             keys.extend(vip.services);
             egress.extend(vip.egress_policies);
             vips.push(GroupVip {
                 address,
                 placement,
                 reported_leader: vip.leader,
+                drains,
             });
         }
         if vips.is_empty() {

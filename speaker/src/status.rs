@@ -371,7 +371,10 @@ impl Reporter {
                 // Another may lead where most nodes are, and have flows of them: what is said to be over is freed.
                 status.drained.clear();
             } else if abandoned {
-                status.abandon(speaker.draining_on(vip.address));
+                let mut draining = speaker.draining_on(vip.address);
+                let record = speaker.index().virtual_ip(vip.address);
+                draining.retain(|policy, _| record.is_some_and(|it| it.drains(policy)));
+                status.abandon(draining);
             }
             self.say(speaker, group, vip, status, now, wall, writes);
         }
@@ -496,6 +499,15 @@ fn status(
             message: format!(
                 "{} answers for {} too: {hint}; remove the address there, or from the pool",
                 conflict.by, vip.address
+            ),
+        }
+    } else if place.is_none() && speaker.election().leadership(&group.id).is_some() {
+        Condition {
+            holds: false,
+            reason: announced::NO_ELIGIBLE_NODE,
+            message: format!(
+                "{} leads the other addresses of its group and cannot announce it: flows that go on there have no way back",
+                speaker.election().me(),
             ),
         }
     } else if let Some(place) = place.filter(|place| place.default_route) {

@@ -48,6 +48,19 @@ impl Row {
         let ready = policy.status.conditions.iter();
         let ready = ready.into_iter().find(|it| it.kind == "Ready");
         let is_true = |condition: &Condition| condition.status == "True";
+        // What was said is about what the policy was before.
+        let is_old = ready.is_some() && policy.status.generation < policy.generation;
+        let (reason, message) = match ready {
+            Some(_) if is_old => (
+                "Unknown",
+                "no controller has looked at its last change: does one run?",
+            ),
+            Some(ready) => (&*ready.reason, &*ready.message),
+            None => (
+                "Unknown",
+                "no controller has said anything about it: does one run?",
+            ),
+        };
         let node = |name: Option<&NodeName>| name.map(ToString::to_string);
         Self {
             name: policy.name.to_string(),
@@ -59,12 +72,9 @@ impl Row {
             ports_in_use: policy.status.ports_in_use,
             ports_quota: policy.spec.ports,
             ports_per_pod: policy.spec.ports_per_pod,
-            ready: ready.is_some_and(is_true),
-            reason: ready.map_or("Unknown", |it| &it.reason).to_owned(),
-            message: ready.map_or(
-                "no controller has said anything about it: does one run?".to_owned(),
-                |it| it.message.clone(),
-            ),
+            ready: !is_old && ready.is_some_and(is_true),
+            reason: reason.to_owned(),
+            message: message.to_owned(),
         }
     }
 

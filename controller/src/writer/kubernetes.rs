@@ -112,8 +112,8 @@ fn judge(write: &Write, code: u16, message: &str) -> Result<(), WriteError> {
         // The object of this UID is no more: there is none, or another one of its name.
         (Write::Service(_) | Write::Policy(_), 404 | 409)
         | (Write::Pool(_) | Write::Event(_), 404)
-        // No Event can be made in a namespace that is going away.
-        | (Write::Event(_), 403) => Err(WriteError::Gone),
+        // No Event can be made in a namespace that is going away, and none that is refused is taken later.
+        | (Write::Event(_), 400 | 403 | 422) => Err(WriteError::Gone),
         (Write::Service(_) | Write::Policy(_), 422) if message.contains("metadata.uid") => {
             Err(WriteError::Gone)
         }

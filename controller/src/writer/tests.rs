@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use landfall_core::ipam::{Notice, Record, RecordChange, ServiceStatus};
-use landfall_core::model::{EgressStatus, ObjectKey};
+use landfall_core::model::{EgressStatus, Holder, ObjectKey};
 
-use super::{PolicyStatus, Sink, Write, WriteError, Writer};
+use super::{EventNote, PolicyStatus, Sink, Write, WriteError, Writer};
 use crate::lease::Term;
 use crate::metrics::Metrics;
 
@@ -128,6 +128,35 @@ async fn the_same_write_is_not_begun_twice() {
     writer.submit(mk_status("web", "192.0.2.1", None));
     until_idle(&mut writer).await;
     assert_eq!(memory.log(), ["web Some([192.0.2.1])", "event First"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_to_be_told_in_between_is_told() {
+    let (mut writer, memory) = mk_writer(&Term::unlimited());
+    writer.submit(mk_status("web", "192.0.2.1", Some("First")));
+    writer.dispatch();
+    writer.submit(mk_status("web", "192.0.2.2", Some("Second")));
+    writer.submit(mk_status("web", "192.0.2.1", None));
+    until_idle(&mut writer).await;
+    assert_eq!(
+        memory.log(),
+        ["web Some([192.0.2.1])", "event Second", "event First"]
+    );
+}
+
+#[test]
+fn the_name_of_an_event_about_a_long_name_is_one() {
+    let notice = Notice {
+        warning: false,
+        action: "AssignAddress",
+        reason: "First".into(),
+        message: String::new(),
+    };
+    let name = format!("{}.{}", "a".repeat(229), "b".repeat(23));
+    let about = Holder::EgressPolicy(name.as_str().into());
+    let note = EventNote::new(&about, "u", notice);
+    assert!(note.name.len() <= 253, "{}", note.name);
+    assert!(note.name.starts_with(&"a".repeat(229)) && !note.name.contains(".."));
 }
 
 #[tokio::test(start_paused = true)]

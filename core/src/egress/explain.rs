@@ -245,6 +245,10 @@ impl EgressIndex {
             at += ", the pod's own node";
         }
         step(Topic::Gateway, at);
+        let said = vip.and_then(|vip| vip.condition("Announced"));
+        if let Some(said) = said.filter(|said| said.status == "False") {
+            return dropped(format!("{address}: {}", said.message));
+        }
         if !cluster.nodes.contains(&gateway) {
             let text = format!("there is no node {gateway} any more: its successor is being found");
             step(Topic::Gateway, text);

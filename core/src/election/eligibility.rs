@@ -10,6 +10,9 @@ use crate::groups::{Group, GroupVip, Refused};
 use crate::ip::Family;
 use crate::model::{NodeName, ObjectKey};
 
+#[cfg(test)]
+mod tests;
+
 /// The interface an address is announced on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct InterfaceChoice {
@@ -119,15 +122,42 @@ pub(super) struct Subject<'a> {
 }
 
 /// Judges every living node. `leader` is the present one, whose part of a split segment wins a tie.
+///
+/// Addresses where flows only go on to their end keep nobody from leading the others: if no node could lead all, and the
+/// present leader does not go on with all of them either, they count no more.
 pub(super) fn judge(
     group: &Group,
     subjects: &[Subject<'_>],
     leader: Option<&NodeName>,
     segments: &mut Segments,
 ) -> Vec<Verdict> {
+    let vips: Vec<&GroupVip> = group.vips.iter().collect();
+    let verdicts = judge_for(&vips, group, subjects, leader, segments);
+    let goes_on = |(subject, verdict): (&Subject<'_>, &Verdict)| match verdict {
+        Ok(_) => true,
+        Err(Ineligible::Refused(_)) => Some(subject.node) == leader,
+        Err(_) => false,
+    };
+    if subjects.iter().zip(&verdicts).any(goes_on) {
+        return verdicts;
+    }
+    let needed: Vec<&GroupVip> = group.vips.iter().filter(|vip| !vip.drains).collect();
+    if needed.is_empty() || needed.len() == vips.len() {
+        return verdicts;
+    }
+    judge_for(&needed, group, subjects, leader, segments)
+}
+
+/// Judges them as leaders of these addresses of the group.
+fn judge_for(
+    vips: &[&GroupVip],
+    group: &Group,
+    subjects: &[Subject<'_>],
+    leader: Option<&NodeName>,
+    segments: &mut Segments,
+) -> Vec<Verdict> {
     // Per address: whether any living node has it in a subnet. If not, the default route's interface is taken.
-    let owned: Vec<bool> = group
-        .vips
+    let owned: Vec<bool> = vips
         .iter()
         .map(|vip| is_owned(subjects, vip.address))
         .collect();
@@ -139,14 +169,14 @@ pub(super) fn judge(
                 return Err(Ineligible::NotSynced);
             }
             let mut choices = BTreeMap::new();
-            for (vip, owned) in group.vips.iter().zip(&owned) {
+            for (vip, owned) in vips.iter().zip(&owned) {
                 let choice = choose(vip, subject.node, register, *owned)?;
                 choices.insert(vip.address, choice);
             }
             Ok(choices)
         })
         .collect();
-    for vip in &group.vips {
+    for vip in vips {
         let seats: Vec<(usize, Arc<str>)> = verdicts
             .iter()
             .enumerate()
@@ -166,12 +196,12 @@ pub(super) fn judge(
     let can = |subject: &Subject<'_>| subject.register.is_some_and(|it| !it.gateless);
     let has_gateway = !group.egress.is_empty()
         && subjects.iter().zip(&verdicts).any(|(subject, verdict)| {
-            verdict.is_ok() && can(subject) && soft(group, subject).is_none()
+            verdict.is_ok() && can(subject) && soft(vips, group, subject).is_none()
         });
     for (subject, verdict) in subjects.iter().zip(&mut verdicts) {
         let gateless = (has_gateway && !can(subject)).then_some(Ineligible::Gateless);
         if verdict.is_ok()
-            && let Some(reason) = gateless.or_else(|| soft(group, subject))
+            && let Some(reason) = gateless.or_else(|| soft(vips, group, subject))
         {
             *verdict = Err(reason);
         }
@@ -236,7 +266,7 @@ pub(super) fn on_segment(
         .collect()
 }
 
-fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
+fn soft(vips: &[&GroupVip], group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
     let register = subject.register?;
     if register.leaving {
         return Some(Ineligible::Leaving);
@@ -244,7 +274,7 @@ fn soft(group: &Group, subject: &Subject<'_>) -> Option<Ineligible> {
     if register.disarmed && !group.egress.is_empty() {
         return Some(Ineligible::Disarmed);
     }
-    for vip in &group.vips {
+    for vip in vips {
         if let Err(refused) = vip.placement.admission(subject.node) {
             return Some(Ineligible::Refused(refused));
         }

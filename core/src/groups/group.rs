@@ -20,6 +20,8 @@ pub struct GroupVip {
     pub placement: Arc<Placement>,
     /// The leader that its `VirtualIP` reports; somebody announced it before.
     pub reported_leader: Option<NodeName>,
+    /// Nothing begins there any more: flows of egress policies go on to their end, and nothing else needs it.
+    pub drains: bool,
 }
 
 /// A Service of a group, as far as announcing goes.
@@ -172,6 +174,9 @@ pub(super) fn digest(
     for vip in vips {
         text(&vip.address.to_string());
         text(&format!("{:x}", vip.placement.digest));
+        if vip.drains {
+            text("drains");
+        }
     }
     for service in services {
         text(&service.key.to_string());

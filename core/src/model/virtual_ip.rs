@@ -97,6 +97,12 @@ impl VirtualIp {
         self.terms.get(policy).is_some_and(|terms| terms.drains)
     }
 
+    /// Whether that is all that it is there for.
+    pub fn only_drains(&self) -> bool {
+        let mut policies = self.egress_policies.iter();
+        self.services.is_empty() && self.is_held() && policies.all(|policy| self.drains(policy))
+    }
+
     /// Whether a speaker has ever said anything of it: else nobody has left by it.
     pub fn was_reported(&self) -> bool {
         self.leader.is_some() || !self.conditions.is_empty()

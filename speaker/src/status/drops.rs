@@ -91,8 +91,11 @@ impl Drops {
                 }
             }
         }
-        self.counted
-            .retain(|(policy, _), _| known(policy).is_some());
+        // Of one that is gone and may come again the counts go on, as long as there are flows.
+        let (dropped, usage) = (speaker.dropped_for_no_gateway(), speaker.usage());
+        self.counted.retain(|(policy, _), _| {
+            known(policy).is_some() || dropped.contains_key(policy) || usage.contains_key(policy)
+        });
         writes
     }
 

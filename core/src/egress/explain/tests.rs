@@ -319,6 +319,24 @@ fn without_a_gateway_it_is_dropped() {
 }
 
 #[test]
+fn a_gateway_that_does_not_answer_for_its_address_has_no_flows() {
+    let mut world = World::new();
+    world.vip(|vip| {
+        vip.conditions = vec![Condition {
+            kind: "Announced".into(),
+            status: "False".into(),
+            reason: "NoMajority".into(),
+            message: "gateway n2 hears less than half of the nodes".into(),
+        }];
+    });
+    let why = world.why();
+    assert!(
+        why.ends_with("192.0.2.32: gateway n2 hears less than half of the nodes"),
+        "{why}"
+    );
+}
+
+#[test]
 fn the_state_of_the_gateway_is_told() {
     let mut world = World::new();
     world.vip(|vip| vip.standby = Some("n1".into()));

@@ -61,7 +61,12 @@ impl Speaker {
             // Who cannot look cannot say.
             let usage = self.uses.usage.get(&policy);
             let looks = usage.is_some() || !self.treats_egress();
-            for address in self.egress.draining(&policy) {
+            // Who is waited for is on record by then: what was said before that would not be heard.
+            let on_record = |address: &IpAddr| {
+                let vip = self.index.virtual_ip(*address);
+                vip.is_some_and(|vip| vip.drains(&policy))
+            };
+            for address in self.egress.draining(&policy).into_iter().filter(on_record) {
                 let live = usage.and_then(|usage| usage.bindings.get(&address));
                 if looks && live.is_none_or(|it| it.live == 0) {
                     let at = (address, policy.clone());

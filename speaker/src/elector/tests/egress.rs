@@ -1,6 +1,6 @@
 //! What nodes are told of pods that leave by addresses of their own.
 
-use landfall_core::model::{EgressPolicy, EgressSource, Pod as PodObject, Purpose};
+use landfall_core::model::{EgressPolicy, EgressSource, Pod as PodObject, Purpose, Terms};
 use landfall_core::selector::LabelSelector;
 
 use super::*;
@@ -55,6 +55,23 @@ pub(super) fn tell_mail(world: &mut World) {
         ..VirtualIp::unheld(address, "out".into(), VIP.into())
     }));
     world.tell(&mk_policy());
+}
+
+/// The policy goes; the controller notes in its address's record that its flows go on.
+fn end_mail(world: &mut World) {
+    for host in world.hosts.values_mut() {
+        let policy = ObjectId::EgressPolicy("mail".into());
+        host.speaker.source(Event::Delete(policy));
+    }
+    let terms = Terms {
+        drains: true,
+        ..Terms::default()
+    };
+    world.tell(&Object::VirtualIp(VirtualIp {
+        egress_policies: vec!["mail".into()],
+        terms: BTreeMap::from([("mail".into(), terms)]),
+        ..VirtualIp::unheld(VIP.parse().unwrap(), "out".into(), VIP.into())
+    }));
 }
 
 /// And pods, its tenants and others.
@@ -276,13 +293,24 @@ fn said(
     writes
 }
 
-fn ports_said(writes: &[crate::status::Write]) -> Vec<u64> {
+/// What each write to the record's status says of the policy.
+fn said_of_mail(writes: &[crate::status::Write]) -> impl Iterator<Item = &serde_json::Value> {
     let patches = writes.iter().filter_map(|write| match write {
         crate::status::Write::Status { patch, .. } => Some(patch),
         crate::status::Write::Event { .. } => None,
     });
-    patches
-        .filter_map(|patch| patch["status"]["egress"][0]["portsInUse"].as_u64())
+    patches.map(|patch| &patch["status"]["egress"][0])
+}
+
+fn ports_said(writes: &[crate::status::Write]) -> Vec<u64> {
+    let said = said_of_mail(writes);
+    said.filter_map(|said| said["portsInUse"].as_u64())
+        .collect()
+}
+
+fn drained_of(writes: &[crate::status::Write]) -> Vec<bool> {
+    let said = said_of_mail(writes);
+    said.map(|said| said["drained"] == serde_json::json!(true))
         .collect()
 }
 
@@ -457,6 +485,30 @@ fn the_last_gateway_stays_one() {
     assert_eq!(world.host(&last).speaker.gateway_of().len(), 1);
 }
 
+/// Who waits for the word that all flows have ended is on record: said before, it would be taken for an earlier one.
+#[test]
+fn that_flows_have_ended_is_said_once_the_record_asks() {
+    const LONG: Duration = Duration::from_secs(30);
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let leader = leader(&world);
+    *world.host(&leader).lower.usage.lock().unwrap() = mk_usage(0);
+    let mut reporter = crate::status::Reporter::default();
+    let mut drained = |world: &mut World| {
+        let writes = said(world, &leader, &mut reporter, LONG);
+        drained_of(&writes).contains(&true)
+    };
+    assert!(!drained(&mut world));
+    for host in world.hosts.values_mut() {
+        let policy = ObjectId::EgressPolicy("mail".into());
+        host.speaker.source(Event::Delete(policy));
+    }
+    assert!(!drained(&mut world));
+    end_mail(&mut world);
+    assert!(drained(&mut world));
+}
+
 /// Flows that drain on an address that nobody can lead are over one day: it is not kept for ever.
 #[test]
 fn what_drains_where_nobody_can_lead_ends() {
@@ -473,10 +525,7 @@ fn drains_where_nobody_can_lead(hears_most: bool) {
     let mut world = mk_world();
     tell_policy(&mut world);
     world.run(Duration::from_secs(2));
-    for host in world.hosts.values_mut() {
-        let id = ObjectId::EgressPolicy("mail".into());
-        host.speaker.source(Event::Delete(id));
-    }
+    end_mail(&mut world);
     if !hears_most {
         for other in ["n2", "n3"] {
             world.hosts.remove(&NodeName::from(other));
@@ -499,13 +548,7 @@ fn drains_where_nobody_can_lead(hears_most: bool) {
         let (all, vip) = (BTreeSet::from([VIP.into()]), &world.hosts[&"n1".into()]);
         let mut writes = reporter.look(&vip.speaker, all, now, 0);
         writes.extend(reporter.look(&vip.speaker, BTreeSet::new(), now + SECOND, 0));
-        let patches = writes.iter().filter_map(|write| match write {
-            crate::status::Write::Status { patch, .. } => Some(patch),
-            crate::status::Write::Event { .. } => None,
-        });
-        patches
-            .map(|patch| patch["status"]["egress"][0]["drained"] == serde_json::json!(true))
-            .collect()
+        drained_of(&writes)
     };
     assert_eq!(drained(Duration::ZERO), [] as [bool; 0]);
     assert_eq!(drained(10 * SECOND), [false], "nobody leads it");
