@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Read as _};
+use std::mem;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ const BUDGET: usize = 64_512;
 const WANTED: usize = 70_000;
 /// How many the other tenant has to the same remote and port.
 const OTHERS: usize = 1_000;
+/// How many more it gets by a quota above that.
+const MORE: usize = 100;
 /// The first of the pods' own ports.
 const FROM: u16 = 20_000;
 /// As fast as can be.
@@ -71,6 +74,7 @@ fn four_pods_to_one_remote_and_port() {
         }
 
         a_quota(cluster, other)?;
+        let gateway = tenants::gateway(lab, egress()[0]);
         await_metric(
             cluster,
             &gateway,
@@ -265,22 +269,48 @@ fn the_budget<'a>(
 /// The other tenant's pod gets a quota below what it has: it keeps what is there and begins nothing. Then one above: so many
 /// more it gets.
 fn a_quota(cluster: &Cluster, other: &Pod) -> anyhow::Result<()> {
-    const MORE: usize = 100;
     let gateway = tenants::gateway(cluster.lab(), others_egress()[0]);
-    for (quota, free) in [(OTHERS / 2, 0), (OTHERS + MORE, MORE)] {
+    let set = |quota: usize| {
         let all = 10 * OTHERS + quota;
         become_another_tenants(cluster, other, &json!({"portsPerPod": quota, "ports": all}))?;
         let said = format!("egress_policy_ports_quota{{policy=\"shop\"}} {all}");
         await_metric(cluster, &gateway, &said);
-        for server in far() {
-            let mut more = [Of::wanted(other, 2 * FROM, 3 * MORE, server.ip())?];
-            assert_eq!(refused(&mut more, SYN), 3 * MORE - free);
-            let mut its = [Of::wanted(other, FROM, OTHERS, server.ip())?];
-            assert_eq!(refused(&mut its, PSH), 0);
-        }
+        anyhow::Ok(())
+    };
+    let ask = |server: SocketAddr, free: usize| {
+        let mut more = [Of::wanted(other, 2 * FROM, 3 * MORE, server.ip())?];
+        assert_eq!(refused(&mut more, SYN), 3 * MORE - free);
+        let mut its = [Of::wanted(other, FROM, OTHERS, server.ip())?];
+        assert_eq!(refused(&mut its, PSH), 0);
+        anyhow::Ok(())
+    };
+    set(OTHERS / 2)?;
+    let mut early = Vec::new();
+    for server in far() {
+        early.push(begun_early(other, server.ip())?);
+        ask(server, 0)?;
+    }
+    println!("{early:?} flows began before those from before the quota were counted");
+    set(OTHERS + MORE)?;
+    for (server, early) in far().into_iter().zip(early) {
+        ask(server, MORE - early)?;
     }
     await_event(cluster, "shop", "QuotaExhausted");
     Ok(())
+}
+
+/// How many flows of a pod begin under a quota below what it has, until what it has is counted: that is at once, but not in
+/// the same moment.
+fn begun_early(pod: &Pod, remote: IpAddr) -> anyhow::Result<usize> {
+    let mut one = [Of::wanted(pod, 3 * FROM, MORE, remote)?];
+    for (begun, flow) in mem::take(&mut one[0].flows).into_iter().enumerate() {
+        one[0].flows = vec![flow];
+        if refused(&mut one, SYN) == 1 {
+            return Ok(begun);
+        }
+        thread::sleep(PATIENCE / u32::try_from(MORE)?);
+    }
+    anyhow::bail!("{MORE} flows of {} began beyond its quota", pod.name)
 }
 
 /// Until a node's speaker shows this line.

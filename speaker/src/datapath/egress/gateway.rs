@@ -530,7 +530,7 @@ impl Task {
             let before = tables.limited().clone();
             tables.write(plan, self.config.arrival_mark)?;
             if !tables.limited().is_subset(&before) {
-                // What is there is counted before more begins.
+                // What is there is counted at once.
                 self.looked = None;
             }
         }
