@@ -502,12 +502,14 @@ fn status(
             ),
         }
     } else if place.is_none() && speaker.election().leadership(&group.id).is_some() {
+        let why = speaker.election().obstacle(group, vip.address);
         Condition {
             holds: false,
             reason: announced::NO_ELIGIBLE_NODE,
             message: format!(
-                "{} leads the other addresses of its group and cannot announce it: flows that go on there have no way back",
+                "{} leads the other addresses of its group and cannot announce it{}: flows that go on there have no way back",
                 speaker.election().me(),
+                why.map(|why| format!(" ({why})")).unwrap_or_default(),
             ),
         }
     } else if let Some(place) = place.filter(|place| place.default_route) {

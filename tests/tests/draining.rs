@@ -16,7 +16,7 @@ use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Lab, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
 use landfall_tests::tenants::{self, await_egress, await_seen, egress, outside, seen_from};
-use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, chart, objects, until_within};
+use landfall_tests::{CONTROL_HOST, Cluster, PATIENCE, chart, objects, until, until_within};
 use serde_json::json;
 
 /// How long a try to connect may take.
@@ -124,6 +124,66 @@ fn flows_keep_their_address_when_their_policy_gets_others() {
         drop(flows);
         await_free(cluster);
         assert!(others.iter().all(|it| is_held(cluster, *it)));
+        Ok(())
+    });
+}
+
+/// Where flows only end, and which no node can announce any more, is no reason to leave the policy's pods without the
+/// addresses that it has now.
+#[test]
+fn an_address_that_is_left_behind_keeps_nobody_from_the_next() {
+    with_flows(|cluster, flows| {
+        let lab = cluster.lab();
+        let others = Network::Lan.both(245);
+        let objects = format!(
+            "
+apiVersion: landfall.dev/v1alpha1
+kind: IPAddressPool
+metadata: {{name: next}}
+spec:
+  purpose: Egress
+  addresses: [{}/32, '{}/128']
+---
+apiVersion: landfall.dev/v1alpha1
+kind: L2Advertisement
+metadata: {{name: next}}
+spec: {{ipAddressPools: [next]}}
+---
+apiVersion: landfall.dev/v1alpha1
+kind: L2Advertisement
+metadata: {{name: nowhere}}
+spec: {{ipAddressPools: [out], interfaces: [gone0]}}
+",
+            others[0], others[1]
+        );
+        chart::apply(cluster.plane(), &objects)?;
+        let nobody = "no interface that is up is named gone0";
+        eventually("nobody's", || says(cluster, nobody).then_some(()));
+        patch(
+            cluster,
+            &json!({"egressIPs": {"pool": "next", "ipFamilies": ["IPv4", "IPv6"]}}),
+        );
+        let begun = Instant::now();
+        for pod in lab.pods() {
+            for server in outside() {
+                await_seen(pod, server, |seen| others.contains(&seen));
+            }
+        }
+        println!(
+            "all leave by the next addresses after {:?}",
+            begun.elapsed()
+        );
+        // Who would ask why flows do not go on is told.
+        let why = format!(
+            "cannot announce it ({nobody} (interfaces)): flows that go on there have no way back"
+        );
+        until("it to say why", || {
+            let said = said(cluster);
+            let tells = said.iter().any(|message| message.contains(&why));
+            if tells { Ok(()) } else { Err(said) }
+        });
+        drop(flows);
+        await_free(cluster);
         Ok(())
     });
 }
@@ -282,9 +342,14 @@ fn leader(cluster: &Cluster) -> String {
 
 /// Whether a condition of the address says so.
 fn says(cluster: &Cluster, words: &str) -> bool {
+    said(cluster).iter().any(|message| message.contains(words))
+}
+
+/// What the conditions of the address say.
+fn said(cluster: &Cluster) -> Vec<String> {
     let status = cluster.virtual_ip(egress()[0]).and_then(|it| it.status);
     let conditions = status.map(|status| status.conditions).unwrap_or_default();
-    conditions.iter().any(|it| it.message.contains(words))
+    conditions.into_iter().map(|it| it.message).collect()
 }
 
 fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {

@@ -16,7 +16,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::eligibility::{Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge};
+use super::eligibility::{
+    Ineligible, InterfaceChoice, Segments, Subject, Verdict, judge, judge_for,
+};
 use super::gossip::Registers;
 use super::peer::{
     BootId, Claim, ClaimMode, GroupRegister, HELD_PAGE, HeldPage, HeldPort, InterfaceFact,
@@ -483,6 +485,18 @@ impl Elector {
         let judged = judge(group, &subjects, leader, &mut Segments::default());
         verdicts.extend(names.iter().cloned().zip(judged));
         verdicts
+    }
+
+    /// Why this node cannot announce one of the group's addresses, if so.
+    pub fn obstacle(&self, group: &Group, address: IpAddr) -> Option<Ineligible> {
+        let vip = group.vips.iter().find(|vip| vip.address == address)?;
+        let names: Vec<NodeName> = self.alive().cloned().collect();
+        let me = names.iter().position(|name| *name == self.me)?;
+        let subjects = self.subjects(&group.id, &names);
+        let leader = self.leader(&group.id);
+        judge_for(&[vip], group, &subjects, leader, &mut Segments::default())
+            .swap_remove(me)
+            .err()
     }
 
     /// Draws the conclusions. `now` is monotonic; `wall` is the wall clock in milliseconds since the Unix epoch,

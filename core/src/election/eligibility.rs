@@ -149,7 +149,7 @@ pub(super) fn judge(
 }
 
 /// Judges them as leaders of these addresses of the group.
-fn judge_for(
+pub(super) fn judge_for(
     vips: &[&GroupVip],
     group: &Group,
     subjects: &[Subject<'_>],
