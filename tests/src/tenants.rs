@@ -46,10 +46,13 @@ pub fn egress() -> [IpAddr; 2] {
 
 /// Starts Landfall with egress policies in effect, on nodes whose CNI masquerades what pods send outside.
 pub fn start(cluster: &Cluster) -> anyhow::Result<()> {
-    start_with(
-        cluster,
-        &objects("Egress", "{pool: out, ipFamilies: [IPv4, IPv6]}"),
-    )
+    start_with_room(cluster, None)
+}
+
+/// The same with gateways that have room for so many flows of each family.
+pub fn start_with_room(cluster: &Cluster, bindings: Option<usize>) -> anyhow::Result<()> {
+    let objects = objects("Egress", "{pool: out, ipFamilies: [IPv4, IPv6]}");
+    start_with(cluster, &objects, bindings)
 }
 
 /// The same with a Service `mail`, by whose addresses its pods leave.
@@ -60,17 +63,19 @@ pub fn start_with_service(cluster: &Cluster, service: &Service) -> anyhow::Resul
         anyhow::Ok(())
     })?;
     let ips = "{fromService: {namespace: default, name: mail}}";
-    start_with(cluster, &objects("Both", ips))
+    start_with(cluster, &objects("Both", ips), None)
 }
 
-fn start_with(cluster: &Cluster, objects: &str) -> anyhow::Result<()> {
+fn start_with(cluster: &Cluster, objects: &str, bindings: Option<usize>) -> anyhow::Result<()> {
     for node in cluster.lab().nodes() {
         masquerade(&node.netns)?;
     }
     chart::apply(cluster.plane(), objects)?;
     cluster.start_controller("controller", &[])?;
+    let room = bindings.map(|bindings| format!("--egress-bindings={bindings}"));
+    let flags: Vec<&str> = room.as_deref().into_iter().chain(["--egress"]).collect();
     for node in cluster.lab().nodes() {
-        cluster.start_speaker(&node.name, &["--egress"])?;
+        cluster.start_speaker(&node.name, &flags)?;
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use kube::Api;
 use kube::api::ListParams;
 use landfall_api::EgressPolicy;
 use landfall_lab::crowd::{Crowd, Mirror, PSH, RST, SYN};
+use landfall_lab::fault::SPEAKER;
 use landfall_lab::server::PodServer;
 use landfall_lab::{Fault, Netns, Network, Pod, Topology};
 use landfall_tests::flows::{self, Flow};
@@ -32,6 +33,8 @@ const OTHERS: usize = 1_000;
 const MORE: usize = 100;
 /// The first of the pods' own ports.
 const FROM: u16 = 20_000;
+/// How often a speaker looks at what was refused.
+const LOOKED_AT: Duration = Duration::from_secs(5);
 /// As fast as can be.
 const ALL_OUT: f64 = 1e9;
 /// Where connections are closed as they come.
@@ -90,6 +93,53 @@ fn four_pods_to_one_remote_and_port() {
             println!("{alive} of {all} flows go on");
             assert!(alive * 100 >= all * 99, "{alive} of {all}");
         }
+        Ok(())
+    });
+}
+
+/// More flows than a gateway has room for: what there is goes on, what is more is refused at once, and the policy says so.
+#[test]
+fn a_gateway_without_room_for_more() {
+    const ROOM: usize = 2_048;
+    let topology = Topology {
+        nodes: 2,
+        pods_per_node: 1,
+        ..Topology::default()
+    };
+    Cluster::run(topology, |cluster| {
+        tenants::start_with_room(cluster, Some(ROOM))?;
+        let lab = cluster.lab();
+        let _lines = PodServer::start(lab.remote(), "far")?;
+        for pod in lab.pods() {
+            await_egress(pod, far());
+        }
+        let gateway = tenants::gateway(lab, egress()[0]);
+        let pod = lab.pods().find(|pod| pod.node != gateway).unwrap();
+        let mut all = 0;
+        for server in far() {
+            let remote = server.ip();
+            let mut known = flows::open(&pod.netns, server, 3)?;
+            let _mirror = Mirror::hang(lab.remote(), remote)?;
+            let mut of = [Of::wanted(pod, FROM, 2 * ROOM, remote)?];
+            let excess = refused(&mut of, SYN);
+            println!("{excess} of {} flows to {remote} refused", 2 * ROOM);
+            all += excess;
+            // Those that were opened to look take room until they have rested.
+            assert!((ROOM..ROOM + ROOM / 10).contains(&excess), "{excess}");
+            assert_eq!(refused(&mut of, PSH), 0);
+            flows::ask(&mut known).unwrap();
+        }
+        await_event(cluster, "mail", "BindingsExhausted");
+        // What an earlier process has counted is no news to the next.
+        let told = events(cluster, "mail", "BindingsExhausted");
+        lab.inject(&gateway, Fault::Kill)?;
+        lab.restart(&gateway, SPEAKER)?;
+        let counted = format!(
+            "egress_policy_dropped_packets_total{{policy=\"mail\",reason=\"no-room\"}} {all}"
+        );
+        await_metric(cluster, &gateway, &counted);
+        thread::sleep(2 * LOOKED_AT);
+        assert_eq!(events(cluster, "mail", "BindingsExhausted"), told);
         Ok(())
     });
 }
@@ -328,16 +378,23 @@ fn await_metric(cluster: &Cluster, node: &str, line: &str) {
 /// Until an Event of a policy has this reason.
 fn await_event(cluster: &Cluster, policy: &str, reason: &str) {
     until(&format!("an Event of {policy} to say {reason}"), || {
-        let events = cluster.block_on(async {
-            let events: Api<Event> = Api::namespaced(cluster.client().await?, "default");
-            anyhow::Ok(events.list(&ListParams::default()).await?)
-        });
-        let says = |event: &Event| {
-            let of = &event.involved_object;
-            event.reason.as_deref() == Some(reason) && of.name.as_deref() == Some(policy)
-        };
-        events.unwrap().iter().any(says).then_some(()).ok_or("none")
+        let found = !events(cluster, policy, reason).is_empty();
+        found.then_some(()).ok_or("none")
     });
+}
+
+/// What the Events of a policy with this reason say.
+fn events(cluster: &Cluster, policy: &str, reason: &str) -> Vec<String> {
+    let events = cluster.block_on(async {
+        let events: Api<Event> = Api::namespaced(cluster.client().await?, "default");
+        anyhow::Ok(events.list(&ListParams::default()).await?)
+    });
+    let is_it = |event: &Event| {
+        let of = &event.involved_object;
+        event.reason.as_deref() == Some(reason) && of.name.as_deref() == Some(policy)
+    };
+    let events = events.unwrap().items.into_iter().filter(is_it);
+    events.filter_map(|event| event.message).collect()
 }
 
 /// Does something for several pods at once.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use landfall_core::model::Holder;
+use landfall_ebpf_common::egress::gateway::PolicyCount;
 
 use super::Write;
 use crate::datapath::egress::Usage;
@@ -59,7 +60,7 @@ impl Drops {
         let known = |policy: &PolicyName| speaker.egress().policy(policy);
         for (policy, total) in speaker.dropped_for_no_gateway() {
             if let Some(object) = known(policy)
-                && let Some(count) = self.note(policy, Why::NoGateway, *total, now)
+                && let Some(count) = self.note(policy, Why::NoGateway, *total, 0, now)
             {
                 let note = format!(
                     "node {} dropped {} of its pods: the policy has no gateway, or one that is not ready yet, or no \
@@ -74,13 +75,13 @@ impl Drops {
             let Some(object) = known(policy) else {
                 continue;
             };
-            let refused = [
-                (Why::Quota, usage.count.quota),
-                (Why::NoPort, usage.count.no_port),
-                (Why::NoRoom, usage.count.no_room),
-            ];
-            for (why, total) in refused {
-                if let Some(count) = self.note(policy, why, total, now) {
+            let refused = |count: &PolicyCount| [count.quota, count.no_port, count.no_room];
+            let reasons = [Why::Quota, Why::NoPort, Why::NoRoom].into_iter();
+            let counts = refused(&usage.count)
+                .into_iter()
+                .zip(refused(&usage.earlier));
+            for (why, (total, earlier)) in reasons.zip(counts) {
+                if let Some(count) = self.note(policy, why, total, earlier, now) {
                     let note = format!(
                         "node {}, its gateway, refused {} that would have begun flows: {}",
                         speaker.election().me(),
@@ -100,13 +101,20 @@ impl Drops {
     }
 
     /// Takes a count in; how many there were since the last Event, if it is time for one.
-    fn note(&mut self, policy: &PolicyName, why: Why, total: u64, now: Duration) -> Option<u64> {
+    /// `earlier`: how many of them were there when this process began, which are no news.
+    fn note(
+        &mut self,
+        policy: &PolicyName,
+        why: Why,
+        total: u64,
+        earlier: u64,
+        now: Duration,
+    ) -> Option<u64> {
         let counted = self
             .counted
             .entry((policy.clone(), why))
-            // What the programs counted for an earlier process is no news; the rules count from nothing.
             .or_insert(Counted {
-                total: if why == Why::NoGateway { 0 } else { total },
+                total: earlier,
                 untold: 0,
                 told: None,
             });
@@ -182,7 +190,7 @@ mod tests {
         let mut drops = Drops::default();
         let policy: PolicyName = "mail".into();
         let mut at =
-            |second: u32, total| drops.note(&policy, Why::NoGateway, total, SECOND * second);
+            |second: u32, total| drops.note(&policy, Why::NoGateway, total, 0, SECOND * second);
         assert_eq!(at(0, 0), None);
         assert_eq!(at(5, 3), Some(3));
         assert_eq!(at(10, 10), None);
@@ -198,9 +206,14 @@ mod tests {
     fn what_an_earlier_process_has_seen_is_no_news() {
         let mut drops = Drops::default();
         let policy: PolicyName = "mail".into();
-        assert_eq!(drops.note(&policy, Why::Quota, 500, SECOND), None);
-        assert_eq!(drops.note(&policy, Why::Quota, 501, SECOND * 2), Some(1));
-        assert_eq!(drops.note(&policy, Why::NoPort, 7, SECOND * 3), None);
+        let mut at = |second: u32, why, total, earlier| {
+            drops.note(&policy, why, total, earlier, SECOND * second)
+        };
+        assert_eq!(at(1, Why::Quota, 500, 500), None);
+        assert_eq!(at(2, Why::Quota, 501, 500), Some(1));
+        assert_eq!(at(3, Why::NoPort, 7, 7), None);
+        // What was refused before the first look is news.
+        assert_eq!(at(3, Why::NoRoom, 7, 2), Some(5));
     }
 
     #[test]

@@ -51,6 +51,8 @@ pub(in super::super) struct Tables {
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
     counts: PerCpuArray<MapData, PolicyCount>,
+    /// What of it an earlier process has left, by policies' numbers.
+    earlier: BTreeMap<u32, PolicyCount>,
     /// Of pods whose gateway this node is or would be.
     pod_counts: PerCpuHashMap<MapData, [u8; 16], PolicyCount>,
     counted: BTreeSet<VipKey>,
@@ -132,6 +134,15 @@ impl<T: aya::Pod + Default> Numbered<T> {
     }
 }
 
+/// What all CPUs have counted of the policy with this number.
+fn sum_of(counts: &PerCpuArray<MapData, PolicyCount>, at: u32) -> Result<PolicyCount, TablesError> {
+    let mut sum = PolicyCount::default();
+    for of_cpu in counts.get(&at, 0)?.iter() {
+        sum += *of_cpu;
+    }
+    Ok(sum)
+}
+
 /// What is put under a number.
 fn number(number: u32) -> u16 {
     u16::try_from(number).expect("there are few")
@@ -184,7 +195,14 @@ impl Tables {
             (flags != 0).then_some((key, state))
         });
         let pod_counts: PerCpuHashMap<_, [u8; 16], PolicyCount> = taken(ebpf, map::POD_COUNTS)?;
+        let policies = Numbered::adopt(ebpf, map::POLICIES, MAX_POLICIES, |policy: &Policy| {
+            some(policy.name)
+        })?;
+        let counts = taken(ebpf, map::COUNTS)?;
+        let numbers = policies.numbers.values();
+        let earlier = numbers.map(|number| Ok((*number, sum_of(&counts, *number)?)));
         Ok(Self {
+            earlier: earlier.collect::<Result<_, TablesError>>()?,
             counted: pod_counts.keys().flatten().map(VipKey).collect(),
             pod_counts,
             states: states.collect(),
@@ -204,9 +222,7 @@ impl Tables {
             nodes: Numbered::adopt(ebpf, map::NODES, MAX_GATE_NODES, |node: &GateNode| {
                 some(node.name)
             })?,
-            policies: Numbered::adopt(ebpf, map::POLICIES, MAX_POLICIES, |policy: &Policy| {
-                some(policy.name)
-            })?,
+            policies,
             used: taken(ebpf, map::USED)?,
             filter: taken(ebpf, map::FILTER)?,
             planned: Box::new(Filter::EMPTY),
@@ -214,7 +230,7 @@ impl Tables {
             of: BTreeMap::new(),
             settings: taken(ebpf, map::SETTINGS)?,
             reasons: taken(ebpf, map::REASONS)?,
-            counts: taken(ebpf, map::COUNTS)?,
+            counts,
             names: BTreeMap::new(),
             limited: BTreeSet::new(),
             tally: Tally::default(),
@@ -485,6 +501,7 @@ impl Tables {
         for number in self.policies.forget(&planned, &kept.policies)? {
             // Another policy may get the number.
             self.names.remove(&number);
+            self.earlier.remove(&number);
             self.counts.set(number, nothing()?, 0)?;
         }
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
@@ -515,17 +532,14 @@ impl Tables {
     pub(in super::super) fn usage(&self) -> BTreeMap<PolicyName, Usage> {
         let of = |at: u32| -> Option<Usage> {
             let policy = self.policies.map.get(&at, 0).ok()?;
-            let mut count = PolicyCount::default();
-            for of_cpu in self.counts.get(&at, 0).ok()?.iter() {
-                count += *of_cpu;
-            }
             Some(Usage {
                 is_gateway: policy.uplink != 0,
                 ports: self.used.get(&at, 0).ok()?,
                 quota: policy.ports,
                 quota_per_pod: policy.ports_per_pod,
                 bindings: self.tally.of(number(at)),
-                count,
+                count: sum_of(&self.counts, at).ok()?,
+                earlier: self.earlier.get(&at).copied().unwrap_or_default(),
             })
         };
         let named = self.names.iter();

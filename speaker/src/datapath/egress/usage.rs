@@ -22,6 +22,8 @@ pub struct Usage {
     pub bindings: BTreeMap<IpAddr, Bindings>,
     /// Packets, all CPUs together, since the maps were made.
     pub count: PolicyCount,
+    /// What of it was there when this process began.
+    pub earlier: PolicyCount,
 }
 
 impl Usage {
