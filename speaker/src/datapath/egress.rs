@@ -48,8 +48,8 @@ pub(super) use layout::SHAPES;
 #[cfg(test)]
 pub(super) use {
     changes::Changes, changes::Source, copies::Copies, copies::Kernel, copies::Seam,
-    keeper::Keeper, keeper::Known, plan::Plan, plan::plan as mk_plan, standing::states,
-    tables::Tables,
+    keeper::Keeper, keeper::Known, keeper::Orphaned, plan::Plan, plan::plan as mk_plan,
+    standing::states, tables::Tables,
 };
 
 use crate::egress::Egress;

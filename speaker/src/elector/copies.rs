@@ -123,12 +123,9 @@ impl Speaker {
         let Some(view) = self.election.view(group) else {
             return Part::Unknown;
         };
+        // Also if no node can be: what made it so may be over in a moment, as a switch that restarts is.
         let Some(leader) = &view.leader else {
-            return if view.eligible == 0 {
-                Part::None
-            } else {
-                Part::Unknown
-            };
+            return Part::Unknown;
         };
         let me = &self.identity.node;
         if leader == me {

@@ -18,6 +18,8 @@ const REMOVED: u64 = 1 << 30;
 /// One less.
 const LESS: u64 = u64::MAX;
 /// How often a count is looked for that is being removed.
+const LOOKS: u32 = 16;
+/// How often a claim is turned that others touch.
 const TRIES: u32 = 3;
 /// `E2BIG` (`asm-generic/errno-base.h`), as a helper returns it.
 const NO_ROOM: i32 = -7;
@@ -42,6 +44,15 @@ pub(super) fn turn<A: Address>(entry: *mut Binding<A>, from: Claim, to: Claim) -
     // SAFETY: as above.
     let claim = unsafe { &raw mut (*entry).claim };
     word::exchange(claim, from.word(), to.word())
+}
+
+/// Whether an entry *out* is that of the binding with this key *in*: the pod may have begun another since, by another
+/// address.
+#[inline(always)]
+pub(super) fn is_of<A: Address>(out: *const Binding<A>, inward: &Key<A>) -> bool {
+    // SAFETY: the map gave the pointer.
+    let by = unsafe { (*out).to };
+    by == inward.local && claim_of(out).port == inward.local_port
 }
 
 /// Counts one port more for the pod and the policy of the flow at hand, if their quotas allow it.
@@ -127,7 +138,7 @@ pub(super) fn count_late<F: Family>() -> u32 {
 
 #[inline(always)]
 fn count_pod<F: Family>(target: &Key<F::A>, most: u64) -> Result<(), Reason> {
-    for _ in 0..TRIES {
+    for _ in 0..LOOKS {
         let Some(count) = F::pods().get_ptr_mut(target) else {
             if F::pods().insert(target, 0, u64::from(BPF_NOEXIST)) == Err(NO_ROOM) {
                 return Err(Reason::NoRoom);
@@ -138,10 +149,11 @@ fn count_pod<F: Family>(target: &Key<F::A>, most: u64) -> Result<(), Reason> {
             Ok(()) => return Ok(()),
             // It is being removed.
             Err(REMOVED..) => {}
-            Err(_) => break,
+            Err(_) => return Err(Reason::Quota),
         }
     }
-    Err(Reason::Quota)
+    // Who says it again finds another.
+    Err(Reason::Unknown)
 }
 
 /// Gives back what was counted for a flow: by the policy's number, and for the pod if it was `counted` there; `other` is
@@ -350,7 +362,9 @@ fn take_over<F: Family>(room: &mut Room<F::A>, entry: *mut Binding<F::A>) -> boo
     let before = claim_of(entry);
     // SAFETY: the map gave the pointer; nobody writes these while the phase is what it is, or the claim fails.
     let pod = unsafe { (*entry).to };
-    let rested = room.now.wrapping_sub(before.seen) >= maps::settings().times.rest;
+    // Another CPU may have ended it since this one has looked at the clock.
+    let rested = room.now.wrapping_sub(before.seen) as i32;
+    let rested = rested >= maps::settings().times.rest as i32;
     if before.phase != phase::CLOSED || !(pod == room.value.to || rested) {
         return false;
     }
@@ -379,8 +393,7 @@ pub(super) fn hand<F: Family>(
         protocol: room.inward.protocol,
     };
     if let Some(out) = F::out().get_ptr_mut(&room.other) {
-        let of_old = claim_of(out).port == room.inward.local_port;
-        if of_old {
+        if is_of(out, &room.inward) {
             let _ = F::out().remove(&room.other);
         }
     }
@@ -396,7 +409,10 @@ pub(super) fn hand<F: Family>(
     let after = before
         .handed(room.out.local_port, room.now)
         .with_count(room.counted != 0);
-    turn(entry, busy, after)
+    // Its sender may be noted as heard meanwhile: nobody else writes there.
+    // SAFETY: as above.
+    unsafe { (&raw mut (*entry).claim).write_volatile(after.word()) };
+    true
 }
 
 /// A free port as the crowd of the flow at hand has it.

@@ -13,9 +13,9 @@ use landfall_ebpf_common::egress::copies::{Named, message, outcome};
 use landfall_ebpf_common::egress::gateway::{Reason, egress_flag};
 use landfall_ebpf_common::egress::ports::{DRAWN, drawn, seed};
 
-use super::claim::{EXISTS, claim_in, claim_of, count_copy, gather, hand, mark, release};
+use super::claim::{EXISTS, claim_in, claim_of, count_copy, gather, hand, is_of, mark, release};
 use super::flow::{close, is_vip, now};
-use super::maps::{self, Family, Four, Room, Six};
+use super::maps::{self, Family, Four, Kept, Room, Six};
 use crate::packet::TCP;
 
 /// Does what is asked for with each of the bindings named, and writes behind each what was done.
@@ -31,7 +31,7 @@ pub(super) fn copy(context: &TcContext) -> i32 {
         }
         let done = if family & !message::REMOVE == 4 {
             let at = message::NAMED + place * size_of::<Named<<Four as Family>::A>>();
-            name::<Four>(context, at).and_then(|()| {
+            name::<Kept<Four>>(context, at).and_then(|()| {
                 let done = if remove {
                     landfall_gateway_displace_v4()
                 } else {
@@ -40,11 +40,11 @@ pub(super) fn copy(context: &TcContext) -> i32 {
                         other => other,
                     }
                 };
-                answer::<Four>(context, at, done)
+                answer::<Kept<Four>>(context, at, done)
             })
         } else {
             let at = message::NAMED + place * size_of::<Named<<Six as Family>::A>>();
-            name::<Six>(context, at).and_then(|()| {
+            name::<Kept<Six>>(context, at).and_then(|()| {
                 let done = if remove {
                     landfall_gateway_displace_v6()
                 } else {
@@ -53,7 +53,7 @@ pub(super) fn copy(context: &TcContext) -> i32 {
                         other => other,
                     }
                 };
-                answer::<Six>(context, at, done)
+                answer::<Kept<Six>>(context, at, done)
             })
         };
         if done.is_none() {
@@ -254,9 +254,9 @@ fn place<F: Family>() -> u32 {
         // Else the flow has begun by another port meanwhile, or there is no room.
         Err(error) if !(there && error == EXISTS) => {
             if !there {
+                let _ = F::inward().remove(&room.inward);
                 room.other = room.inward.target();
                 mark::<F>(&room.other, room.inward.local_port, false);
-                let _ = F::inward().remove(&room.inward);
                 room.other = room.out.target();
                 release::<F>(room.source.policy, room.counted != 0, &room.other);
             }
@@ -334,7 +334,7 @@ fn displace<F: Family>() -> u32 {
     // What is late of a connection still goes its way; a datagram begins anew.
     let out = F::out()
         .get_ptr_mut(&room.out)
-        .filter(|out| claim_of(*out).port == room.inward.local_port);
+        .filter(|out| is_of(*out, &room.inward));
     let Some(out) = out else {
         return outcome::DONE;
     };
@@ -378,13 +378,13 @@ macro_rules! functions {
 }
 
 functions!(
-    Four,
+    Kept<Four>,
     landfall_gateway_clear_v4,
     landfall_gateway_place_v4,
     landfall_gateway_displace_v4
 );
 functions!(
-    Six,
+    Kept<Six>,
     landfall_gateway_clear_v6,
     landfall_gateway_place_v6,
     landfall_gateway_displace_v6

@@ -8,7 +8,7 @@ use landfall_ebpf_common::egress::binding::{
 };
 use landfall_ebpf_common::egress::gateway::Reason;
 
-use super::claim::{EXISTS, bind, came_back, claim_of, mark, release, reserve, turn};
+use super::claim::{EXISTS, bind, came_back, claim_of, is_of, mark, release, reserve, turn};
 use super::maps::{self, Family, Four, Six};
 use super::tell;
 use super::{set_words, words};
@@ -103,7 +103,8 @@ pub(super) fn find_in<F: Family>(packet: &mut Packet) -> Option<Found> {
     // SAFETY: as above.
     let binding = unsafe { &mut *entry };
     let claim = claim_of(entry);
-    if claim.phase == phase::BUSY {
+    let is_nobodys = claim.phase == phase::CLOSED && binding.to == F::A::default();
+    if claim.phase == phase::BUSY || is_nobodys {
         return None;
     }
     let sides = Sides {
@@ -217,7 +218,8 @@ fn turn_in<F: Family>() -> u32 {
         remote_port: room.inward.remote_port,
         protocol: room.inward.protocol,
     };
-    if let Some(out) = F::out().get_ptr_mut(&room.out) {
+    let out = F::out().get_ptr_mut(&room.out);
+    if let Some(out) = out.filter(|out| is_of(*out, &room.inward)) {
         // SAFETY: as above.
         unsafe { (*out).theirs = sides.theirs };
     }
@@ -300,9 +302,9 @@ fn make<F: Family>() -> u32 {
     room.value.node = room.source.node;
     if let Err(error) = F::out().insert(&room.out, &room.value, u64::from(BPF_NOEXIST)) {
         // Another CPU was first with the same flow, or there is no room: the port goes back.
+        let _ = F::inward().remove(&room.inward);
         room.other = room.inward.target();
         mark::<F>(&room.other, room.inward.local_port, false);
-        let _ = F::inward().remove(&room.inward);
         room.other = room.out.target();
         release::<F>(room.source.policy, room.counted != 0, &room.other);
         // Who has copied all meanwhile may have seen it.

@@ -7,9 +7,9 @@ use landfall_ebpf_common::VipKey;
 use landfall_ebpf_common::egress::binding::{Address, Key, Sides, phase};
 use landfall_ebpf_common::egress::gateway::{egress_flag, keep};
 
-use super::claim::{claim_of, count_late, mark, turn};
+use super::claim::{claim_of, count_late, is_of, mark, turn};
 use super::flow::{close, now};
-use super::maps::{self, Family, Four, Six};
+use super::maps::{self, Family, Four, Kept, Six};
 
 /// Ends what is due of the bindings named, or counts them. Returns of how many there was nothing to do.
 #[inline(always)]
@@ -25,14 +25,14 @@ pub(super) fn keep(context: &TcContext) -> i32 {
         let at_once = u32::from(family & keep::AT_ONCE);
         let counts = family & keep::COUNT != 0;
         let done = if family & !keep::FLAGS == 4 {
-            name::<Four>(context, place, at_once)
+            name::<Kept<Four>>(context, place, at_once)
                 && if counts {
                     landfall_gateway_count_v4() != 0
                 } else {
                     landfall_gateway_end_v4() != 0
                 }
         } else {
-            name::<Six>(context, place, at_once)
+            name::<Kept<Six>>(context, place, at_once)
                 && if counts {
                     landfall_gateway_count_v6() != 0
                 } else {
@@ -76,15 +76,14 @@ fn end<F: Family>() -> u32 {
         remote_port: room.inward.remote_port,
         protocol: room.inward.protocol,
     };
-    let now = now();
     let out = F::out()
         .get_ptr_mut(&room.out)
-        .filter(|out| claim_of(*out).port == room.inward.local_port);
-    if let Some(out) = out {
-        let heard = claim_of(out).seen;
-        if claim.phase == phase::LIVE && now.wrapping_sub(heard) < now.wrapping_sub(seen) {
-            seen = heard;
-        }
+        .filter(|out| is_of(*out, &room.inward));
+    let heard = out.map_or(seen, |out| claim_of(out).seen);
+    // Later than both.
+    let now = now();
+    if claim.phase == phase::LIVE && now.wrapping_sub(heard) < now.wrapping_sub(seen) {
+        seen = heard;
     }
     // Nobody hears a copy: it is its gateway that says when it ends, or, once this node leads, its time begins.
     let state = maps::egress(&VipKey(room.inward.local.mapped()));
@@ -122,6 +121,15 @@ fn end<F: Family>() -> u32 {
             if out.is_some() {
                 let _ = F::out().remove(&room.out);
             }
+            if room.at_once != 0 {
+                // Nothing that is late reaches who has the pod's address next; the port rests all the same.
+                // SAFETY: as above, and it is ours as long as it changes hands.
+                unsafe {
+                    (*entry).to = F::A::default();
+                    (&raw mut (*entry).claim).write_volatile(claim.word());
+                }
+                return 1;
+            }
             let _ = F::inward().remove(&room.inward);
             room.other = room.inward.target();
             mark::<F>(&room.other, room.inward.local_port, false);
@@ -135,26 +143,26 @@ fn end<F: Family>() -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn landfall_gateway_end_v4() -> u32 {
-    end::<Four>()
+    end::<Kept<Four>>()
 }
 
 /// As above.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn landfall_gateway_end_v6() -> u32 {
-    end::<Six>()
+    end::<Kept<Six>>()
 }
 
 /// As above.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn landfall_gateway_count_v4() -> u32 {
-    count_late::<Four>()
+    count_late::<Kept<Four>>()
 }
 
 /// As above.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn landfall_gateway_count_v6() -> u32 {
-    count_late::<Six>()
+    count_late::<Kept<Six>>()
 }

@@ -1,5 +1,7 @@
 //! The gateway's maps, and reading them.
 
+use core::marker::PhantomData;
+
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key as Prefix, LpmTrie};
@@ -76,6 +78,10 @@ static GATE_ROOM_V4: PerCpuArray<Room<V4>> = PerCpuArray::with_max_entries(1, 0)
 #[map]
 static GATE_ROOM_V6: PerCpuArray<Room<V6>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
+static GATE_KEPT_V4: PerCpuArray<Room<V4>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static GATE_KEPT_V6: PerCpuArray<Room<V6>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
 static GATE_FRAME: PerCpuArray<[u8; 128]> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static GATE_RATE: PerCpuArray<Rate> = PerCpuArray::with_max_entries(1, 0);
@@ -83,7 +89,7 @@ static GATE_RATE: PerCpuArray<Rate> = PerCpuArray::with_max_entries(1, 0);
 /// Where an answer is put together.
 #[inline(always)]
 pub(super) fn frame() -> Option<&'static mut [u8; 128]> {
-    // SAFETY: programs do not interrupt each other on the same CPU, and one function uses it.
+    // SAFETY: packets do not interrupt each other on the same CPU, and one function uses it.
     GATE_FRAME
         .get_ptr_mut(0)
         .map(|frame| unsafe { &mut *frame })
@@ -158,6 +164,8 @@ pub(super) trait Family {
     fn crowds() -> &'static HashMap<Key<Self::A>, Crowd>;
     fn last() -> &'static LruHashMap<Key<Self::A>, Returned>;
     fn room() -> Option<&'static mut Room<Self::A>>;
+    /// The room of [`Kept`].
+    fn kept() -> Option<&'static mut Room<Self::A>>;
     /// Tries a port for the flow at hand: a global function of each family.
     fn take(port: u16) -> bool;
     /// A port that the crowd takes for free, 0 for none: the same.
@@ -172,13 +180,98 @@ pub(super) trait Family {
     fn end() -> u32;
     /// Tells of the binding in the room: the same.
     fn tell(what: u32) -> u32;
+    /// Of that in the room of [`Kept`].
+    fn tell_kept(what: u32) -> u32;
 }
 
 pub(super) struct Four;
 pub(super) struct Six;
 
+/// A family for programs that user space runs, with a room of their own: before kernel 6.3 packets interrupt them. User
+/// space runs one at a time.
+pub(super) struct Kept<F>(PhantomData<F>);
+
+impl<F: Family> Family for Kept<F> {
+    type A = F::A;
+
+    #[inline(always)]
+    fn out() -> &'static HashMap<Key<Self::A>, Binding<Self::A>> {
+        F::out()
+    }
+
+    #[inline(always)]
+    fn inward() -> &'static HashMap<Key<Self::A>, Binding<Self::A>> {
+        F::inward()
+    }
+
+    #[inline(always)]
+    fn pods() -> &'static HashMap<Key<Self::A>, u64> {
+        F::pods()
+    }
+
+    #[inline(always)]
+    fn crowds() -> &'static HashMap<Key<Self::A>, Crowd> {
+        F::crowds()
+    }
+
+    #[inline(always)]
+    fn last() -> &'static LruHashMap<Key<Self::A>, Returned> {
+        F::last()
+    }
+
+    #[inline(always)]
+    fn room() -> Option<&'static mut Room<Self::A>> {
+        F::kept()
+    }
+
+    #[inline(always)]
+    fn kept() -> Option<&'static mut Room<Self::A>> {
+        F::kept()
+    }
+
+    #[inline(always)]
+    fn take(port: u16) -> bool {
+        F::take(port)
+    }
+
+    #[inline(always)]
+    fn free(from: u16) -> u16 {
+        F::free(from)
+    }
+
+    #[inline(always)]
+    fn make() -> u32 {
+        F::make()
+    }
+
+    #[inline(always)]
+    fn turn_out() -> u32 {
+        F::turn_out()
+    }
+
+    #[inline(always)]
+    fn turn_in() -> u32 {
+        F::turn_in()
+    }
+
+    #[inline(always)]
+    fn end() -> u32 {
+        F::end()
+    }
+
+    #[inline(always)]
+    fn tell(what: u32) -> u32 {
+        F::tell_kept(what)
+    }
+
+    #[inline(always)]
+    fn tell_kept(what: u32) -> u32 {
+        F::tell_kept(what)
+    }
+}
+
 macro_rules! family {
-    ($family:ident, $address:ty, $out:ident, $inward:ident, $pods:ident, $crowds:ident, $last:ident, $room:ident, $take:path, $free:path, $make:path, $turn_out:path, $turn_in:path, $end:path, $tell:path) => {
+    ($family:ident, $address:ty, $out:ident, $inward:ident, $pods:ident, $crowds:ident, $last:ident, $room:ident, $kept:ident, $take:path, $free:path, $make:path, $turn_out:path, $turn_in:path, $end:path, $tell:path, $tell_kept:path) => {
         impl Family for $family {
             type A = $address;
 
@@ -209,9 +302,15 @@ macro_rules! family {
 
             #[inline(always)]
             fn room() -> Option<&'static mut Room<Self::A>> {
-                // SAFETY: programs do not interrupt each other on the same CPU, and its parts are used by one function
+                // SAFETY: packets do not interrupt each other on the same CPU, and its parts are used by one function
                 // at a time.
                 $room.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+            }
+
+            #[inline(always)]
+            fn kept() -> Option<&'static mut Room<Self::A>> {
+                // SAFETY: user space runs one program at a time that uses it, and its parts as above.
+                $kept.get_ptr_mut(0).map(|room| unsafe { &mut *room })
             }
 
             #[inline(always)]
@@ -248,6 +347,11 @@ macro_rules! family {
             fn tell(what: u32) -> u32 {
                 $tell(what)
             }
+
+            #[inline(always)]
+            fn tell_kept(what: u32) -> u32 {
+                $tell_kept(what)
+            }
         }
     };
 }
@@ -261,13 +365,15 @@ family!(
     GATE_CROWDS_V4,
     GATE_LAST_V4,
     GATE_ROOM_V4,
+    GATE_KEPT_V4,
     super::claim::landfall_gateway_take_v4,
     super::claim::landfall_gateway_free_v4,
     super::flow::landfall_gateway_make_v4,
     super::flow::landfall_gateway_turn_out_v4,
     super::flow::landfall_gateway_turn_in_v4,
     super::keep::landfall_gateway_end_v4,
-    super::tell::landfall_gateway_tell_v4
+    super::tell::landfall_gateway_tell_v4,
+    super::tell::landfall_gateway_tell_kept_v4
 );
 family!(
     Six,
@@ -278,13 +384,15 @@ family!(
     GATE_CROWDS_V6,
     GATE_LAST_V6,
     GATE_ROOM_V6,
+    GATE_KEPT_V6,
     super::claim::landfall_gateway_take_v6,
     super::claim::landfall_gateway_free_v6,
     super::flow::landfall_gateway_make_v6,
     super::flow::landfall_gateway_turn_out_v6,
     super::flow::landfall_gateway_turn_in_v6,
     super::keep::landfall_gateway_end_v6,
-    super::tell::landfall_gateway_tell_v6
+    super::tell::landfall_gateway_tell_v6,
+    super::tell::landfall_gateway_tell_kept_v6
 );
 
 #[inline(always)]

@@ -6,7 +6,7 @@ use landfall_ebpf_common::egress::binding::Address;
 use landfall_ebpf_common::egress::copies::{Event, ROOM, kind};
 use landfall_ebpf_common::egress::gateway::{Reason, settings_flag};
 
-use super::maps::{self, Family, Four, Six};
+use super::maps::{self, Family, Four, Kept, Six};
 
 #[map]
 static GATE_CHANGES: RingBuf = RingBuf::with_byte_size(ROOM, 0);
@@ -54,18 +54,23 @@ pub(super) fn ended<F: Family>() {
     }
 }
 
-/// A global function: verified once, whoever calls it.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn landfall_gateway_tell_v4(what: u32) -> u32 {
-    tell::<Four>(what as u8);
-    0
+macro_rules! functions {
+    ($($name:ident: $family:ty),*) => {
+        $(
+            /// A global function: verified once, whoever calls it.
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub extern "C" fn $name(what: u32) -> u32 {
+                tell::<$family>(what as u8);
+                0
+            }
+        )*
+    };
 }
 
-/// As above.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn landfall_gateway_tell_v6(what: u32) -> u32 {
-    tell::<Six>(what as u8);
-    0
-}
+functions!(
+    landfall_gateway_tell_v4: Four,
+    landfall_gateway_tell_v6: Six,
+    landfall_gateway_tell_kept_v4: Kept<Four>,
+    landfall_gateway_tell_kept_v6: Kept<Six>
+);

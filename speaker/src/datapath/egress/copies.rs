@@ -26,7 +26,7 @@ use landfall_ebpf_common::{GATEWAY_COPY, VipKey};
 use super::super::tables::TablesError;
 use super::super::uplink::{UplinkError, classifier};
 use super::super::worker::lock;
-use super::keeper::bytes;
+use super::keeper::{at_work, bytes};
 use crate::replication::{Bindings, CHUNK, Chunk, Cursor};
 
 /// How many entries are read at a time where all are.
@@ -108,6 +108,7 @@ impl Kernel {
         // The kernel's least: an Ethernet frame.
         told.resize(told.len().max(64), 0);
         let mut answer = vec![0; told.len()];
+        let _alone = at_work();
         self.program.test_run(TestRunOptions {
             data_in: Some(&told),
             data_out: Some(&mut answer),

@@ -31,7 +31,7 @@ use super::changes::{Changes, QUEUE, Source, Told, listener};
 use super::copies::{Copies, Kernel, Seam};
 use super::error::GatewayError;
 use super::judge::displace;
-use super::keeper::{Keeper, Kept, Known};
+use super::keeper::{Keeper, Kept, Known, Orphaned};
 use super::layout::{SHAPES, SIZED};
 use super::list::{self, Bound};
 use super::metrics::{Counters, SharedTables};
@@ -413,14 +413,21 @@ impl Task {
                 return Err(error);
             }
         } else if changed {
-            self.end_orphans(&plan)?;
+            let (orphaned, busy) = self.orphans(&plan);
+            self.end(&orphaned)?;
             self.write(&plan, states)?;
+            // Until then they could begin anew.
+            let late = match lock(&self.shared.tables).as_ref() {
+                Some(tables) => tables.but_what_is_planned(busy),
+                None => busy,
+            };
+            self.end(&late)?;
         }
         self.listen()?;
         let kept = self.keep(&plan)?;
         if plan.interfaces.is_empty() {
             // What it was is read once more: it has ended.
-            if kept.is_some_and(|kept| kept.read == 0) {
+            if kept.is_some_and(|kept| kept.tally.is_idle()) {
                 self.unload();
                 return Ok(State::Idle);
             }
@@ -465,10 +472,15 @@ impl Task {
         let keeper = Keeper::adopt(&mut ebpf, self.config.times)?;
         classifier(&mut ebpf, GATEWAY_KEEP)?.load()?;
         let orphaned = tables.orphaned(wanted);
+        let busy = tables.busy(&orphaned);
         if !orphaned.is_empty() {
             keeper.end_all(classifier(&mut ebpf, GATEWAY_KEEP)?, &orphaned)?;
         }
         tables.write(wanted, self.config.arrival_mark)?;
+        if !busy.is_empty() {
+            let late = tables.but_what_is_planned(busy);
+            keeper.end_all(classifier(&mut ebpf, GATEWAY_KEEP)?, &late)?;
+        }
         *lock(&self.shared.tables) = Some(tables);
         let attached = Attached::adopt(&mut ebpf, &pins, self.config.hook, Side::ALL)?;
         self.shared.copies.adopt(Some(kernel));
@@ -504,18 +516,25 @@ impl Task {
         Ok(())
     }
 
-    /// Ends the flows of pods whose addresses are others' by now, which would leave by the address of those, and of policies
-    /// whose flows are not to go on.
-    fn end_orphans(&mut self, plan: &Plan) -> Result<(), GatewayError> {
-        let orphaned = lock(&self.shared.tables)
-            .as_ref()
-            .map(|tables| tables.orphaned(plan))
-            .unwrap_or_default();
+    /// Pods whose addresses are others' by now, whose flows would leave by the address of those, and policies whose flows are
+    /// not to go on; and those of them who can begin more.
+    fn orphans(&self, plan: &Plan) -> (Orphaned, Orphaned) {
+        let tables = lock(&self.shared.tables);
+        let Some(tables) = tables.as_ref() else {
+            return (Orphaned::default(), Orphaned::default());
+        };
+        let orphaned = tables.orphaned(plan);
+        let busy = tables.busy(&orphaned);
+        (orphaned, busy)
+    }
+
+    /// Ends their flows.
+    fn end(&mut self, orphaned: &Orphaned) -> Result<(), GatewayError> {
         let Some(loaded) = self.loaded.as_mut().filter(|_| !orphaned.is_empty()) else {
             return Ok(());
         };
         let program: &SchedClassifier = classifier(&mut loaded.ebpf, GATEWAY_KEEP)?;
-        let ended = loaded.keeper.end_all(program, &orphaned)?;
+        let ended = loaded.keeper.end_all(program, orphaned)?;
         if ended > 0 {
             tracing::debug!(ended, "flows of pods and policies that are gone have ended");
         }

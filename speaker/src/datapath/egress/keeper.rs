@@ -6,10 +6,11 @@
 //! Of remotes that many flows went to it forgets the bit maps of ports ([`Crowd`]) once there is nothing of them, if there is no
 //! room for many more.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::Hash;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard};
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{ProgramError, SchedClassifier};
@@ -25,6 +26,7 @@ use landfall_ebpf_common::egress::gateway::{
 use landfall_ebpf_common::egress::ports::Crowd;
 
 use super::super::tables::{TablesError, forget, taken};
+use super::super::worker::lock;
 use super::standing::{States, now};
 use super::tally::Tally;
 
@@ -160,8 +162,8 @@ impl Keeper {
         program: &SchedClassifier,
         orphaned: &Orphaned,
     ) -> io::Result<usize> {
-        let v4 = end_of::<V4>(&self.v4.bindings, 4, program, orphaned)?;
-        Ok(v4 + end_of::<V6>(&self.v6.bindings, 6, program, orphaned)?)
+        let v4 = end_of::<V4>(&self.v4.bindings, 4, &self.times, program, orphaned)?;
+        Ok(v4 + end_of::<V6>(&self.v6.bindings, 6, &self.times, program, orphaned)?)
     }
 }
 
@@ -224,8 +226,8 @@ where
 /// Whose bindings are to end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Orphaned {
-    /// Pods' addresses.
-    pub(super) pods: BTreeSet<VipKey>,
+    /// Pods' addresses, and the policies whose flows stay.
+    pub(super) pods: BTreeMap<VipKey, Option<u16>>,
     /// Policies, by their numbers.
     pub(super) policies: BTreeSet<u16>,
 }
@@ -240,6 +242,7 @@ impl Orphaned {
 fn end_of<A: Address>(
     map: &MapData,
     family: u8,
+    times: &Times,
     program: &SchedClassifier,
     orphaned: &Orphaned,
 ) -> io::Result<usize>
@@ -253,18 +256,33 @@ where
         BATCH,
         |entries: &[(Key<A>, Binding<A>)]| {
             let ending = entries.iter().filter(|(_, binding)| {
+                let pod = VipKey(binding.to.mapped());
+                let goes = |stays: &Option<u16>| *stays != Some(binding.policy);
                 orphaned.policies.contains(&binding.policy)
-                    || orphaned.pods.contains(&VipKey(binding.to.mapped()))
+                    || orphaned.pods.get(&pod).is_some_and(goes)
             });
-            let keys: Vec<Key<A>> = ending.map(|(key, _)| *key).collect();
-            for some in keys.chunks(keep::MOST) {
-                // What is in use ends, and then goes: nothing that is late reaches the next pod. Once more for those that were
-                // heard in between.
+            let now = now();
+            let has_rested = |binding: &Binding<A>| {
+                let claim = Claim::read(binding.claim);
+                claim.phase == phase::CLOSED && now.wrapping_sub(claim.seen) >= times.rest
+            };
+            let (rested, ending): (Vec<_>, Vec<_>) =
+                ending.partition(|(_, binding)| has_rested(binding));
+            let keys = |some: &[&(Key<A>, Binding<A>)]| -> Vec<Key<A>> {
+                some.iter().map(|(key, _)| *key).collect()
+            };
+            for some in keys(&ending).chunks(keep::MOST) {
+                // What is in use ends, and then is nobody's: nothing that is late reaches the next pod. Once more for those
+                // that were heard in between.
                 for _ in 0..3 {
                     name(program, family | keep::AT_ONCE, some)?;
                 }
             }
-            ended += keys.len();
+            // These may be another pod's by now.
+            for some in keys(&rested).chunks(keep::MOST) {
+                name(program, family, some)?;
+            }
+            ended += ending.len() + rested.len();
             Ok(())
         },
     )?;
@@ -320,6 +338,12 @@ fn is_uncounted<A: Address>(limited: &BTreeSet<u16>, binding: &Binding<A>) -> bo
     claim.phase == phase::LIVE && !claim.counted && limited.contains(&binding.policy)
 }
 
+/// Whoever runs a program that has the room of such programs: one at a time.
+pub(super) fn at_work() -> MutexGuard<'static, ()> {
+    static WORK: Mutex<()> = Mutex::new(());
+    lock(&WORK)
+}
+
 /// Names bindings to the program.
 fn name<A>(program: &SchedClassifier, family: u8, keys: &[Key<A>]) -> io::Result<()>
 where
@@ -339,6 +363,7 @@ where
         repeat: 1,
         ..TestRunOptions::default()
     };
+    let _alone = at_work();
     program
         .test_run(options)
         .map(drop)

@@ -33,7 +33,8 @@ impl Surroundings {
         }
     }
 
-    /// A node at an interface, or, if it is not heard there, at the tunnel.
+    /// By which interface a node is reached of which a policy's packets leave by this one: that, or, if it is not heard
+    /// there, the tunnel.
     fn nearest(&self, node: &NodeName, interface: u32) -> PeerId {
         let at = |interface| PeerId {
             node: node.clone(),
@@ -65,7 +66,8 @@ pub struct Uplink {
     pub router_v6: Option<Ipv6Addr>,
 }
 
-/// Names another node at one of this node's interfaces.
+/// Names another node at one of this node's interfaces. In a plan that is the one that policies' packets leave by: however
+/// the node is reached just now, flows that have begun otherwise go on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PeerId {
     /// Its name.
@@ -151,6 +153,8 @@ pub(super) struct SourcePlan {
 /// Another node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NodePlan {
+    /// The interface by which it is reached.
+    pub(super) interface: u32,
     /// Nothing, if it is not heard there: nothing that claims to come from it is taken.
     pub(super) mac: Option<[u8; 6]>,
     pub(super) address: Option<IpAddr>,
@@ -309,10 +313,7 @@ impl Plan {
             let Some(egress_ip) = tenant.egress_ip else {
                 return;
             };
-            let node = (!is_local).then(|| around.nearest(&pod.node, gateway.interface));
-            if let Some(node) = &node {
-                self.node(node, false, around);
-            }
+            let node = (!is_local).then(|| self.way_to(&pod.node, gateway.interface, around));
             self.egress.insert(egress_ip);
             self.sources.insert(
                 address,
@@ -333,18 +334,15 @@ impl Plan {
             }
             return;
         }
-        let id = |node: &NodeName| PeerId {
-            node: node.clone(),
-            interface: gateway.interface,
-        };
-        let leads = is_local.then(|| id(&gateway.node));
-        if let Some(leads) = &leads {
-            self.node(leads, true, around);
-        }
-        let node = (!is_local).then(|| around.nearest(&pod.node, gateway.interface));
-        if let Some(node) = &node {
-            self.node(node, false, around);
-        }
+        let leads = is_local.then(|| {
+            let id = self.way_to(&gateway.node, gateway.interface, around);
+            if let Some(node) = self.nodes.get_mut(&id) {
+                // Of the tunnel's packets their way back is not asked.
+                node.is_gateway = node.interface == gateway.interface;
+            }
+            id
+        });
+        let node = (!is_local).then(|| self.way_to(&pod.node, gateway.interface, around));
         self.sources.insert(
             address,
             SourcePlan {
@@ -360,10 +358,7 @@ impl Plan {
     /// A pod of which nothing is to be known here but where it is.
     fn plain(&mut self, address: IpAddr, pod: &Pod, interface: u32, around: &Surroundings) {
         let is_local = pod.node == around.node;
-        let node = (!is_local).then(|| around.nearest(&pod.node, interface));
-        if let Some(node) = &node {
-            self.node(node, false, around);
-        }
+        let node = (!is_local).then(|| self.way_to(&pod.node, interface, around));
         let source = SourcePlan {
             here: None,
             standby: None,
@@ -374,18 +369,25 @@ impl Plan {
         self.sources.insert(address, source);
     }
 
-    fn node(&mut self, id: &PeerId, is_gateway: bool, around: &Surroundings) {
-        let Some(uplink) = around.uplinks.get(&id.interface) else {
-            return;
+    /// Another node, of which policies' packets leave by this interface.
+    fn way_to(&mut self, node: &NodeName, interface: u32, around: &Surroundings) -> PeerId {
+        let id = PeerId {
+            node: node.clone(),
+            interface,
         };
-        let node = self.nodes.entry(id.clone()).or_insert(NodePlan {
-            mac: around.peers.get(id).map(|peer| peer.mac),
-            address: around.peers.get(id).and_then(|peer| peer.address),
-            own: uplink.mac,
-            mtu: uplink.mtu,
-            is_gateway: false,
-        });
-        node.is_gateway |= is_gateway;
+        let at = around.nearest(node, interface);
+        if let Some(uplink) = around.uplinks.get(&at.interface) {
+            let peer = around.peers.get(&at);
+            self.nodes.entry(id.clone()).or_insert(NodePlan {
+                interface: at.interface,
+                mac: peer.map(|peer| peer.mac),
+                address: peer.and_then(|peer| peer.address),
+                own: uplink.mac,
+                mtu: uplink.mtu,
+                is_gateway: false,
+            });
+        }
+        id
     }
 }
 

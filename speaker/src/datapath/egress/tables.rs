@@ -51,6 +51,8 @@ pub(in super::super) struct Tables {
     settings: Array<MapData, GateSettings>,
     reasons: PerCpuArray<MapData, u64>,
     counts: PerCpuArray<MapData, PolicyCount>,
+    /// The numbers of the policies that are gone with all their flows: their ports rest.
+    over: BTreeSet<u16>,
     /// What of it an earlier process has left, by policies' numbers.
     earlier: BTreeMap<u32, PolicyCount>,
     /// Of pods whose gateway this node is or would be.
@@ -232,6 +234,7 @@ impl Tables {
             reasons: taken(ebpf, map::REASONS)?,
             counts,
             names: BTreeMap::new(),
+            over: BTreeSet::new(),
             limited: BTreeSet::new(),
             tally: Tally::default(),
         })
@@ -291,22 +294,55 @@ impl Tables {
     /// What is bound for whom, and is to end: for pods' addresses that are others' by now, or nobody's, and for policies
     /// that are gone with all their flows.
     pub(in super::super) fn orphaned(&self, plan: &Plan) -> Orphaned {
-        let known = plan.policies.keys().chain(&plan.elsewhere);
-        let known: BTreeSet<u64> = known.map(name_of_policy).collect();
-        let numbers = self.policies.numbers.iter();
-        let gone = numbers.filter(|(hash, _)| !known.contains(hash));
         let mut orphaned = Orphaned {
-            pods: BTreeSet::new(),
-            policies: gone.map(|(_, found)| number(*found)).collect(),
+            pods: BTreeMap::new(),
+            policies: self
+                .gone(plan)
+                .filter(|gone| !self.over.contains(gone))
+                .collect(),
         };
         if plan.knows_pods() {
             let gone = self.owners.iter().filter(|(address, identity)| {
                 let now = plan.owners.get(&address.address());
                 now != Some(*identity)
             });
-            orphaned.pods = gone.map(|(address, _)| *address).collect();
+            orphaned.pods = gone.map(|(address, _)| (*address, None)).collect();
         }
         orphaned
+    }
+
+    /// The numbers of the policies that are not planned.
+    fn gone(&self, plan: &Plan) -> impl Iterator<Item = u16> {
+        let known = plan.policies.keys().chain(&plan.elsewhere);
+        let known: BTreeSet<u64> = known.map(name_of_policy).collect();
+        let numbers = self.policies.numbers.iter();
+        numbers
+            .filter(move |(hash, _)| !known.contains(hash))
+            .map(|(_, found)| number(*found))
+    }
+
+    /// Of those whose flows have ended, who can begin more as long as nothing else is planned.
+    pub(in super::super) fn busy(&self, orphaned: &Orphaned) -> Orphaned {
+        let leaves = |pod: &VipKey| self.leaves_by(pod).is_some();
+        let pods = orphaned.pods.keys().copied().filter(leaves);
+        Orphaned {
+            pods: pods.map(|pod| (pod, None)).collect(),
+            policies: orphaned.policies.clone(),
+        }
+    }
+
+    /// The same once something else is planned: what they begin by then is not to end.
+    pub(in super::super) fn but_what_is_planned(&self, mut orphaned: Orphaned) -> Orphaned {
+        for (pod, stays) in &mut orphaned.pods {
+            *stays = self.leaves_by(pod);
+        }
+        orphaned
+    }
+
+    /// The policy, by its number, by which a pod leaves here.
+    fn leaves_by(&self, pod: &VipKey) -> Option<u16> {
+        let source = self.sources.get(pod, 0).ok()?;
+        (source.flags & source_flag::HERE != 0).then_some(source.policy)
     }
 
     /// Makes the maps hold what is planned, and nothing else. What bindings name goes first, what names it after.
@@ -358,6 +394,8 @@ impl Tables {
             })
             .collect();
         let before = sync(&mut self.sources, &sources)?;
+        // What was bound for those that are gone has ended, and nothing begins any more.
+        self.over = self.gone(plan).collect();
         if plan.knows_pods() {
             let owners = plan.owners.iter();
             self.owners = owners
@@ -502,6 +540,7 @@ impl Tables {
             // Another policy may get the number.
             self.names.remove(&number);
             self.earlier.remove(&number);
+            self.over.retain(|over| u32::from(*over) != number);
             self.counts.set(number, nothing()?, 0)?;
         }
         let planned: BTreeSet<u64> = plan.nodes.keys().map(name_of_node).collect();
@@ -640,7 +679,7 @@ fn mk_hop(id: HopId, plan: &HopPlan) -> Hop {
 fn mk_node(id: &PeerId, plan: &NodePlan, mark: u32) -> GateNode {
     GateNode {
         name: name_of_node(id),
-        interface: id.interface,
+        interface: plan.interface,
         mtu: plan.mtu,
         mark: if plan.is_gateway { mark } else { 0 },
         mac: plan.mac.unwrap_or_default(),

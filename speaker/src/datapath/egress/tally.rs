@@ -31,6 +31,12 @@ impl Tally {
         }
     }
 
+    /// Whether no flow lives.
+    pub(super) fn is_idle(&self) -> bool {
+        let mut bindings = self.0.values().flat_map(BTreeMap::values);
+        bindings.all(|bindings| bindings.live == 0)
+    }
+
     /// Of a policy, by egress address.
     pub(super) fn of(&self, policy: u16) -> BTreeMap<IpAddr, Bindings> {
         let all = self.0.get(&policy).into_iter().flatten();

@@ -27,7 +27,7 @@ use landfall_ebpf_common::egress::gateway::{GateSettings, Reason};
 use landfall_ebpf_common::{GATEWAY_EGRESS, GATEWAY_INGRESS, GATEWAY_KEEP};
 
 use super::super::egress::{
-    Copies, Keeper, Kernel, Known, Peer, PeerId, Plan, Source, Standing, Surroundings,
+    Copies, Keeper, Kernel, Known, Orphaned, Peer, PeerId, Plan, Source, Standing, Surroundings,
     Tables as GateTables, Uplink, mk_plan, states,
 };
 use super::super::tables::Tables;
@@ -255,18 +255,40 @@ impl Gate {
     }
 
     fn set(&mut self, egress: &Egress) {
-        self.plan = mk_plan(egress, &mk_around(), &self.addresses());
+        self.set_there(egress, &mk_around(), |_| {}, |_| {});
+    }
+
+    /// The same with other surroundings, and what happens before and after what is new is written, as flows of those that are
+    /// gone end.
+    fn set_there(
+        &mut self,
+        egress: &Egress,
+        around: &Surroundings,
+        before: impl FnOnce(&mut Self),
+        after: impl FnOnce(&mut Self),
+    ) {
+        self.plan = mk_plan(egress, around, &self.addresses());
         let orphaned = self.maps.orphaned(&self.plan);
-        if !orphaned.is_empty() {
-            let keeper = self.keeper.take().expect("it is put back");
-            keeper
-                .end_all(self.program(GATEWAY_KEEP), &orphaned)
-                .expect("the kernel runs it");
-            self.keeper = Some(keeper);
-        }
+        let busy = self.maps.busy(&orphaned);
+        self.end(&orphaned);
+        before(self);
         self.maps
             .write(&self.plan, 0x4000)
             .expect("the maps have room");
+        after(self);
+        let late = self.maps.but_what_is_planned(busy);
+        self.end(&late);
+    }
+
+    fn end(&mut self, orphaned: &Orphaned) {
+        if orphaned.is_empty() {
+            return;
+        }
+        let keeper = self.keeper.take().expect("it is put back");
+        keeper
+            .end_all(self.program(GATEWAY_KEEP), orphaned)
+            .expect("the kernel runs it");
+        self.keeper = Some(keeper);
     }
 
     fn kernel(&mut self) -> Kernel {

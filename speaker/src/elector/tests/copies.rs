@@ -99,6 +99,47 @@ fn the_next_in_rank_copies_from_the_gateway_and_goes_on_as_it() {
     }
 }
 
+/// Sets the links of some nodes.
+fn set_links(world: &mut World, up: bool, of: impl Fn(&str) -> bool) {
+    let now = world.now;
+    let hosts = (1..).zip(&mut world.hosts);
+    for (number, (_, host)) in hosts.filter(|(_, (node, _))| of(&node.0)) {
+        let interface = Interface {
+            up,
+            ..mk_interface(number)
+        };
+        let event = AnnouncerEvent::Interfaces(Arc::new([interface]));
+        host.speaker.announcer(event, now);
+    }
+}
+
+/// The switch restarts: for a moment no node can be the gateway. Who was it has all flows, and keeps them.
+#[test]
+fn a_gateway_keeps_what_it_has_while_no_node_can_lead() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let gateway = leader(&world);
+    let (led, stood) = (role(&world, &gateway), standing(&world, &gateway));
+    set_links(&mut world, false, |_| true);
+    let mut leaderless = false;
+    for _ in 0..100 {
+        world.step();
+        assert_eq!(role(&world, &gateway), led);
+        assert_eq!(standing(&world, &gateway), stood);
+        leaderless |= world.announcers().is_empty();
+    }
+    assert!(leaderless, "nobody can announce it");
+    set_links(&mut world, true, |node| node == gateway);
+    world.run(Duration::from_secs(1));
+    set_links(&mut world, true, |node| node != gateway);
+    world.run(Duration::from_secs(3));
+    let announcers = BTreeMap::from([(VIP.parse().unwrap(), vec![gateway.clone()])]);
+    assert_eq!(world.announcers(), announcers);
+    assert_eq!(standing(&world, &gateway), stood);
+    assert_eq!(copying(&world).len(), 2, "and another copies again");
+}
+
 /// Of three, one alone may have been cut off: it begins nothing at once, and ends what it has when its lease is over.
 #[test]
 fn a_minority_begins_nothing_and_ends_what_it_has() {

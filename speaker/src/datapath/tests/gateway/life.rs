@@ -140,6 +140,164 @@ fn flows_end_with_their_pod_and_not_with_its_policy() {
     }
 }
 
+/// The port that a flow had is given back when it has rested, and not what its pod has begun since: by another address, from
+/// and to the same ports.
+#[test]
+fn what_a_pod_begins_by_another_address_outlives_the_rest_of_the_last() {
+    for world in WORLDS {
+        let times = Times {
+            rest: SHORT,
+            ..forever()
+        };
+        for by_the_next in [false, true] {
+            let mut gate = Gate::with(&mk_egress(), times, 0);
+            gate.handshake(world, world.pod, 40_000);
+            gate.close(world, world.pod, 40_000);
+            let mut egress = mk_egress();
+            egress
+                .pods
+                .insert(world.pod, mk_pod("other", "shop", world.second));
+            gate.set(&egress);
+            let (action, out) = gate.comes(&segment(world, world.pod, 40_000, SYN));
+            assert_eq!(
+                (action, source(&out), ports(&out).0),
+                (SENT, world.second, 40_000)
+            );
+            let is_live = |gate: &mut Gate| {
+                let (action, out) = gate.comes(&segment(world, world.pod, 40_000, ACK));
+                (action, source(&out)) == (SENT, world.second)
+            };
+            wait();
+            if by_the_next {
+                assert_eq!(gate.port_of(world, world.friend, 40_000), Some(40_000));
+            } else {
+                gate.keep();
+            }
+            assert!(is_live(&mut gate), "{world:?}");
+            assert_eq!(gate.used("shop"), 1);
+        }
+    }
+}
+
+/// What the last pod with an address had is nobody's, and rests all the same before another pod has its port.
+#[test]
+fn the_ports_of_pods_that_are_gone_rest() {
+    for world in WORLDS {
+        let times = Times {
+            rest: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
+        gate.handshake(world, world.pod, 40_000);
+        gate.handshake(world, world.pod, 40_001);
+        gate.close(world, world.pod, 40_001);
+        let mut egress = mk_egress();
+        egress.pods.remove(&world.pod);
+        gate.set(&egress);
+        for port in [40_000, 40_001] {
+            assert_ne!(gate.back(world, port, ACK), SENT, "{port} is nobody's");
+            let other = gate.port_of(world, world.friend, port);
+            assert!(other.is_some_and(|other| other != port), "{other:?}");
+        }
+        wait();
+        for port in [40_000, 40_001] {
+            let other = gate.port_of(world, world.friend, port + 10);
+            assert_eq!(other, Some(port + 10));
+            gate.keep();
+        }
+        assert_eq!(gate.port_of(world, world.local, 1), None, "as above");
+        let mut egress = mk_egress();
+        egress.pods.remove(&world.friend);
+        gate.set(&egress);
+        assert_eq!(gate.port_of(world, world.pod, 40_000), Some(40_000));
+        assert_eq!(gate.used("mail"), 1);
+    }
+}
+
+/// Pods that are gone may go on sending until the maps know: what they begin by then is not what goes on.
+#[test]
+fn nothing_begins_while_flows_are_ended() {
+    for world in WORLDS {
+        let syn = |gate: &mut Gate| gate.port_of(world, world.pod, 40_000);
+        // The policy goes.
+        let mut gate = Gate::with(&mk_egress(), forever(), 0);
+        gate.handshake(world, world.pod, 40_000);
+        let mut egress = mk_egress();
+        egress.policies.remove("mail");
+        for pod in [world.pod, world.friend, world.local] {
+            egress.pods.remove(&pod);
+        }
+        let began = |gate: &mut Gate| assert!(syn(gate).is_some(), "too early for this test");
+        gate.set_there(&egress, &mk_around(), began, |_| {});
+        assert_ne!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        // Another policy's pod has the address, by this gateway: what it has begun goes on.
+        let mut gate = Gate::with(&mk_egress(), forever(), 0);
+        let mut egress = mk_egress();
+        let other = Pod {
+            identity: 2,
+            ..mk_pod("other", "shop", world.second)
+        };
+        egress.pods.insert(world.pod, other);
+        let begins = |gate: &mut Gate| {
+            let (action, out) = gate.comes(&segment(world, world.pod, 40_001, SYN));
+            assert_eq!((action, source(&out)), (SENT, world.second));
+        };
+        gate.set_there(&egress, &mk_around(), began, begins);
+        assert_ne!(gate.out(world, world.pod, 40_000, ACK), SENT);
+        let (action, out) = gate.comes(&segment(world, world.pod, 40_001, ACK));
+        assert_eq!((action, source(&out)), (SENT, world.second));
+        assert_eq!((gate.used("mail"), gate.used("shop")), (0, 1));
+    }
+}
+
+/// A node that loses its place on the segment is reached by the tunnel, and back: its pods' flows go on, and what forges
+/// them gets nothing.
+#[test]
+fn flows_go_on_by_whatever_way_their_node_is_reached() {
+    const TUNNEL: u32 = 2;
+    const FAR: [u8; 6] = [2, 0, 0, 0, 7, 7];
+    let near = mk_around();
+    let mut far = mk_around();
+    let uplink = far.uplinks[&INTERFACE].clone();
+    far.uplinks.insert(TUNNEL, uplink);
+    far.tunnel = Some(TUNNEL);
+    let id = PeerId {
+        node: "other".into(),
+        interface: TUNNEL,
+    };
+    let peer = Peer {
+        mac: FAR,
+        address: Some(v4(192, 0, 2, 12)),
+    };
+    far.peers = BTreeMap::from([(id, peer)]);
+    for world in WORLDS {
+        let mut gate = Gate::with(&mk_egress(), forever(), 0);
+        gate.handshake(world, world.pod, 40_000);
+        let data = |mac| {
+            let tcp = mk_tcp(40_000, 443, ACK);
+            mk(mac, world.pod, world.remote, 6, 64, &tcp)
+        };
+        for (around, right, wrong) in [(&far, FAR, OTHER), (&near, OTHER, FAR), (&far, FAR, OTHER)]
+        {
+            gate.set_there(&mk_egress(), around, |_| {}, |_| {});
+            let (action, out) = gate.comes(&data(right));
+            assert_eq!((action, source(&out)), (SENT, world.egress));
+            gate.drops(&data(wrong), Reason::Forged);
+            // Back, too; what begins now and before takes the same way.
+            let (action, out) = gate.comes(&mk(
+                STRANGER,
+                world.remote,
+                world.egress,
+                6,
+                64,
+                &mk_tcp(443, 40_000, ACK),
+            ));
+            assert_eq!((action, &out[..6]), (SENT, &right[..]));
+        }
+        assert_eq!(gate.used("mail"), 1);
+    }
+}
+
 #[test]
 fn the_keeper_ends_what_is_idle_and_gives_back_what_has_rested() {
     for world in WORLDS {

@@ -1,8 +1,10 @@
 //! Which ports flows get, and that no more do than may.
 
 use landfall_ebpf_common::VipKey;
+use landfall_ebpf_common::egress::binding::Times;
 use landfall_ebpf_common::egress::ports::{DRAWN, drawn, seed};
 
+use super::life::{SHORT, forever, wait};
 use super::*;
 
 /// A SYN of the flow with this number, of four pods in turn. Their ports are what a pod's own choice is to the gateway:
@@ -281,7 +283,11 @@ fn nothing_is_given_twice_when_cpus_race() {
 fn crowds_that_nobody_is_in_disperse() {
     const REMOTES: u16 = 40;
     for (place, world) in WORLDS.into_iter().enumerate() {
-        let mut gate = Gate::load();
+        let times = Times {
+            rest: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
         let crowds = |gate: &Gate| gate.keeper.as_ref().expect("it is there").crowds()[place];
         let key = |address: IpAddr| VipKey::from_address(address).0;
         let flow = |flags: u8, port: u16| {
@@ -306,6 +312,10 @@ fn crowds_that_nobody_is_in_disperse() {
         gate.keep();
         assert_eq!(crowds(&gate), usize::from(REMOTES), "all are in use");
         gate.set(&Egress::default());
+        gate.keep();
+        assert_eq!(crowds(&gate), usize::from(REMOTES), "their ports rest");
+        wait();
+        gate.keep();
         gate.keep();
         assert_eq!(crowds(&gate), 0);
     }
