@@ -1,8 +1,8 @@
 //! Where maps and links are pinned, and how a layout is told from another.
 //!
 //! ```text
-//!  <pin dir>/layout-10/VIPS             a map of this layout
-//!  <pin dir>/layout-10/links/7-ingress  the link of a program at the interface with index 7
+//!  <pin dir>/layout-11/VIPS             a map of this layout
+//!  <pin dir>/layout-11/links/7-ingress  the link of a program at the interface with index 7
 //!  <pin dir>/clsact/7                  a directory: that interface's clsact qdisc was made here
 //! ```
 //!

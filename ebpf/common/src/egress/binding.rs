@@ -322,6 +322,13 @@ impl Sides {
         self.ours == heard::OPEN && self.theirs == heard::OPEN
     }
 
+    /// Reset by either, and nothing was said since.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    pub const fn is_reset(self) -> bool {
+        (self.ours | self.theirs) & heard::RST != 0
+    }
+
     /// Both have ended.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
@@ -343,6 +350,9 @@ pub const fn is_control(tcp: u8) -> bool {
 pub struct Times {
     /// An established TCP flow (RFC 5382, REQ-5: at least 2 h 4 min).
     pub established: u32,
+    /// A TCP flow of which another gateway's word is all that is known: it may have only begun, or half ended (the same
+    /// RFC's least).
+    pub copied: u32,
     /// A TCP flow that begins or ends.
     pub transitory: u32,
     /// One that was reset: never at once, since the reset may be another's.
@@ -359,6 +369,7 @@ impl Default for Times {
     fn default() -> Self {
         Self {
             established: ticks(24 * 3600),
+            copied: ticks(7_440),
             transitory: ticks(240),
             reset: ticks(10),
             datagram: ticks(300),
@@ -369,6 +380,22 @@ impl Default for Times {
 }
 
 impl Times {
+    /// Those of flows that nobody has heard since this node is their gateway.
+    #[inline(always)]
+    #[allow(clippy::inline_always)] // As above.
+    #[must_use]
+    pub const fn of_unheard(self) -> Self {
+        let established = if self.copied < self.established {
+            self.copied
+        } else {
+            self.established
+        };
+        Self {
+            established,
+            ..self
+        }
+    }
+
     /// For how long a binding in a phase stays when it is not heard.
     #[inline(always)]
     #[allow(clippy::inline_always)] // As above.
@@ -377,7 +404,7 @@ impl Times {
             return self.rest;
         }
         match protocol {
-            6 if (sides.ours | sides.theirs) & heard::RST != 0 => self.reset,
+            6 if sides.is_reset() => self.reset,
             6 if sides.is_settled() => self.established,
             6 => self.transitory,
             17 => self.datagram,
@@ -483,6 +510,19 @@ mod tests {
         let reset = told(&[(true, SYN), (false, ACK), (true, RST), (true, SYN)]);
         assert_eq!(reset.ours & heard::RST, 0);
         assert!(reset.after_theirs(SYN | ACK).after_ours(ACK).is_settled());
+    }
+
+    #[test]
+    fn who_is_not_heard_is_waited_for_less() {
+        let (times, open) = (Times::default(), told(&HANDSHAKE));
+        let limit = |times: Times| times.limit(6, phase::LIVE, open);
+        assert_eq!(limit(times.of_unheard()), ticks(2 * 3600 + 4 * 60));
+        let established = ticks(60);
+        let short = Times {
+            established,
+            ..times
+        };
+        assert_eq!(limit(short.of_unheard()), established);
     }
 
     #[test]

@@ -200,7 +200,7 @@ mod tests {
     /// A change here is a change of the layout's number. The sizes are the sums of the fields'.
     #[test]
     fn the_layout_is_what_its_number_says() {
-        assert_eq!(crate::LAYOUT, 10);
+        assert_eq!(crate::LAYOUT, 11);
         let sizes = [size_of::<Judgement>(), size_of::<Destination>()];
         assert_eq!(sizes, [8 + 4 + 4, 4 + 16]);
     }

@@ -201,8 +201,13 @@ fn place<F: Family>() -> u32 {
             if !is_same(room, entry) {
                 return outcome::LATER;
             }
-            // SAFETY: the map gave the pointer.
-            room.value.ours = unsafe { (*entry).ours };
+            // Its gateway has heard more of it than this node, that it is not reset at least.
+            // SAFETY: the map gave the pointer; each field is written whole.
+            unsafe {
+                (*entry).ours = ((*entry).ours | opened) & !heard::RST;
+                (*entry).theirs = ((*entry).theirs | opened) & !heard::RST;
+                room.value.ours = (*entry).ours;
+            }
             true
         }
         entry => {

@@ -180,16 +180,14 @@ fn turn_out<F: Family>() -> u32 {
     }
     // SAFETY: as above.
     let inward = unsafe { &mut *entry };
-    let sides = Sides {
+    let before = Sides {
         ours: out.ours,
         theirs: inward.theirs,
-    }
-    .after_ours(tcp);
+    };
+    let sides = before.after_ours(tcp);
     (out.ours, out.theirs) = (sides.ours, sides.theirs);
     (inward.ours, inward.theirs) = (sides.ours, sides.theirs);
-    if sides.is_closed() && claim.phase == phase::LIVE {
-        close::<F>(entry, claim);
-    }
+    after::<F>(entry, claim, before, sides);
     GOES_ON
 }
 
@@ -205,11 +203,11 @@ fn turn_in<F: Family>() -> u32 {
     let claim = claim_of(entry);
     // SAFETY: as above.
     let inward = unsafe { &mut *entry };
-    let sides = Sides {
+    let before = Sides {
         ours: inward.ours,
         theirs: inward.theirs,
-    }
-    .after_theirs(room.tcp as u8);
+    };
+    let sides = before.after_theirs(room.tcp as u8);
     inward.theirs = sides.theirs;
     room.out = Key {
         local: inward.to,
@@ -223,10 +221,24 @@ fn turn_in<F: Family>() -> u32 {
         // SAFETY: as above.
         unsafe { (*out).theirs = sides.theirs };
     }
-    if sides.is_closed() && claim.phase == phase::LIVE {
-        close::<F>(entry, claim);
-    }
+    after::<F>(entry, claim, before, sides);
     GOES_ON
+}
+
+/// What a segment was the last of ends. What was reset has ended for who has copies: whoever takes over hears nothing of it
+/// any more, unless it goes on.
+#[inline(always)]
+fn after<F: Family>(entry: *mut Binding<F::A>, claim: Claim, before: Sides, sides: Sides) {
+    if claim.phase != phase::LIVE {
+        return;
+    }
+    if sides.is_closed() {
+        close::<F>(entry, claim);
+    } else if sides.is_reset() && !before.is_reset() {
+        tell::ended::<F>();
+    } else if before.is_reset() && !sides.is_reset() {
+        tell::made::<F>();
+    }
 }
 
 /// Both sides have ended: the port rests. The keys are in the room.

@@ -87,6 +87,7 @@ fn end<F: Family>() -> u32 {
     }
     // Nobody hears a copy: it is its gateway that says when it ends, or, once this node leads, its time begins.
     let state = maps::egress(&VipKey(room.inward.local.mapped()));
+    let mut times = maps::settings().times;
     if claim.phase == phase::LIVE {
         if state.flags & egress_flag::STANDBY != 0 && room.at_once == 0 {
             return 0;
@@ -95,12 +96,10 @@ fn end<F: Family>() -> u32 {
             && now.wrapping_sub(state.since) < now.wrapping_sub(seen)
         {
             seen = state.since;
+            times = times.of_unheard();
         }
     }
-    let limit =
-        maps::settings()
-            .times
-            .limit(room.inward.protocol, claim.phase, Sides { ours, theirs });
+    let limit = times.limit(room.inward.protocol, claim.phase, Sides { ours, theirs });
     if now.wrapping_sub(seen) < limit && room.at_once == 0 {
         return 0;
     }

@@ -18,7 +18,9 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, TestRun, TestRunOptions};
 use landfall_core::replication::Binding;
 use landfall_ebpf_common::batch::{self, Place};
-use landfall_ebpf_common::egress::binding::{self as kernel, Address, Claim, Key, V4, V6, phase};
+use landfall_ebpf_common::egress::binding::{
+    self as kernel, Address, Claim, Key, Sides, V4, V6, phase,
+};
 use landfall_ebpf_common::egress::copies::{Named, message, outcome};
 use landfall_ebpf_common::egress::gateway::map;
 use landfall_ebpf_common::{GATEWAY_COPY, VipKey};
@@ -27,6 +29,7 @@ use super::super::tables::TablesError;
 use super::super::uplink::{UplinkError, classifier};
 use super::super::worker::lock;
 use super::keeper::{at_work, bytes};
+use crate::conntrack::TCP;
 use crate::replication::{Bindings, CHUNK, Chunk, Cursor};
 
 /// How many entries are read at a time where all are.
@@ -189,7 +192,8 @@ impl Kernel {
         let mut place = from;
         for _ in 0..LOOKS {
             let batch = batch::read::<Key<A>, kernel::Binding<A>>(map.fd().as_fd(), place, most)?;
-            let there = batch.entries.iter().filter_map(binding);
+            let told = batch.entries.iter().filter(|entry| !is_reset(entry));
+            let there = told.filter_map(binding);
             let some: Vec<Binding> = there
                 .filter(|it| addresses.contains(&it.egress_ip()))
                 .collect();
@@ -255,6 +259,15 @@ fn record<A: Address>(binding: &Binding) -> Vec<u8> {
     record.extend(binding.pod.port().to_ne_bytes());
     record.extend([0; 6]);
     record
+}
+
+/// Whether a flow was reset: then it was told as one that has ended.
+fn is_reset<A: Address>((key, value): &(Key<A>, kernel::Binding<A>)) -> bool {
+    let sides = Sides {
+        ours: value.ours,
+        theirs: value.theirs,
+    };
+    key.protocol == TCP && sides.is_reset()
 }
 
 /// An entry of a map *in*, if a flow has it.

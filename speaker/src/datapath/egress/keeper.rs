@@ -20,9 +20,7 @@ use landfall_ebpf_common::batch;
 use landfall_ebpf_common::egress::binding::{
     Address, Binding, Claim, Key, Sides, Times, V4, V6, phase,
 };
-use landfall_ebpf_common::egress::gateway::{
-    EgressState, Filter, MAX_CROWDS, egress_flag, keep, map,
-};
+use landfall_ebpf_common::egress::gateway::{Filter, MAX_CROWDS, egress_flag, keep, map};
 use landfall_ebpf_common::egress::ports::Crowd;
 
 use super::super::tables::{TablesError, forget, taken};
@@ -201,8 +199,7 @@ where
             }
             let due: Vec<Key<A>> = entries
                 .iter()
-                .filter(|(key, binding)| is_due(times, key, binding, now))
-                .filter(|(key, binding)| may_end(known.states, times, key, binding, now))
+                .filter(|(key, binding)| is_due(known.states, times, key, binding, now))
                 .map(|(key, _)| *key)
                 .collect();
             for some in due.chunks(keep::MOST) {
@@ -289,20 +286,26 @@ where
     Ok(ended)
 }
 
-/// Whether a binding may be, by what its remote has sent: what the pod has, the program looks at.
-fn is_due<A: Address>(times: &Times, key: &Key<A>, binding: &Binding<A>, now: u32) -> bool {
-    let claim = Claim::read(binding.claim);
+/// Whether a binding has not been heard for so long, by what its remote has sent: what the pod has, the program looks at.
+fn is_idle<A: Address>(
+    times: &Times,
+    key: &Key<A>,
+    binding: &Binding<A>,
+    seen: u32,
+    now: u32,
+) -> bool {
     let sides = Sides {
         ours: binding.ours,
         theirs: binding.theirs,
     };
-    now.wrapping_sub(claim.seen) >= times.limit(key.protocol, claim.phase, sides)
-        // What was heard after `now` was asked for.
-        && claim.seen.wrapping_sub(now) > i32::MAX.unsigned_abs()
+    let limit = times.limit(key.protocol, Claim::read(binding.claim).phase, sides);
+    // What was heard after `now` was asked for is not.
+    now.wrapping_sub(seen) >= limit && seen.wrapping_sub(now) > i32::MAX.unsigned_abs()
 }
 
-/// Whether it may, by what this node is to its address: a copy stays, and what was one is idle since the take-over.
-fn may_end<A: Address>(
+/// Whether it may be due, by what this node is to its address besides: a copy stays, and what was one is idle since the
+/// take-over.
+fn is_due<A: Address>(
     states: &States,
     times: &Times,
     key: &Key<A>,
@@ -310,26 +313,22 @@ fn may_end<A: Address>(
     now: u32,
 ) -> bool {
     let claim = Claim::read(binding.claim);
-    if states.is_empty() || claim.phase != phase::LIVE {
-        return true;
+    // Most are not, by no measure.
+    if !is_idle(&times.of_unheard(), key, binding, claim.seen, now) {
+        return false;
     }
-    let Some(state) = states.get(&VipKey(key.local.mapped())) else {
-        return true;
-    };
-    if state.flags & egress_flag::LED == 0 {
-        return state.flags & egress_flag::STANDBY == 0;
+    let state = states.get(&VipKey(key.local.mapped()));
+    match state.filter(|_| claim.phase == phase::LIVE) {
+        Some(state) if state.flags & egress_flag::LED != 0 => {
+            if now.wrapping_sub(state.since) < now.wrapping_sub(claim.seen) {
+                is_idle(&times.of_unheard(), key, binding, state.since, now)
+            } else {
+                is_idle(times, key, binding, claim.seen, now)
+            }
+        }
+        Some(state) if state.flags & egress_flag::STANDBY != 0 => false,
+        _ => is_idle(times, key, binding, claim.seen, now),
     }
-    let EgressState { since, .. } = *state;
-    let word = Claim {
-        seen: since,
-        ..claim
-    }
-    .word();
-    let since_then = Binding {
-        claim: word,
-        ..*binding
-    };
-    is_due(times, key, &since_then, now)
 }
 
 /// Whether a flow is to be counted for its pod, and is not: it is older than the quota.

@@ -79,6 +79,38 @@ fn each_beginning_and_each_end_is_told() {
     }
 }
 
+/// Whoever takes over hears nothing of what ends a flow that was reset: it has ended for them, unless it goes on.
+#[test]
+fn what_is_reset_has_ended_for_others_unless_it_goes_on() {
+    for world in WORLDS {
+        let mut gate = Gate::telling(forever());
+        let flow = binding(world, world.pod, 40_000, 40_000);
+        gate.handshake(world, world.pod, 40_000);
+        assert_eq!(gate.told(), [Told::New(flow)]);
+        for by_pod in [true, false] {
+            for _ in 0..2 {
+                if by_pod {
+                    gate.out(world, world.pod, 40_000, RST);
+                } else {
+                    gate.back(world, 40_000, RST);
+                }
+            }
+            assert_eq!(gate.told(), [Told::Closed(flow)]);
+            assert_eq!((gate.held(world.egress).len(), gate.used("mail")), (0, 1));
+            gate.out(world, world.pod, 40_000, ACK);
+            gate.back(world, 40_000, ACK);
+            assert_eq!(gate.told(), [Told::New(flow)]);
+            assert_eq!(gate.held(world.egress), [flow].into());
+        }
+        // The next of the same name is one like any other.
+        gate.back(world, 40_000, RST | ACK);
+        gate.handshake(world, world.pod, 40_000);
+        assert_eq!(gate.told(), [Told::Closed(flow), Told::New(flow)]);
+        gate.close(world, world.pod, 40_000);
+        assert_eq!(gate.told(), [Told::Closed(flow)]);
+    }
+}
+
 #[test]
 fn echo_has_its_identifier_in_place_of_ports() {
     for world in WORLDS {

@@ -1,12 +1,14 @@
 //! Bindings of another gateway: what of them is here, and how it counts.
 
 use std::collections::HashSet;
+use std::thread::sleep;
+use std::time::Duration;
 
 use landfall_core::replication::Binding;
 use landfall_ebpf_common::egress::binding::Times;
 
 use super::super::super::egress::Licence;
-use super::life::forever;
+use super::life::{SHORT, forever, wait};
 use super::*;
 
 /// A connection to the remote's port 443.
@@ -176,6 +178,56 @@ fn flows_go_on_by_their_copies() {
         assert_eq!(gate.used("mail"), 2);
         assert_ne!(gate.port_of(world, world.friend, 30_000), Some(30_000));
         assert_eq!(gate.port_of(world, world.pod, 30_000), Some(30_000));
+    }
+}
+
+/// It may have been half-open or half-closed: who says nothing to its new gateway is not waited for as long as others.
+#[test]
+fn a_copy_that_nobody_hears_ends_before_others() {
+    for world in WORLDS {
+        let times = Times {
+            copied: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::standby(mk_egress(), times);
+        gate.copies.insert(own(world, world.pod, 30_000..30_004));
+        // A second: that one was heard is noted no more often.
+        sleep(Duration::from_millis(1_100));
+        gate.keep();
+        assert_eq!(gate.used("mail"), 4, "its gateway says when it ends");
+        gate.leads(&mk_egress(), Licence::Full);
+        assert_eq!(gate.out(world, world.pod, 30_001, ACK), SENT);
+        assert_eq!(gate.back(world, 30_002, ACK), SENT);
+        gate.handshake(world, world.pod, 31_000);
+        gate.keep();
+        assert_eq!(gate.used("mail"), 5);
+        wait();
+        gate.keep();
+        let ports = [30_001, 30_002, 31_000].map(|port| binding(world, world.pod, port, port));
+        assert_eq!(gate.held(world.egress), set(&ports));
+    }
+}
+
+/// A node has seen a flow begin, or be reset, and was the standby when it went on: it leads once more.
+#[test]
+fn what_another_gateway_heard_counts() {
+    for world in WORLDS {
+        let times = Times {
+            transitory: SHORT,
+            reset: SHORT,
+            ..forever()
+        };
+        let mut gate = Gate::with(&mk_egress(), times, 0);
+        assert_eq!(gate.port_of(world, world.pod, 40_000), Some(40_000));
+        gate.handshake(world, world.pod, 41_000);
+        gate.back(world, 41_000, RST | ACK);
+        gate.stands_by(mk_egress());
+        gate.copies.insert(own(world, world.pod, 40_000..40_001));
+        gate.copies.insert(own(world, world.pod, 41_000..41_001));
+        gate.leads(&mk_egress(), Licence::Full);
+        wait();
+        gate.keep();
+        assert_eq!(gate.used("mail"), 2);
     }
 }
 

@@ -14,6 +14,7 @@ const LONG: u32 = 1 << 20;
 pub(super) fn forever() -> Times {
     Times {
         established: LONG,
+        copied: LONG,
         transitory: LONG,
         reset: LONG,
         datagram: LONG,
