@@ -31,7 +31,7 @@ use drops::Drops;
 const COALESCE: Duration = Duration::from_millis(200);
 /// A group must be without leader for so long before that is reported.
 const LEADERLESS: Duration = Duration::from_secs(1);
-/// Flows on addresses that nobody could lead for so long are over: who had something to say on them has given up long ago (a
+/// Flows on addresses that nobody could announce for so long are over: who had something to say on them has given up long ago (a
 /// TCP of Linux after 925 s, `tcp_retries2`).
 const ABANDONED: Duration = Duration::from_mins(20);
 /// Standby and endpoint nodes are written at most this often.
@@ -139,7 +139,7 @@ impl Status {
         }
     }
 
-    /// Flows that drained where nobody leads are over.
+    /// Flows that drained where nobody can announce the address are over.
     fn abandon(&mut self, draining: BTreeMap<PolicyName, bool>) {
         self.drained = draining.into_keys().collect();
         let none = self.drained.iter().map(|policy| (policy.clone(), 0));
@@ -237,6 +237,8 @@ pub struct Reporter {
     due: BTreeMap<GroupId, Duration>,
     addresses: BTreeMap<GroupId, BTreeSet<IpAddr>>,
     leaderless: BTreeMap<GroupId, Duration>,
+    /// Since when this node leads the others of their group and cannot announce them.
+    unannounced: BTreeMap<IpAddr, Duration>,
     sweep: Duration,
     drops: Drops,
     drops_at: Duration,
@@ -322,6 +324,7 @@ impl Reporter {
             .difference(&addresses)
         {
             self.said.remove(gone);
+            self.unannounced.remove(gone);
         }
         let Some(group) = group else {
             self.leaderless.remove(id);
@@ -337,6 +340,7 @@ impl Reporter {
             self.leaderless.remove(id);
             for vip in &group.vips {
                 self.said.remove(&vip.address);
+                self.unannounced.remove(&vip.address);
             }
             return;
         }
@@ -370,7 +374,7 @@ impl Reporter {
             if !speaker.hears_most() {
                 // Another may lead where most nodes are, and have flows of them: what is said to be over is freed.
                 status.drained.clear();
-            } else if abandoned {
+            } else if abandoned || self.is_left_behind(speaker, group, vip.address, now) {
                 let mut draining = speaker.draining_on(vip.address);
                 let record = speaker.index().virtual_ip(vip.address);
                 draining.retain(|policy, _| record.is_some_and(|it| it.drains(policy)));
@@ -378,6 +382,23 @@ impl Reporter {
             }
             self.say(speaker, group, vip, status, now, wall, writes);
         }
+    }
+
+    /// Whether this node leads the other addresses of a group and could not announce this one for long.
+    fn is_left_behind(
+        &mut self,
+        speaker: &Speaker,
+        group: &Group,
+        address: IpAddr,
+        now: Duration,
+    ) -> bool {
+        let led = speaker.election().leadership(&group.id);
+        if led.is_none_or(|led| led.interfaces.contains_key(&address)) {
+            self.unannounced.remove(&address);
+            return false;
+        }
+        let since = *self.unannounced.entry(address).or_insert(now);
+        now.saturating_sub(since) >= ABANDONED
     }
 
     #[expect(

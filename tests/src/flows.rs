@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use landfall_lab::Netns;
 use landfall_lab::bulk;
 use landfall_lab::server::{BULK, WHO_AM_I};
+use socket2::SockRef;
 
 use crate::PATIENCE;
 
@@ -55,6 +56,11 @@ impl Flow {
         let mut stream = self.stream.into_inner();
         writeln!(stream, "{BULK}{bytes}")?;
         bulk::over(stream, bytes, received)
+    }
+
+    /// Ends it by a reset: nobody has to confirm that.
+    pub fn reset(self) -> std::io::Result<()> {
+        SockRef::from(self.stream.get_ref()).set_linger(Some(Duration::ZERO))
     }
 
     fn ask(&mut self) -> std::io::Result<()> {

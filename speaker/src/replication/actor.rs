@@ -154,6 +154,7 @@ impl Actor {
     }
 
     async fn take_roles(&mut self, roles: &Roles) {
+        let before = self.addresses();
         let ended: Vec<GroupId> = self
             .led
             .keys()
@@ -161,7 +162,7 @@ impl Actor {
             .cloned()
             .collect();
         for group in ended {
-            self.stop_leading(&group, roles.contains_key(&group)).await;
+            self.stop_leading(&group);
         }
         let ended: Vec<GroupId> = self
             .followed
@@ -170,8 +171,7 @@ impl Actor {
             .cloned()
             .collect();
         for group in ended {
-            self.stop_following(&group, roles.contains_key(&group))
-                .await;
+            self.stop_following(&group);
         }
         let mut gateways: BTreeMap<NodeName, SocketAddr> = BTreeMap::new();
         for (group, role) in roles {
@@ -179,10 +179,12 @@ impl Actor {
                 None => self.lead(group, role),
                 Some((gateway, at)) => {
                     gateways.insert(gateway.clone(), *at);
-                    self.follow(group, role, gateway).await;
+                    self.follow(group, role, gateway);
                 }
             }
         }
+        // Whatever group they are of by now.
+        self.forget(&(&before - &self.addresses())).await;
         for gone in self.peers.call(&gateways) {
             if let Some(line) = self.gateways.get(&gone).copied() {
                 self.down(line);
@@ -217,7 +219,7 @@ impl Actor {
         self.soon();
     }
 
-    async fn stop_leading(&mut self, group: &GroupId, keep: bool) {
+    fn stop_leading(&mut self, group: &GroupId) {
         let Some(led) = self.led.remove(group) else {
             return;
         };
@@ -227,12 +229,9 @@ impl Actor {
             let group = group.clone();
             self.tell_caller(&follower, Message::NotLeader { group });
         }
-        if !keep {
-            self.forget(&led.addresses).await;
-        }
     }
 
-    async fn follow(&mut self, group: &GroupId, role: &Role, gateway: &NodeName) {
+    fn follow(&mut self, group: &GroupId, role: &Role, gateway: &NodeName) {
         let followed = self
             .followed
             .entry(group.clone())
@@ -243,7 +242,6 @@ impl Actor {
                 stream: Stream::None,
             });
         followed.reader.claimed(role.epoch);
-        let gone = &followed.addresses - &role.addresses;
         followed.addresses.clone_from(&role.addresses);
         if followed.gateway != *gateway {
             let before = std::mem::replace(&mut followed.gateway, gateway.clone());
@@ -252,10 +250,9 @@ impl Actor {
             let group = group.clone();
             self.tell_gateway(&before, Message::Unfollow { group });
         }
-        self.forget(&gone).await;
     }
 
-    async fn stop_following(&mut self, group: &GroupId, keep: bool) {
+    fn stop_following(&mut self, group: &GroupId) {
         let Some(followed) = self.followed.remove(group) else {
             return;
         };
@@ -263,9 +260,13 @@ impl Actor {
             group: group.clone(),
         };
         self.tell_gateway(&followed.gateway, message);
-        if !keep {
-            self.forget(&followed.addresses).await;
-        }
+    }
+
+    /// Those whose bindings this node has: it is their gateway, or would take over.
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        let led = self.led.values().flat_map(|led| &led.addresses);
+        let followed = self.followed.values().flat_map(|it| &it.addresses);
+        led.chain(followed).copied().collect()
     }
 
     async fn forget(&self, addresses: &BTreeSet<IpAddr>) {

@@ -167,6 +167,26 @@ async fn a_take_over_and_the_next_standby() {
     assert_eq!(b.twin.all().len(), 200);
 }
 
+/// Groups merge, and an address leaves one: what counts is whose addresses they are.
+#[tokio::test]
+async fn bindings_stay_for_as_long_as_their_address_does() {
+    let a = Node::start("a", KEY).await;
+    a.leads(1);
+    a.twin.change(new(0..100)).await;
+    let lead = |group: &str, address: IpAddr| {
+        let mut roles = Node::role(1, None);
+        let mut role = roles.pop_first().unwrap().1;
+        role.addresses.insert([192, 0, 2, 8].into());
+        role.addresses.retain(|it| *it >= address);
+        a.replication.take_roles([(group.into(), role)].into());
+    };
+    lead("merged", egress());
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!(a.twin.all().len(), 100);
+    lead("merged", [192, 0, 2, 8].into());
+    eventually("none to be there", || a.twin.all().is_empty()).await;
+}
+
 #[tokio::test]
 async fn who_was_succeeded_is_not_followed() {
     let (a, b) = (Node::start("a", KEY).await, Node::start("b", KEY).await);

@@ -558,4 +558,66 @@ fn drains_where_nobody_can_lead(hears_most: bool) {
     assert_eq!(drained(22 * 60 * SECOND), [] as [bool; 0], "once is enough");
 }
 
+/// Likewise where its policy has another one, and who leads that cannot announce it: what goes on there has no way back.
+#[test]
+fn what_drains_on_an_address_that_is_left_behind_ends() {
+    let mut world = mk_world();
+    tell_policy(&mut world);
+    world.run(Duration::from_secs(2));
+    let next: IpAddr = "10.89.0.9".parse().unwrap();
+    let terms = Terms {
+        drains: true,
+        ..Terms::default()
+    };
+    for (address, terms) in [(VIP.parse().unwrap(), terms), (next, Terms::default())] {
+        world.tell(&Object::VirtualIp(VirtualIp {
+            egress_policies: vec!["mail".into()],
+            terms: BTreeMap::from([("mail".into(), terms)]),
+            ..VirtualIp::unheld(address, "out".into(), VIP.into())
+        }));
+    }
+    let set_link = |world: &mut World, up: bool| {
+        let now = world.now;
+        for (number, host) in (1..).zip(world.hosts.values_mut()) {
+            let first = Interface {
+                up,
+                ..mk_interface(number)
+            };
+            let second = Interface {
+                index: 3,
+                name: "eth1".into(),
+                addresses: vec![format!("10.89.0.{}/24", 10 + number).parse().unwrap()],
+                default_route: (false, false),
+                ..mk_interface(number)
+            };
+            let event = AnnouncerEvent::Interfaces(Arc::new([first, second]));
+            host.speaker.announcer(event, now);
+        }
+        world.run(5 * SECOND);
+    };
+    set_link(&mut world, false);
+    let leader = world.announcers()[&next][0].clone();
+    *world.host(&leader).lower.usage.lock().unwrap() = mk_usage(3);
+    let mut reporter = crate::status::Reporter::default();
+    let mut is_over = |world: &mut World, after: Duration| {
+        let now = world.now + after;
+        let host = &world.hosts[&NodeName::from(leader.as_str())];
+        let all = BTreeSet::from([VIP.into()]);
+        let mut writes = reporter.look(&host.speaker, all, now, 0);
+        writes.extend(reporter.look(&host.speaker, BTreeSet::new(), now + SECOND, 0));
+        drained_of(&writes).contains(&true)
+    };
+    for (minutes, expected) in [(0, false), (19, false), (21, true)] {
+        let over = is_over(&mut world, Duration::from_mins(minutes));
+        assert_eq!(over, expected, "after {minutes} min");
+    }
+    // Its link is back: its time begins anew.
+    set_link(&mut world, true);
+    assert_eq!(self::leader(&world), leader, "where it is led again");
+    assert!(!is_over(&mut world, Duration::from_mins(22)));
+    set_link(&mut world, false);
+    assert!(!is_over(&mut world, Duration::from_mins(23)));
+    assert!(is_over(&mut world, Duration::from_mins(45)));
+}
+
 const SECOND: Duration = Duration::from_secs(1);
