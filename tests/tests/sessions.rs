@@ -194,10 +194,16 @@ mod sessions {
                     scope.spawn(move || {
                         let turns = (0..each)
                             .flat_map(|turn| kinds.iter().map(move |kind| (*kind, turn % 2 == 1)));
-                        let opened = turns.map(|(kind, v6)| {
+                        let opened = turns.enumerate().map(|(before, (kind, v6))| {
                             let session = Session::open(pod, kind, v6);
                             session.unwrap_or_else(|error| {
-                                panic!("{} {kind:?}: {error}\n{}", pod.name, last_words(mta))
+                                // Whether it is this one or all of the pod's.
+                                let next = Session::open(pod, kind, v6).map(|it| it.seen);
+                                panic!(
+                                    "{} {kind:?} after {before} others, IPv6: {v6}: {error}; the next: {next:?}\n{}",
+                                    pod.name,
+                                    last_words(mta)
+                                )
                             })
                         });
                         opened.collect::<Vec<_>>()
